@@ -1,0 +1,1 @@
+"""The value pass: weights times values, over the blocks that are kept."""

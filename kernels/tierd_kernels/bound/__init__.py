@@ -1,0 +1,1 @@
+"""The certificate of a row: from block statistics to the bound."""

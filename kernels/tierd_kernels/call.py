@@ -1,0 +1,49 @@
+"""What a call to the ladder carries, and what comes back."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd_kernels.policy import Budget, Policy
+from tierd_kernels.select.reference import Mask
+
+
+@dataclass
+class Call:
+    """One session, one layer, `n >= 1` query tokens whose keys and values are stored already.
+
+    q [Hq, n, d] in the originals' type; `num_tokens` what the newest query sees. Offsets are int64 bytes: `hot_offsets` of the full
+    blocks, `original_offsets` of all (the trailing one last), `key_locations` and `value_locations` [full, Hkv]: a byte offset into
+    scratch, or ~offset of the record in the originals. `value_norm_max` float32 [Hkv] bounds ||V_t|| over full blocks. `group_*_norms`
+    float32 [groups, Hkv]: spectral norms of complete groups of 1024 tokens. `canary_blocks`: full blocks to re-score from originals.
+    """
+
+    q: NDArray[np.generic]
+    num_tokens: int
+    softmax_scale: float
+    hot_offsets: NDArray[np.int64]
+    original_offsets: NDArray[np.int64]
+    key_locations: NDArray[np.int64]
+    value_locations: NDArray[np.int64]
+    value_norm_max: NDArray[np.float32]
+    group_value_norms: NDArray[np.float32]
+    group_error_norms: NDArray[np.float32]
+    rtol: float
+    atol: float
+    relative_to: str = "values"
+    policy: Policy = field(default_factory=Budget)
+    canary_blocks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+
+@dataclass
+class Result:
+    """Output [Hq, n, d] in q's type, certificate fields [Hq, n]; `key_reads`, `value_reads` bool [full, Hkv] name the original
+    records that were read; `contributions` float32 [2, full, Hkv] the key and value shares of the budget, largest over rows."""
+
+    output: NDArray[np.generic]
+    certificate: dict[str, NDArray[np.generic]]
+    key_reads: Mask
+    value_reads: Mask
+    contributions: NDArray[np.float32]
+    canary_failures: list[tuple[int, int]]

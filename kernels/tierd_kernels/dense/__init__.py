@@ -1,0 +1,1 @@
+"""Attention over the originals: the truth, and the last rungs of the ladder."""

@@ -1,0 +1,106 @@
+"""What a call needs to know of the stored cache besides the bytes: units, norms and annotations, gathered with numpy."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd_kernels.bound.reference import Annotations
+from tierd_kernels.layout import AMP, KEY_NORM_MAX, NUMPY_DTYPE, SV, VALUE_NORM_MAX, Layout, Memory
+from tierd_kernels.numerics import Array
+
+
+def widen(x: NDArray[np.generic], dtype: str) -> Array:
+    """Originals in their raw array type as float64, exactly."""
+    if dtype == "bfloat16":
+        return (np.ascontiguousarray(x).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return x.astype(np.float64)
+
+
+def narrow(x: Array, dtype: str) -> NDArray[np.generic]:
+    """float64 rounded to nearest in the originals' type (BF16 through FP32: both roundings are within its unit, and the
+    ladder measures the error that was really made); overflow gives infinity."""
+    with np.errstate(over="ignore"):
+        if dtype != "bfloat16":
+            return np.asarray(x.astype(NUMPY_DTYPE[dtype]))
+        bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+@dataclass(frozen=True)
+class KVView:
+    """Per KV head H and block b: `unit_H`, a power of two at least as large as any ||V_t||, in which all value norms are counted;
+    `key_norm_max_H`, at least any ||K_t||."""
+
+    unit_H: Array
+    key_norm_max_H: Array
+    value_spectral_Hb: Array
+    amplitude_Hb: Array
+    value_norm_max_Hb: Array
+    value_error_max_Hb: Array
+    group_value_HG: Array
+    group_error_HG: Array
+    num_tokens: int
+    block_size: int
+
+    @staticmethod
+    def of(
+        layout: Layout,
+        memory: Memory,
+        hot_offsets: NDArray[np.int64],
+        original_offsets: NDArray[np.int64],
+        num_tokens: int,
+        group_norms: tuple[NDArray[np.float32], NDArray[np.float32]],
+    ) -> "KVView":
+        heads, full = layout.num_kv_heads, len(hot_offsets)
+        records = hot_offsets[None, :] + np.arange(heads)[:, None] * layout.hot_record_bytes
+        notes = memory.hot.view(np.float32)[(records + layout.annotations_at)[..., None] // 4 + np.arange(8)].astype(np.float64)
+        key_norm, value_norm = notes[..., KEY_NORM_MAX], notes[..., VALUE_NORM_MAX]
+        tail = len(original_offsets) - full
+        if tail:
+            count = num_tokens - full * layout.block_size
+            keys, values = read_block(layout, memory, int(original_offsets[-1]), count)
+            tail_norm = np.linalg.norm(values, axis=2).max(axis=1)[:, None] * (1 + 2.0**-40)
+            key_norm = np.concatenate([key_norm, np.linalg.norm(keys, axis=2).max(axis=1)[:, None] * (1 + 2.0**-40)], axis=1)
+            value_norm = np.concatenate([value_norm, tail_norm], axis=1)
+        top = value_norm.max(axis=1)
+        unit = np.ldexp(1.0, np.where((top > 0) & np.isfinite(top), np.clip(np.frexp(top)[1], -1000, 1000), 0))
+        value_norm = value_norm / unit[:, None]
+        pad = np.zeros((heads, tail))
+        columns = np.arange(layout.block_size)
+        eta = memory.hot.view(np.uint16)[(records + layout.value_error_at)[..., None] // 2 + columns].max(axis=2)
+        error = np.concatenate([widen(eta, "bfloat16") / unit[:, None], pad], axis=1)
+        scaled = notes[..., [SV, AMP]] / unit[:, None, None]
+        amplitude = np.maximum(np.concatenate([scaled[..., 1], pad], axis=1), value_norm)
+        groups = -(-num_tokens // 1024)
+        norms = []
+        for known in group_norms:
+            padded = np.full((heads, groups), np.inf)
+            have = min(groups, len(known))
+            padded[:, :have] = known[:have].T.astype(np.float64) / unit[:, None]
+            norms.append(padded)
+        return KVView(
+            unit, key_norm.max(axis=1), np.concatenate([scaled[..., 0], pad], axis=1), amplitude, value_norm, error,
+            norms[0], norms[1], num_tokens, layout.block_size,
+        )  # fmt: skip
+
+    def annotations(self, rows: int) -> Annotations:
+        """The same per row, `rows` rows to a KV head."""
+        return Annotations(
+            np.repeat(self.value_spectral_Hb, rows, axis=0),
+            np.repeat(self.amplitude_Hb, rows, axis=0),
+            np.repeat(self.value_norm_max_Hb, rows, axis=0),
+            np.repeat(self.group_value_HG, rows, axis=0),
+            np.repeat(self.group_error_HG, rows, axis=0),
+            self.num_tokens,
+            self.block_size,
+        )
+
+
+def read_block(layout: Layout, memory: Memory, offset: int, count: int) -> tuple[Array, Array]:
+    """The first `count` tokens of an original block as float64 keys and values, [Hkv, count, d] each."""
+    size = layout.original_block_bytes
+    raw = memory.originals[offset : offset + size].view(NUMPY_DTYPE[layout.dtype])
+    both = raw.reshape(2, layout.num_kv_heads, layout.block_size, layout.head_dim)[:, :, :count]
+    return widen(both[0], layout.dtype), widen(both[1], layout.dtype)

@@ -1,0 +1,48 @@
+"""The ladder: from queries to outputs that meet their bound or are exact.
+
+One call is one session and layer. Its rows are (query head, query token); a KV head's rows run together. The order: score, the
+candidate bound, skip and promote, value pass, the bound from what was really used, once more with more promotions where it misses the
+budget, then rung 3. Nothing leaves here with a bound above its budget unless the row was computed from the originals.
+"""
+
+import numpy as np
+
+from tierd_kernels.call import Call, Result
+from tierd_kernels.layout import Layout, Memory
+from tierd_kernels.quantise.cpu import group_norms, quantise_blocks
+from tierd_kernels.step import Step
+
+ROWS_AT_ONCE = 64  # query tokens handled together: they bound the score buffer
+
+
+def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
+    """Answers every call, or returns the exception that explains why one has no answer (`ScoreOverflow`, ValueError)."""
+    answers: list[Result | Exception] = []
+    for call in calls:
+        try:
+            answers.append(_attend(layout, memory, call, num_q_heads))
+        except ValueError as error:
+            answers.append(error)
+    return answers
+
+
+def _attend(layout: Layout, memory: Memory, call: Call, num_q_heads: int) -> Result:
+    heads, n, d = call.q.shape
+    if heads != num_q_heads or num_q_heads % layout.num_kv_heads or d != layout.head_dim or not 1 <= n <= call.num_tokens:
+        raise ValueError(f"q is {call.q.shape} over {call.num_tokens} tokens; expected [{num_q_heads}, n <= tokens, {layout.head_dim}]")
+    parts = []
+    for start in range(0, n, ROWS_AT_ONCE):
+        stop = min(start + ROWS_AT_ONCE, n)
+        parts.append(Step(layout, memory, call, start, stop).run())
+    if len(parts) == 1:
+        return parts[0]
+    return Result(
+        np.concatenate([p.output for p in parts], axis=1),
+        {name: np.concatenate([p.certificate[name] for p in parts], axis=1) for name in parts[0].certificate},
+        np.logical_or.reduce([p.key_reads for p in parts]),
+        np.logical_or.reduce([p.value_reads for p in parts]),
+        np.maximum.reduce([p.contributions for p in parts]),
+        parts[0].canary_failures,
+    )
+
+__all__ = ["Call", "Result", "attend", "group_norms", "quantise_blocks"]

@@ -1,0 +1,1 @@
+"""Scores of every visible token and the statistics of every block."""

@@ -1,0 +1,1 @@
+"""Which blocks are skipped, and which are promoted to their originals."""

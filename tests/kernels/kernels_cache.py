@@ -1,0 +1,81 @@
+"""A stored cache for kernel tests: arenas filled by the quantiser, poisoned where nothing was written."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tierd_kernels import ladder
+from tierd_kernels.kvview import narrow
+from tierd_kernels.layout import NUMPY_DTYPE, Layout, Memory
+from tierd_kernels.policy import Policy
+
+GROUP = 1024
+
+
+@dataclass
+class Cache:
+    """`keys`, `values` [Hkv, N, d] raw originals; offsets and locations as `ladder.Call` wants them."""
+
+    layout: Layout
+    memory: Memory
+    keys: NDArray[Any]
+    values: NDArray[Any]
+    hot: NDArray[np.int64]
+    originals: NDArray[np.int64]
+    norm_max: NDArray[np.float32]
+    groups: list[NDArray[np.float32]]
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.keys.shape[1])
+
+    def locations(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        heads, size = self.layout.num_kv_heads, self.layout.original_record_bytes
+        key = self.originals[: len(self.hot), None] + np.arange(heads) * size
+        return ~key, ~(key + heads * size)
+
+    def call(self, q: NDArray[Any], rtol: float, policy: Policy, **more: Any) -> ladder.Call:
+        key, value = self.locations()
+        norms = {"group_value_norms": self.groups[0], "group_error_norms": self.groups[1]}
+        scale = more.pop("softmax_scale", self.layout.head_dim**-0.5)
+        return ladder.Call(
+            q=q, num_tokens=self.num_tokens, softmax_scale=scale, hot_offsets=self.hot, original_offsets=self.originals,
+            key_locations=key, value_locations=value, value_norm_max=self.norm_max, rtol=rtol, atol=more.pop("atol", 0.0),
+            policy=policy, **norms, **more,
+        )  # fmt: skip
+
+
+def raw(x: NDArray[np.float64], dtype: str) -> NDArray[Any]:
+    """float64 to raw originals, kept finite."""
+    limit = {"float16": 6e4, "bfloat16": 3e38, "float32": 3e38}[dtype]
+    return narrow(np.clip(x, -limit, limit), dtype)
+
+
+def store(layout: Layout, keys: NDArray[Any], values: NDArray[Any]) -> Cache:
+    """Writes raw originals [Hkv, N, d] into arenas of 0xFF bytes (NaN as a float) and quantises the full blocks."""
+    B, tokens = layout.block_size, keys.shape[1]
+    blocks, full = -(-tokens // B), tokens // B
+    memory = Memory(
+        np.full(max(full, 1) * layout.hot_block_bytes, 0xFF, np.uint8),
+        np.full(64, 0xFF, np.uint8),
+        np.full(blocks * layout.original_block_bytes, 0xFF, np.uint8),
+    )
+    originals = np.arange(blocks, dtype=np.int64) * layout.original_block_bytes
+    for b, at in enumerate(originals):
+        view = memory.originals[at : at + layout.original_block_bytes].view(NUMPY_DTYPE[layout.dtype])
+        view = view.reshape(2, layout.num_kv_heads, B, layout.head_dim)
+        count = min(B, tokens - b * B)
+        view[0, :, :count] = keys[:, b * B : b * B + count]
+        view[1, :, :count] = values[:, b * B : b * B + count]
+    hot = np.arange(full, dtype=np.int64) * layout.hot_block_bytes
+    norms = ladder.quantise_blocks(layout, memory, originals[:full], hot)
+    per = GROUP // B
+    pairs = [
+        ladder.group_norms(layout, memory, originals[g * per : (g + 1) * per], hot[g * per : (g + 1) * per])
+        for g in range(tokens // GROUP)
+    ]
+    heads = layout.num_kv_heads
+    groups = [np.array([p[i] for p in pairs], np.float32).reshape(-1, heads) for i in range(2)]
+    top = norms.max(axis=0) if full else np.zeros(heads, np.float32)
+    return Cache(layout, memory, keys, values, hot, originals, top, groups)

@@ -1,0 +1,68 @@
+"""float16 and bfloat16 conversions against NumPy, every bit pattern, and rounding up."""
+
+import math
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+from tierd_kernels import floats
+
+ALL_BITS = np.arange(2**16, dtype=np.uint16)
+
+
+def test_every_float16_widens_exactly() -> None:
+    expected = ALL_BITS.view(np.float16).astype(np.float32)
+    out = np.empty(2**16, np.float32)
+    floats.widen_f16(ALL_BITS, out)
+    np.testing.assert_array_equal(out, expected)
+    assert (np.signbit(out) == np.signbit(expected)).all()
+    np.testing.assert_array_equal([floats.f16_value(int(bits)) for bits in ALL_BITS], expected)
+
+
+def test_every_bfloat16_widens_exactly() -> None:
+    out = np.empty(2**16, np.float32)
+    floats.widen_bf16(ALL_BITS, out)
+    assert (out.view(np.uint32) == ALL_BITS.astype(np.uint32) << 16).all()
+
+
+def test_every_finite_float16_and_bfloat16_narrows_to_itself() -> None:
+    for bits in ALL_BITS[ALL_BITS < 0x7C00]:
+        assert floats.f16_bits(floats.f16_value(int(bits)), floats.NEAREST) == bits
+        assert floats.f16_bits(floats.f16_value(int(bits)), floats.AWAY) == bits
+    for bits in ALL_BITS[ALL_BITS < 0x7F80]:
+        assert floats.bf16_bits_above(float(floats.as_float64(np.array([bits]))[0])) == bits
+
+
+numbers = (
+    st.floats(width=64) | st.floats(-7e4, 7e4) | st.floats(-1e-4, 1e-4) | st.floats(width=16) | st.floats(width=32)
+)
+
+
+@given(numbers)
+def test_float16_rounds_to_nearest_even_as_numpy(x: float) -> None:
+    with np.errstate(over="ignore"):
+        expected = np.float64(x).astype(np.float16)
+    actual = np.array([floats.f16_bits(x, floats.NEAREST)], np.uint16).view(np.float16)[0]
+    assert (math.isnan(x) and np.isnan(actual)) or actual == expected
+
+
+@given(numbers)
+def test_rounding_up_is_tight(x: float) -> None:
+    x = abs(x)
+    single = floats.f32_above(x)
+    brain = floats.bf16_bits_above(x)
+    if not math.isfinite(x):
+        assert single == math.inf and brain == 0x7F80
+        return
+    assert single >= x and np.float32(single) == single
+    assert x == 0.0 or float(np.nextafter(np.float32(single), np.float32(0))) < x
+    value, below = floats.as_float64(np.array([brain, max(brain, 1) - 1], np.uint16))
+    assert value >= x and (x == 0.0 or below < x)
+
+
+@given(numbers.filter(math.isfinite))
+def test_float16_below_is_tight(x: float) -> None:
+    below = np.array([floats.f16_bits_below(x)], np.uint16).view(np.float16)
+    above = np.nextafter(below, np.float16(np.inf))
+    # As Python floats: NumPy would round x to float16 before comparing.
+    assert float(below[0]) <= x < float(above[0]) or (abs(x) > 65504.0 and abs(below[0]) >= 65504.0)

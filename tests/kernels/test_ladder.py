@@ -1,0 +1,170 @@
+"""The ladder keeps the promise: every reply is held against an oracle that sees only K, V, q and the reply."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels_cache import Cache, raw, store
+from numpy.typing import NDArray
+from oracle import check_reply
+from tierd_kernels import ladder
+from tierd_kernels.errors import ScoreOverflow
+from tierd_kernels.layout import BLOCK_SIZES, HEAD_DIMS, VALUE_GROUPS, Layout
+from tierd_kernels.policy import Budget, Coverage, Policy
+
+REGIMES = ("random", "sharp", "sink", "outliers", "constant", "ties", "tiny", "huge", "mixed", "offset")
+
+
+def draw(regime: str, heads: int, group: int, tokens: int, n: int, d: int, dtype: str, seed: int) -> tuple[NDArray[Any], ...]:
+    """Raw K, V [heads, tokens, d] and q [heads * group, n, d] of one regime."""
+    rng = np.random.default_rng(seed)
+    k, v = rng.standard_normal((2, heads, tokens, d))
+    q = rng.standard_normal((heads * group, n, d))
+    if regime == "sharp":
+        q *= 6.0
+    elif regime == "sink":
+        k[:, 0] = 4.0 * q[::group, 0]
+        v[:, 0] *= 1e-2
+    elif regime == "outliers":
+        v[..., ::17] *= 300.0
+        k[..., 3] *= 50.0
+    elif regime == "constant":
+        k[..., ::2], v[..., ::3] = 1.7, -0.3
+    elif regime == "ties":
+        k[:] = k[:, :1]
+    elif regime == "tiny":
+        k, v, q = k * 1e-12, v * 1e-18, q * 1e-12
+    elif regime == "huge":
+        k, v, q = k * 1e15, v * 1e30, q * 1e15
+    elif regime == "mixed":
+        v *= 10.0 ** rng.uniform(-6, 3, v.shape)
+        k *= 10.0 ** rng.uniform(-3, 1, k.shape)
+    elif regime == "offset":
+        k += 40.0
+        v += 9.0
+    return raw(k, dtype), raw(v, dtype), raw(q, dtype)
+
+
+def answer(cache: Cache, q: NDArray[Any], rtol: float, policy: Policy, **more: Any) -> ladder.Result:
+    result = ladder.attend(cache.layout, cache.memory, [cache.call(q, rtol, policy, **more)], len(q))[0]
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+@given(
+    regime=st.sampled_from(REGIMES),
+    dtype=st.sampled_from(("float16", "bfloat16", "float32")),
+    d=st.sampled_from(HEAD_DIMS),
+    block_size=st.sampled_from(BLOCK_SIZES),
+    value_group=st.sampled_from(VALUE_GROUPS),
+    heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    tokens=st.integers(1, 1400),
+    n=st.integers(1, 5),
+    rtol=st.sampled_from((0.0, 1e-3, 0.02, 0.1, 0.5)),
+    relative_to=st.sampled_from(("values", "output")),
+    policy=st.sampled_from((Budget(), Budget(skip_share=0.0), Budget(skip_share=0.5, require_rank=True), Coverage())),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_reply_is_certified_or_exact(
+    regime: str, dtype: str, d: int, block_size: int, value_group: int, heads: int, group: int, tokens: int, n: int,
+    rtol: float, relative_to: str, policy: Policy, seed: int,
+) -> None:  # fmt: skip
+    n = min(n, tokens)
+    k, v, q = draw(regime, heads, group, tokens, n, d, dtype, seed)
+    cache = store(Layout(heads, d, block_size, value_group, dtype), k, v)
+    result = answer(cache, q, rtol, policy, relative_to=relative_to, canary_blocks=np.arange(len(cache.hot))[::7])
+    check_reply(
+        k, v, q, result.output, result.certificate, rtol, 0.0, relative_to, softmax_scale=d**-0.5, block_size=block_size
+    )
+    assert not result.canary_failures
+    if rtol == 0.0:
+        assert result.certificate["exact"].all()
+
+
+def test_a_chunk_of_queries_is_answered_as_its_tokens_are() -> None:
+    k, v, q = draw("random", 2, 2, 300, 130, 64, "float32", 5)
+    cache = store(Layout(2, 64, 16, 16, "float32"), k, v)
+    result = answer(cache, q, 0.1, Budget())
+    check_reply(k, v, q, result.output, result.certificate, 0.1, 0.0, softmax_scale=64**-0.5)
+    assert result.output.shape == (4, 130, 64)
+
+
+def test_loose_tolerance_stays_on_rung_zero_and_skips() -> None:
+    k, v, q = draw("sharp", 2, 4, 2048, 1, 128, "float16", 1)
+    cache = store(Layout(2, 128, 16, 16, "float16"), k, v)
+    certificate = answer(cache, q, 1.5, Budget(skip_share=0.3)).certificate
+    assert (certificate["rung"] == 0).any()
+    assert (certificate["skipped_blocks"] > 0).any()
+
+
+def test_promotions_are_fewer_than_all_blocks() -> None:
+    k, v, q = draw("random", 2, 4, 4096, 1, 64, "float32", 2)
+    cache = store(Layout(2, 64, 16, 16, "float32"), k, v)
+    certificate = answer(cache, q, 0.03, Budget()).certificate
+    climbed = (certificate["rung"] == 1) | (certificate["rung"] == 2)
+    assert climbed.any()
+    assert (certificate["promoted_key_blocks"] + certificate["promoted_value_blocks"])[climbed].max() < 2 * len(cache.hot)
+
+
+def test_a_corrupt_scratch_copy_changes_the_answer() -> None:
+    k, v, q = draw("random", 1, 1, 512, 1, 64, "float32", 3)
+    cache = store(Layout(1, 64, 16, 16, "float32"), k, v)
+    size = cache.layout.original_record_bytes
+    scratch = np.empty(2 * len(cache.hot) * size, np.uint8)
+    call = cache.call(q, 1e-3, Coverage(tau_cov=1.0, v_tol=0.0), atol=10.0)
+    for i, at in enumerate(np.concatenate([~call.key_locations[:, 0], ~call.value_locations[:, 0]])):
+        scratch[i * size : (i + 1) * size] = cache.memory.originals[at : at + size]
+    memory = cache.memory._replace(scratch=scratch)
+    call.key_locations = np.arange(len(cache.hot))[:, None] * size
+    call.value_locations = call.key_locations + len(cache.hot) * size
+    direct = answer(cache, q, 1e-3, Coverage(tau_cov=1.0, v_tol=0.0), atol=10.0)
+    cached = ladder.attend(cache.layout, memory, [call], 1)[0]
+    assert isinstance(cached, ladder.Result)
+    assert cached.certificate["rung"].item() == 2
+    np.testing.assert_array_equal(cached.output, direct.output)
+    assert cached.certificate["host_bytes"].item() == 0 < direct.certificate["host_bytes"].item()
+    scratch[len(cache.hot) * size :].view(np.float32)[:] += 1.0
+    spoiled = ladder.attend(cache.layout, memory, [call], 1)[0]
+    assert isinstance(spoiled, ladder.Result)
+    assert np.abs(spoiled.output - direct.output).max() > 0.5
+
+
+@pytest.mark.parametrize("field", ["codes", "originals"])
+def test_the_canary_sees_corruption(field: str) -> None:
+    k, v, q = draw("random", 2, 2, 256, 1, 64, "float32", 4)
+    cache = store(Layout(2, 64, 16, 16, "float32"), k, v)
+    if field == "codes":
+        cache.memory.hot[cache.hot[3] : cache.hot[3] + 16 * 64] ^= 0x55
+    else:
+        at = cache.originals[3]
+        cache.memory.originals[at : at + cache.layout.original_record_bytes].view(np.float32)[:] *= -3.0
+    result = answer(cache, q, 10.0, Budget(), canary_blocks=np.array([2, 3]))
+    assert result.canary_failures == [(3, 0)]
+
+
+def test_the_same_call_gives_the_same_bits() -> None:
+    k, v, q = draw("random", 2, 2, 700, 2, 80, "bfloat16", 6)
+    cache = store(Layout(2, 80, 32, 32, "bfloat16"), k, v)
+    first, second = (answer(cache, q, 0.03, Budget()) for _ in range(2))
+    np.testing.assert_array_equal(first.output, second.output)
+    for name, values in first.certificate.items():
+        np.testing.assert_array_equal(values, second.certificate[name])
+
+
+def test_a_score_that_cannot_be_answered_is_refused() -> None:
+    k, v, q = (raw(np.full(shape, 1e20), "float32") for shape in ((1, 20, 64), (1, 20, 64), (1, 1, 64)))
+    cache = store(Layout(1, 64, 16, 16, "float32"), k, v)
+    with pytest.raises(ScoreOverflow, match="above 3e\\+38"):
+        answer(cache, q, 0.1, Budget())
+
+
+def test_bad_shapes_are_refused() -> None:
+    k, v, _ = draw("random", 2, 2, 40, 1, 64, "float32", 0)
+    cache = store(Layout(2, 64, 16, 16, "float32"), k, v)
+    with pytest.raises(ValueError, match="expected"):
+        answer(cache, np.zeros((4, 41, 64), np.float32), 0.1, Budget())
