@@ -1,0 +1,121 @@
+"""The bound against an adversary: score errors up to Delta and D, value errors up to eta, signs chosen to move the output most."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from tierd_kernels.bound.reference import NUM_STATISTICS, SUM, Annotations, evaluate, top_block_certified
+from tierd_kernels.numerics import phi, psi
+from tierd_kernels.score.cpu import block_statistics
+
+Array = NDArray[np.float64]
+B, D = 16, 8
+
+
+def attacked(seed: int, blocks: int, delta: float, sharpness: float, skip: bool, by_norm: bool) -> tuple[float, float]:
+    """(true error under the worst signs found, bound) of one row over `blocks` blocks of unit-scale values."""
+    rng = np.random.default_rng(seed)
+    n = blocks * B
+    scores = (sharpness * rng.standard_normal(n)).astype(np.float32)
+    used = rng.standard_normal((n, D)) * 10.0 ** rng.uniform(-2, 0, (n, 1)) / 4
+    eta = 0.05 * rng.random(n) * np.linalg.norm(used, axis=1)
+    deltas = delta * rng.random(blocks)
+    dnorms = deltas * (rng.uniform(0.3, 1.0, blocks) * np.sqrt(B) if by_norm else np.sqrt(B))
+    norms = np.linalg.norm(used, axis=1) + eta
+    statistics = np.zeros((1, blocks, NUM_STATISTICS))
+    for b in range(blocks):
+        at = slice(b * B, (b + 1) * B)
+        block_statistics(scores[at], B, norms[at], eta[at], deltas[b], dnorms[b], 0.0, statistics[0, b])
+    keep = np.ones((1, blocks), np.bool_)
+    if skip and blocks > 1:
+        keep[0, np.argsort(statistics[0, :, SUM])[: blocks // 2]] = False
+    weights = np.exp(scores.astype(np.float64) - scores.max())
+    kept = np.repeat(keep[0], B)
+    rho = np.where(kept, weights, 0.0) / weights[kept].sum()
+    output = rho @ used
+    groups = -(-n // 1024)
+    group_of = np.arange(n) // 1024
+    dots = np.array([[(rho[group_of == g] @ used[group_of == g]) @ output for g in range(groups)]])
+
+    worst, spectral = 0.0, np.zeros((1, groups))
+    for attempt in range(6):
+        # Ascend: push every token along the direction that the output already moves in.
+        u = rng.standard_normal(D) if attempt else output.copy()
+        for _ in range(8):
+            u /= np.linalg.norm(u) + 1e-300
+            values = used + eta[:, None] * u
+            lean = values @ u - output @ u
+            shift = np.empty(n)
+            for b in range(blocks):
+                at = slice(b * B, (b + 1) * B)
+                signs = np.sign(lean[at])
+                # The errors must respect both Delta (largest) and D (norm): scale the vector of signs or of weighted leans.
+                options = [signs * min(deltas[b], dnorms[b] / np.sqrt(B))]
+                pull = weights[at] * lean[at]
+                pull = pull / (np.linalg.norm(pull) + 1e-300) * dnorms[b]
+                options.append(np.clip(pull, -deltas[b], deltas[b]))
+                shift[at] = options[attempt % 2]
+            exact = weights * np.exp(shift)
+            truth = exact @ values / exact.sum()
+            worst = max(worst, float(np.linalg.norm(truth - output)))
+            u = truth - output
+            spectral = np.maximum(spectral, [[np.linalg.norm(values[group_of == g], 2) for g in range(groups)]])
+    spectral_e = np.array([[np.linalg.norm(eta[at : at + B]) for at in range(0, n, B)]])
+    annotations = Annotations(
+        spectral_e, np.zeros((1, blocks)), norms.reshape(1, blocks, B).max(axis=2), spectral,
+        np.array([[np.linalg.norm(eta[group_of == g]) for g in range(groups)]]), n, B,
+    )  # fmt: skip
+    norm = np.array([np.linalg.norm(output)])
+    bound = evaluate(statistics, annotations, keep, np.zeros((1, blocks), np.bool_), norm, np.zeros(1), dots)
+    return worst, float(bound.total[0])
+
+
+@given(
+    seed=st.integers(0, 2**31), blocks=st.integers(1, 70), delta=st.sampled_from((1e-3, 0.05, 0.4, 2.0)),
+    sharpness=st.sampled_from((0.1, 1.0, 5.0)), skip=st.booleans(), by_norm=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=150, deadline=None)
+def test_no_adversary_passes_the_bound(seed: int, blocks: int, delta: float, sharpness: float, skip: bool, by_norm: bool) -> None:
+    worst, bound = attacked(seed, blocks, delta, sharpness, skip, by_norm)
+    assert worst <= bound
+
+
+def test_the_bound_is_nearly_attained() -> None:
+    """A bound that were wrong by a constant factor would pass the attack above only if it were never close: it is."""
+    ratios = [w / b for w, b in (attacked(seed, 1 + seed % 3, 0.05, 0.1, False, False) for seed in range(40))]
+    assert max(ratios) > 0.6, max(ratios)
+
+
+def test_broken_statistics_never_give_a_small_bound() -> None:
+    statistics = np.zeros((3, 2, NUM_STATISTICS))
+    for b in range(2):
+        block_statistics(np.zeros(B, np.float32), B, np.ones(B), np.ones(B), 0.01, 0.04, 0.0, statistics[0, b])
+    statistics[1:] = statistics[0]
+    statistics[1, 0, 3:10] = np.nan
+    statistics[2, 0, 3:10] = np.inf
+    ones = np.ones((3, 2))
+    annotations = Annotations(np.inf * ones, ones, ones, np.full((3, 1), np.inf), np.full((3, 1), np.inf), 32, B)
+    bound = evaluate(statistics, annotations, ones > 0, ones < 0, np.ones(3), np.zeros(3), None).total
+    assert np.isfinite(bound[0])
+    assert np.isinf(bound[1:]).all()
+
+
+def test_rank_needs_a_gap() -> None:
+    statistics = np.zeros((2, 2, NUM_STATISTICS))
+    for row, gap in enumerate((0.1, 1.0)):
+        for b in range(2):
+            block_statistics(np.full(B, gap * b, np.float32), B, np.ones(B), np.ones(B), 0.2, 0.8, 0.0, statistics[row, b])
+    assert top_block_certified(statistics).tolist() == [False, True]
+
+
+@pytest.mark.parametrize("x", [0.0, 1e-12, 1e-4, 1e-3, 0.5, 20.0])
+def test_phi_and_psi_are_never_below_their_series(x: float) -> None:
+    terms = [1.0]
+    for k in range(1, 120):
+        terms.append(terms[-1] * x / k)
+    over = np.array([x])
+    exact_phi = sum(t / (k + 1) for k, t in enumerate(terms))
+    exact_psi = sum(t / ((k + 1) * (k + 2)) for k, t in enumerate(terms))
+    assert phi(over)[0] == pytest.approx(exact_phi, rel=1e-9)
+    assert psi(over)[0] == pytest.approx(exact_psi, rel=1e-8)
