@@ -13,14 +13,19 @@ Array = NDArray[np.float64]
 B, D = 16, 8
 
 
-def attacked(seed: int, blocks: int, delta: float, sharpness: float, skip: bool, by_norm: bool) -> tuple[float, float]:
+def attacked(
+    seed: int, blocks: int, delta: float, sharpness: float, skip: bool, by_norm: bool, needle: bool = False
+) -> tuple[float, float]:
     """(true error under the worst signs found, bound) of one row over `blocks` blocks of unit-scale values."""
     rng = np.random.default_rng(seed)
     n = blocks * B
     scores = (sharpness * rng.standard_normal(n)).astype(np.float32)
     used = rng.standard_normal((n, D)) * 10.0 ** rng.uniform(-2, 0, (n, 1)) / 4
+    if needle:  # all the output comes from a light block: the terms in ||O|| and the denominator carry the bound
+        used[B:] *= 1e-6
+        used[:B] = used[0]
     eta = 0.05 * rng.random(n) * np.linalg.norm(used, axis=1)
-    deltas = delta * rng.random(blocks)
+    deltas = delta * (np.ones(blocks) if needle else rng.random(blocks))
     dnorms = deltas * (rng.uniform(0.3, 1.0, blocks) * np.sqrt(B) if by_norm else np.sqrt(B))
     norms = np.linalg.norm(used, axis=1) + eta
     statistics = np.zeros((1, blocks, NUM_STATISTICS))
@@ -85,6 +90,12 @@ def test_the_bound_is_nearly_attained() -> None:
     """A bound that were wrong by a constant factor would pass the attack above only if it were never close: it is."""
     ratios = [w / b for w, b in (attacked(seed, 1 + seed % 3, 0.05, 0.1, False, False) for seed in range(40))]
     assert max(ratios) > 0.6, max(ratios)
+
+
+@pytest.mark.parametrize("delta", [0.05, 1.0])
+def test_a_light_block_that_carries_the_output(delta: float) -> None:
+    worst, bound = attacked(3, 60, delta, 0.1, False, False, needle=True)
+    assert 0.4 * bound < worst <= bound
 
 
 def test_broken_statistics_never_give_a_small_bound() -> None:
