@@ -1,0 +1,1 @@
+"""The daemon that keeps quantised KV caches and answers attention with a certificate."""

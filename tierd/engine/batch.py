@@ -1,0 +1,267 @@
+"""Answers a batch of attend commands: append, one kernel launch per geometry, verify, repair, commit or undo."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from tierd_kernels.call import Call, Result
+from tierd_kernels.layout import Layout, Memory
+
+from tierd.commands import EXACT, Attend, Row, RowResult, Tolerance
+from tierd.engine.counters import Counters
+from tierd.engine.validate import check_row, is_finite
+from tierd.errors import CertificateUnavailable, InvalidArgument, TierdError
+from tierd.residency import KEY, VALUE, Ids, Residency
+from tierd.session import Quantiser, Savepoint, Session
+
+log = logging.getLogger(__name__)
+NO_BLOCKS = np.empty(0, dtype=np.int64)
+
+
+class Kernels(Quantiser, Protocol):
+    """All kernels that the daemon calls; `tierd_kernels.ladder` is one."""
+
+    def attend(self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
+        """One answer, or the exception that explains its absence, per call."""
+        ...
+
+
+@dataclass(eq=False)
+class Work:
+    """One row under way. `ids`: its full blocks; `locations` and `copy_ids` [2, m, Hkv]: what its kernels were told to read."""
+
+    session: Session
+    row: Row
+    call: Call
+    ids: Ids
+    locations: NDArray[np.int64]
+    copy_ids: NDArray[np.int64]
+    result: Result | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """One attend command under way: its rows, how to take its appends back, and why it failed, if it did."""
+
+    command: Attend
+    future: "Future[Any]"
+    sessions: list[Session]
+    saved: list[tuple[Session, Savepoint]] = field(default_factory=list)
+    works: list[Work] = field(default_factory=list)
+    error: TierdError | None = None
+
+
+class Batch:
+    """Runs jobs whose sessions are all different from one another. Owned by the engine's thread."""
+
+    def __init__(
+        self,
+        residency: Residency,
+        kernels: Kernels,
+        sessions: dict[str, Session],
+        counters: Counters,
+        canary_share: float,
+        seed: int,
+    ) -> None:
+        self._residency = residency
+        self._kernels = kernels
+        self._sessions = sessions
+        self._counters = counters
+        self._canary_share = canary_share
+        self._random = np.random.default_rng(seed)
+
+    def run(self, jobs: list[Job]) -> list[Work]:
+        """Answer all `jobs` and complete their futures; returns the rows that succeeded."""
+        for job in jobs:
+            self._prepare(job)
+        self._launch([(job, work) for job in jobs for work in job.works])
+        answered: list[Work] = []
+        for job in jobs:
+            for work in job.works:
+                if job.error is None:
+                    self._guarded(job, self._verify, job, work)
+            if self._finish(job):
+                answered += job.works
+        return answered
+
+    def _prepare(self, job: Job) -> None:
+        """Check every row, then append; leaves `job.works` empty if anything fails."""
+        try:
+            seen: set[tuple[str, int]] = set()
+            for session, row in zip(job.sessions, job.command.rows, strict=True):
+                check_row(session, row)
+                if (row.session_id, row.layer) in seen:
+                    raise InvalidArgument(f"session {row.session_id}, layer {row.layer} appears twice in one attend")
+                seen.add((row.session_id, row.layer))
+        except TierdError as error:
+            job.error = error
+            return
+        self._guarded(job, self._append, job)
+
+    def _append(self, job: Job) -> None:
+        for session, row in zip(job.sessions, job.command.rows, strict=True):
+            if row.k is not None and row.v is not None:
+                job.saved.append((session, session.append(row.layer, row.k, row.v)))
+        job.works = [self._plan(session, row) for session, row in zip(job.sessions, job.command.rows, strict=True)]
+
+    def _plan(self, session: Session, row: Row, tolerance: Tolerance | None = None, canaries: bool = True) -> Work:
+        tolerance = tolerance or row.tolerance or session.tolerance
+        state, table, ids = session.layers[row.layer], session.table, session.full_ids(row.layer)
+        locations = table.location[:, ids]
+        call = Call(
+            q=row.q,
+            num_tokens=state.length,
+            softmax_scale=session.geometry.scale,
+            hot_offsets=table.hot_offset[ids],
+            original_offsets=table.original_offset[state.ids],
+            key_locations=locations[KEY],
+            value_locations=locations[VALUE],
+            value_norm_max=state.value_norm_max,
+            group_value_norms=state.group_value_norms,
+            group_error_norms=state.group_error_norms,
+            rtol=tolerance.rtol,
+            atol=tolerance.atol,
+            relative_to=tolerance.relative_to,
+            policy=session.policy,
+            canary_blocks=self._draw_canaries(len(ids)) if canaries else NO_BLOCKS,
+        )
+        return Work(session, row, call, ids, locations, table.copy_id[:, ids])
+
+    def _draw_canaries(self, num_blocks: int) -> NDArray[np.int64]:
+        """Each full block with the configured probability."""
+        if self._canary_share == 0.0 or num_blocks == 0:
+            return NO_BLOCKS
+        drawn = np.flatnonzero(self._random.random(num_blocks) < self._canary_share).astype(np.int64)
+        self._counters.canaries += len(drawn)
+        return drawn
+
+    def _launch(self, rows: Iterable[tuple[Job, Work]]) -> None:
+        """One kernel call per geometry; a job fails with its first row that has no answer."""
+        groups: dict[tuple[Layout, int], list[tuple[Job, Work]]] = defaultdict(list)
+        for job, work in rows:
+            groups[work.session.layout, work.session.geometry.num_q_heads].append((job, work))
+        for (layout, num_q_heads), members in groups.items():
+            table = self._residency.table(layout)
+            for _, work in members:
+                self._residency.pin(table, work.ids)
+            try:
+                calls = [work.call for _, work in members]
+                answers = self._kernels.attend(layout, self._residency.arenas.memory, calls, num_q_heads)
+                assert len(answers) == len(calls)
+            except Exception as error:
+                log.exception("the attend kernels failed")
+                answers = [error] * len(members)
+            finally:
+                for _, work in members:
+                    self._residency.unpin(table, work.ids)
+            self._counters.launches += 1
+            for (job, work), answer in zip(members, answers, strict=True):
+                if isinstance(answer, Exception):
+                    job.error = job.error or self._refusal(answer)
+                else:
+                    work.result = answer
+
+    def _verify(self, job: Job, work: Work) -> None:
+        """Raises CertificateUnavailable, or leaves in `work.result` an answer whose promise holds."""
+        self._check_reads(work)
+        assert work.result is not None
+        if work.result.canary_failures:
+            self._repair(work, work.result.canary_failures)
+            again = self._plan(work.session, work.row, EXACT, canaries=False)
+            self._launch([(job, again)])
+            if job.error is not None:
+                return
+            work.call, work.locations, work.copy_ids, work.result = (
+                again.call,
+                again.locations,
+                again.copy_ids,
+                again.result,
+            )
+            self._check_reads(work)
+        self._check_promise(work)
+
+    def _check_reads(self, work: Work) -> None:
+        """Every original that came from the host must still be what was stored."""
+        assert work.result is not None
+        for kind, reads, name in ((KEY, work.result.key_reads, "keys"), (VALUE, work.result.value_reads, "values")):
+            bad = work.session.table.corrupt_records(kind, work.ids, reads & (work.locations[kind] < 0))
+            if bad:
+                self._counters.events["corrupt_original"] += len(bad)
+                raise CertificateUnavailable(
+                    f"session {work.session.session_id}, layer {work.row.layer}: the original {name} of block {bad[0][0]}, KV head "
+                    f"{bad[0][1]}, fail their checksum ({len(bad)} such records); nothing certified or exact can be given"
+                )
+
+    def _repair(self, work: Work, failures: list[tuple[int, int]]) -> None:
+        """Quantise anew every block that failed its canary, if its originals are sound; whatever was cached of it goes."""
+        table = work.session.table
+        blocks = np.unique(work.ids[[index for index, _ in failures]])
+        for block in blocks.tolist():
+            try:
+                table.require_sound(block)
+            except CertificateUnavailable:
+                self._counters.events["corrupt_original"] += 1
+                raise
+        self._residency.drop_copies(table, blocks)
+        memory = self._residency.arenas.memory
+        norms = self._kernels.quantise_blocks(
+            table.layout, memory, table.original_offset[blocks], table.hot_offset[blocks]
+        )
+        table.value_norm[blocks] = norms
+        for session in self._sessions.values():
+            if session.table is table:
+                for block in blocks.tolist():
+                    session.measure_again(block)
+        self._counters.events["canary_repaired"] += len(blocks)
+        log.warning("blocks %s failed their canary and were quantised anew from sound originals", blocks.tolist())
+
+    def _check_promise(self, work: Work) -> None:
+        """The last gate: no NaN, and no bound above its budget without `exact`."""
+        assert work.result is not None
+        certificate = work.result.certificate
+        kept = certificate["exact"] | np.less_equal(certificate["bound"], certificate["budget"])
+        if (
+            not (kept.all() and is_finite(work.result.output, work.session.geometry.dtype))
+            or np.isnan(certificate["bound"]).any()
+        ):
+            self._counters.events["broken_promise"] += 1
+            raise CertificateUnavailable("the kernels returned an answer without a valid certificate; it is withheld")
+
+    def _finish(self, job: Job) -> bool:
+        """Complete the job's future; a failed job's appends are taken back, newest first."""
+        if job.error is None:
+            for work in job.works:
+                assert work.result is not None
+                self._counters.add(work.result)
+            job.future.set_result(
+                [RowResult(w.result.output, w.result.certificate) for w in job.works if w.result is not None]
+            )
+            return True
+        for session, saved in reversed(job.saved):
+            session.undo(saved)
+            self._counters.events["undone"] += 1
+        job.future.set_exception(job.error)
+        return False
+
+    def _guarded(self, job: Job, step: Callable[..., None], *args: Any) -> None:
+        try:
+            step(*args)
+        except TierdError as error:
+            job.error = error
+        except Exception as error:
+            log.exception("an attend failed")
+            job.error = self._refusal(error)
+
+    def _refusal(self, error: Exception) -> TierdError:
+        """A kernel's ValueError is about what was asked; anything else is a fault of ours."""
+        if isinstance(error, TierdError):
+            return error
+        if isinstance(error, ValueError):
+            return InvalidArgument(str(error))
+        self._counters.events["fault"] += 1
+        return CertificateUnavailable(f"a fault in the daemon kept it from answering: {type(error).__name__}: {error}")

@@ -1,0 +1,253 @@
+"""The one loop that changes anything: drain, expire, plan, attend, migrate, complete.
+
+Commands come from any thread through `submit`. Those of one session take effect in the order of submission. Attends whose
+sessions are all different run as one batch, as far as `batch_rows_max` allows; whatever would touch a session of the waiting
+batch, and every command that is neither Attend nor Append, lets the batch run first.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, cast
+
+import numpy as np
+
+from tierd.clock import Clock, SystemClock
+from tierd.commands import (
+    Append,
+    Attend,
+    CloseSession,
+    CloseWorker,
+    Command,
+    Fork,
+    Heartbeat,
+    Lengths,
+    OpenSession,
+    SetTolerance,
+    Status,
+    Truncate,
+)
+from tierd.config import EngineConfig
+from tierd.engine.batch import Batch, Job, Kernels
+from tierd.engine.caching import ScratchCache
+from tierd.engine.counters import Counters
+from tierd.engine.sessions import Sessions
+from tierd.errors import CapacityExceeded, DeadlineExceeded, InvalidArgument, TierdError, Unavailable
+from tierd.ids import new_epoch
+from tierd.leases import Leases
+from tierd.migrator import Migrator
+from tierd.pools import Arenas
+from tierd.residency import Residency
+
+log = logging.getLogger(__name__)
+IDLE_TICK_S = 1.0  # how often an idle engine looks for leases that ran out
+
+
+class Engine:
+    """All sessions and pools of one daemon. `kernels` None: those of the CPU backend. `seed`: of the canaries' draw.
+
+    Without `start` there are no threads: `run_once` does everything on the caller's.
+    """
+
+    def __init__(
+        self, config: EngineConfig, clock: Clock | None = None, kernels: Kernels | None = None, seed: int = 0
+    ) -> None:
+        self.config = config
+        self.epoch = new_epoch()
+        self.counters = Counters()
+        self._clock = clock or SystemClock()
+        kernels = kernels or _cpu_kernels()
+        self.residency = Residency(Arenas(config.hot_bytes, config.scratch_bytes, config.originals_bytes))
+        self._leases = Leases(self._clock, config.lease_s or None)
+        self.sessions = Sessions(config, self.residency, kernels, self._leases)
+        self._batch = Batch(self.residency, kernels, self.sessions.by_id, self.counters, config.canary_share, seed)
+        self._migrator = Migrator(self.residency.arenas.memory, max(1, config.migrations_max))
+        self._cache = ScratchCache(self.residency, self._migrator, self.counters, config.migrations_max)
+        self._handlers: dict[type[Command], Callable[[Any], Any]] = {
+            OpenSession: self.sessions.open,
+            CloseSession: self.sessions.close,
+            CloseWorker: self.sessions.close_worker,
+            Append: self.sessions.append,
+            Truncate: self.sessions.truncate,
+            Fork: self.sessions.fork,
+            SetTolerance: self.sessions.set_tolerance,
+            Lengths: self.sessions.lengths,
+            Heartbeat: lambda _: None,
+            Status: lambda _: self.status(),
+        }
+        self._wake = threading.Condition()
+        self._queue: deque[tuple[Command, Future[Any]]] = deque()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._jobs: list[Job] = []
+        self._busy: set[str] = set()  # sessions of the waiting batch
+        self._num_rows = 0
+
+    def submit(self, command: Command) -> "Future[Any]":
+        """Queue a command, from any thread. Raises CapacityExceeded when the queue is full, Unavailable when stopping."""
+        future: Future[Any] = Future()
+        with self._wake:
+            if self._stopping:
+                raise Unavailable("the daemon is stopping and takes no new calls")
+            if len(self._queue) >= self.config.queue_max:
+                raise CapacityExceeded(
+                    f"{len(self._queue)} commands are waiting, 0 free: queue_max is {self.config.queue_max}"
+                )
+            self._queue.append((command, future))
+            self._wake.notify()
+        return future
+
+    def run_once(self) -> int:
+        """One turn of the loop over all that waits; returns the number of commands completed, failed ones included."""
+        with self._wake:
+            drained = list(self._queue)
+            self._queue.clear()
+        try:
+            for command, _ in drained:
+                self._leases.touch(command.worker)
+            self._expire_leases()
+            self._cache.collect()
+            for command, future in drained:
+                self._take(command, future)
+            self._run_batch()
+            self._cache.collect()
+        finally:
+            # Only a fault of ours leaves a command without an answer; its caller must not wait for ever.
+            for _, future in drained:
+                if not future.done():
+                    self.counters.events["fault"] += 1
+                    future.set_exception(Unavailable("a fault in the daemon ended this call"))
+            self._clear_batch()
+        self.counters.commands += len(drained)
+        return len(drained)
+
+    def start(self) -> None:
+        """Run the loop, and the copier, on threads of their own."""
+        assert self._thread is None and not self._stopping
+        self._migrator.start()
+        self._thread = threading.Thread(target=self._run, name="tierd-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, grace_s: float) -> None:
+        """Refuse new commands, answer waiting ones for at most `grace_s` seconds, fail the rest; ends all threads."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is None:
+            self.run_once()
+        else:
+            self._thread.join(grace_s)
+            with self._wake:
+                left = list(self._queue)
+                self._queue.clear()
+            for _, future in left:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(Unavailable("the daemon stopped before this call's turn came"))
+            self._thread.join()
+            self._thread = None
+        self._migrator.stop()
+        self._cache.collect()
+
+    def status(self) -> dict[str, Any]:
+        """Numbers for people and monitors. Call it through a `Status` command where the engine has a thread."""
+        pools = {
+            pool.name: {"used_bytes": pool.used_bytes, "free_bytes": pool.free_bytes, "total_bytes": pool.total_bytes}
+            for pool in self.residency.arenas.pools
+        }
+        return {
+            "epoch": self.epoch,
+            "backend": self.config.backend,
+            "sessions": len(self.sessions.by_id),
+            "workers": self._leases.num_workers,
+            "queue": len(self._queue),
+            "blocks": sum(table.num_live for table in self.residency.tables.values()),
+            "tokens": sum(sum(session.lengths) for session in self.sessions.by_id.values()),
+            "copies": self.residency.num_copies,
+            "pools": pools,
+            **self.counters.as_dict(),
+        }
+
+    def check_integrity(self) -> None:
+        """Assert that all accounts agree and that every reference to a block is a session's. Only while nothing runs."""
+        self.residency.check_integrity()
+        for table in self.residency.tables.values():
+            held = [s.ids for x in self.sessions.by_id.values() if x.table is table for s in x.layers]
+            counts = np.bincount(np.concatenate([np.empty(0, np.int64), *held]), minlength=len(table.references))
+            assert (counts == table.references).all(), "reference counts do not match what sessions hold"
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                if not self._queue and not self._stopping:
+                    self._wake.wait(IDLE_TICK_S)
+                if not self._queue and self._stopping:
+                    return
+            try:
+                self.run_once()
+            except Exception:
+                log.exception("a turn of the engine failed")
+
+    def _expire_leases(self) -> None:
+        for worker in self._leases.expired():
+            closed = self.sessions.close_all(self._leases.sessions_of(worker))
+            self.counters.events["lease_expired"] += 1
+            log.warning(
+                "worker %s was silent for %s s; its %d sessions were closed", worker, self.config.lease_s, closed
+            )
+
+    def _take(self, command: Command, future: "Future[Any]") -> None:
+        """Complete a command, or put it into the waiting batch."""
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            self._check_deadline(command)
+            if isinstance(command, Attend):
+                self._join_batch(command, future)
+                return
+            if not isinstance(command, Append) or command.session_id in self._busy:
+                self._run_batch()
+            future.set_result(self._handlers[type(command)](command))
+        except TierdError as error:
+            future.set_exception(error)
+        except Exception as error:
+            log.exception("a %s failed", type(command).__name__)
+            self.counters.events["fault"] += 1
+            future.set_exception(Unavailable(f"a fault in the daemon ended this call: {type(error).__name__}: {error}"))
+
+    def _check_deadline(self, command: Command) -> None:
+        now_s = self._clock.now()
+        if command.deadline is not None and now_s > command.deadline:
+            self.counters.events["deadline_exceeded"] += 1
+            raise DeadlineExceeded(
+                f"the deadline passed {now_s - command.deadline:.3f} s before this call's turn; nothing was done"
+            )
+
+    def _join_batch(self, command: Attend, future: "Future[Any]") -> None:
+        limit = self.config.batch_rows_max
+        if not 1 <= len(command.rows) <= limit:
+            raise InvalidArgument(f"one attend has {len(command.rows)} rows; allowed: 1 to {limit}")
+        sessions = [self.sessions.find(row.session_id, command.worker) for row in command.rows]
+        names = {session.session_id for session in sessions}
+        if names & self._busy or self._num_rows + len(sessions) > limit:
+            self._run_batch()
+        self._jobs.append(Job(command, future, sessions))
+        self._busy |= names
+        self._num_rows += len(sessions)
+
+    def _run_batch(self) -> None:
+        jobs = self._clear_batch()
+        if jobs:
+            self._cache.update(self._batch.run(jobs))
+
+    def _clear_batch(self) -> list[Job]:
+        jobs, self._jobs, self._busy, self._num_rows = self._jobs, [], set(), 0
+        return jobs
+
+
+def _cpu_kernels() -> Kernels:
+    """Imported late: compiling them takes a while, and tests bring their own."""
+    from tierd_kernels import ladder
+
+    return cast(Kernels, ladder)

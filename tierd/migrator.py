@@ -1,0 +1,97 @@
+"""Carries out copies from originals to scratch, in the background. It makes no choices."""
+
+import threading
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import xxhash
+from tierd_kernels.layout import Memory
+
+
+@dataclass(frozen=True)
+class CopyOrder:
+    """Copy `nbytes` from `source` in the originals to `target` in scratch (byte offsets)."""
+
+    copy_id: int
+    source: int
+    target: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CopyDone:
+    """The bytes that arrived hash (xxh3, 64 bit) to `digest`."""
+
+    copy_id: int
+    digest: int
+
+
+class Migrator:
+    """At most `limit` copies wait or run. Until `start` is called there is no thread, and `poll` does the copying itself."""
+
+    def __init__(self, memory: Memory, limit: int) -> None:
+        self._memory = memory
+        self._limit = limit
+        self._wake = threading.Condition()
+        self._orders: deque[CopyOrder] = deque()
+        self._done: list[CopyDone] = []
+        self._outstanding = 0
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def room(self) -> int:
+        """How many more copies `submit` takes now."""
+        return self._limit - self._outstanding
+
+    def submit(self, orders: Iterable[CopyOrder]) -> None:
+        """Queue copies, no more than `room`. The ranges must stay reserved until `poll` has reported them."""
+        with self._wake:
+            for order in orders:
+                assert self._outstanding < self._limit
+                self._orders.append(order)
+                self._outstanding += 1
+            self._wake.notify()
+
+    def poll(self) -> list[CopyDone]:
+        """Copies finished since the last poll."""
+        while self._thread is None and self._orders:
+            self._copy(self._orders.popleft())
+        with self._wake:
+            done, self._done = self._done, []
+            self._outstanding -= len(done)
+        return done
+
+    def start(self) -> None:
+        """Copy on a thread of its own from now on."""
+        assert self._thread is None
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="tierd-migrator", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Finish what is queued and end the thread; `poll` still reports it."""
+        if self._thread is not None:
+            with self._wake:
+                self._stopping = True
+                self._wake.notify()
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._orders and not self._stopping:
+                    self._wake.wait()
+                if not self._orders:
+                    return
+                order = self._orders.popleft()
+            self._copy(order)
+
+    def _copy(self, order: CopyOrder) -> None:
+        target = self._memory.scratch[order.target : order.target + order.nbytes]
+        target[:] = self._memory.originals[order.source : order.source + order.nbytes]
+        digest = int(xxhash.xxh3_64_intdigest(target.data))
+        with self._wake:
+            self._done.append(CopyDone(order.copy_id, digest))

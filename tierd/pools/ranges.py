@@ -1,0 +1,124 @@
+"""Byte ranges of one fixed arena: who owns which, and which are free."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd.errors import CapacityExceeded
+
+
+class RangeAllocator:
+    """Hands out aligned byte ranges of `[0, total_bytes)` and takes them back.
+
+    A request is served from the bin of ranges of exactly its size, then from the untouched end of the arena, then by splitting
+    the smallest larger free range, and last after neighbouring free ranges have been merged. `used_bytes + free_bytes` is
+    always `total_bytes`. Sizes are rounded up to `alignment`. `name` appears in errors.
+    """
+
+    def __init__(self, total_bytes: int, alignment: int = 64, name: str = "pool") -> None:
+        assert alignment > 0 and total_bytes >= 0
+        self.name = name
+        self.alignment = alignment
+        self.total_bytes = total_bytes // alignment * alignment
+        self.used_bytes = 0
+        self._end = 0  # everything from here on was never handed out, or came back and was merged
+        self._bins: dict[int, list[int]] = {}
+        self._owned: dict[int, int] = {}
+
+    @property
+    def free_bytes(self) -> int:
+        return self.total_bytes - self.used_bytes
+
+    @property
+    def num_owned(self) -> int:
+        """How many ranges are handed out."""
+        return len(self._owned)
+
+    def size_of(self, nbytes: int) -> int:
+        """What a request of `nbytes` really takes."""
+        return -(-nbytes // self.alignment) * self.alignment
+
+    def allocate(self, nbytes: int) -> int:
+        """The offset of a range of at least `nbytes` (> 0). Raises CapacityExceeded when there is none; nothing changes then."""
+        assert nbytes > 0
+        size = self.size_of(nbytes)
+        offset = self._take(size) if size <= self.free_bytes else None
+        if offset is None:
+            raise self._exceeded(size)
+        self._owned[offset] = size
+        self.used_bytes += size
+        return offset
+
+    def allocate_many(self, nbytes: int, count: int) -> NDArray[np.int64]:
+        """Offsets of `count` ranges of `nbytes` each, int64 [count]: all of them, or CapacityExceeded and none."""
+        if count * self.size_of(nbytes) > self.free_bytes:
+            raise self._exceeded(count * self.size_of(nbytes))
+        offsets: list[int] = []
+        try:
+            for _ in range(count):
+                offsets.append(self.allocate(nbytes))
+        except CapacityExceeded:
+            for offset in offsets:
+                self.release(offset)
+            raise
+        return np.array(offsets, dtype=np.int64)
+
+    def release(self, offset: int) -> None:
+        """Give back the range that starts at `offset`. Releasing what is not owned is our fault: AssertionError."""
+        size = self._owned.pop(offset, None)
+        assert size is not None, f"{self.name}: offset {offset} is not owned"
+        self.used_bytes -= size
+        self._bins.setdefault(size, []).append(offset)
+
+    def check(self) -> None:
+        """Assert that owned and free ranges tile the arena without overlap and that the accounts agree."""
+        ranges = [(offset, size) for offset, size in self._owned.items()]
+        ranges += [(offset, size) for size, offsets in self._bins.items() for offset in offsets]
+        at = 0
+        for offset, size in sorted(ranges):
+            assert offset == at, f"{self.name}: a range at {offset} where {at} was expected"
+            at = offset + size
+        assert at == self._end <= self.total_bytes, f"{self.name}: ranges end at {at}, the account says {self._end}"
+        assert sum(self._owned.values()) == self.used_bytes, f"{self.name}: used bytes are miscounted"
+
+    def _take(self, size: int) -> int | None:
+        if self._bins.get(size):
+            return self._bins[size].pop()
+        if self._end + size <= self.total_bytes:
+            self._end += size
+            return self._end - size
+        offset = self._split(size)
+        if offset is not None:
+            return offset
+        self._merge()
+        if self._end + size <= self.total_bytes:
+            self._end += size
+            return self._end - size
+        return self._split(size)
+
+    def _split(self, size: int) -> int | None:
+        larger = min((have for have, offsets in self._bins.items() if have >= size and offsets), default=None)
+        if larger is None:
+            return None
+        offset = self._bins[larger].pop()
+        if larger > size:
+            self._bins.setdefault(larger - size, []).append(offset + size)
+        return offset
+
+    def _merge(self) -> None:
+        merged: list[list[int]] = []
+        for offset, size in sorted((offset, size) for size, offsets in self._bins.items() for offset in offsets):
+            if merged and merged[-1][0] + merged[-1][1] == offset:
+                merged[-1][1] += size
+            else:
+                merged.append([offset, size])
+        if merged and sum(merged[-1]) == self._end:
+            self._end = merged.pop()[0]
+        self._bins = {}
+        for offset, size in merged:
+            self._bins.setdefault(size, []).append(offset)
+
+    def _exceeded(self, size: int) -> CapacityExceeded:
+        return CapacityExceeded(
+            f"the {self.name} pool cannot hold {size} more bytes: {self.used_bytes} used, {self.free_bytes} free of "
+            f"{self.total_bytes}"
+        )

@@ -1,0 +1,6 @@
+"""Where every block is, who refers to it, and what may be done with it."""
+
+from tierd.residency.blocks import KEY, VALUE, BlockTable, Ids
+from tierd.residency.machine import CopyState, Residency, ScratchCopy
+
+__all__ = ["KEY", "VALUE", "BlockTable", "CopyState", "Ids", "Residency", "ScratchCopy"]

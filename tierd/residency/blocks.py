@@ -1,0 +1,138 @@
+"""The table of all blocks of one storage layout: where each lies, who shares it, what its checksums are.
+
+Legend: Hkv KV heads, B block size, d head dimension, m blocks given as an id array, kind 0 keys and 1 values.
+"""
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from tierd_kernels.layout import NUMPY_DTYPE, Layout
+
+from tierd.commands import Raw
+from tierd.errors import CertificateUnavailable
+from tierd.pools import Arenas
+
+KEY, VALUE = 0, 1
+Ids = NDArray[np.int64]
+
+
+class BlockTable:
+    """Columns indexed by block id; ids are reused after a block is freed, so the table stays as large as its peak.
+
+    `hot_offset` [id] is -1 while the block is a tail. `location` [kind, id, Hkv] is what kernels read: a byte offset in
+    scratch, or `~offset` in originals. `copy_id` [kind, id, Hkv] is -1 where no copy exists or is under way.
+    """
+
+    def __init__(self, layout: Layout, arenas: Arenas) -> None:
+        self.layout = layout
+        self.arenas = arenas
+        heads = layout.num_kv_heads
+        self.hot_offset = np.full(0, -1, dtype=np.int64)
+        self.original_offset = np.full(0, -1, dtype=np.int64)
+        self.references = np.zeros(0, dtype=np.int32)
+        self.pins = np.zeros(0, dtype=np.int32)
+        self.value_norm = np.zeros((0, heads), dtype=np.float32)
+        self.location = np.zeros((2, 0, heads), dtype=np.int64)
+        self.checksum = np.zeros((2, 0, heads), dtype=np.uint64)
+        self.copy_id = np.full((2, 0, heads), -1, dtype=np.int64)
+        self._free_ids: list[int] = []
+
+    @property
+    def num_live(self) -> int:
+        """Blocks in use, shared ones counted once."""
+        return len(self.references) - len(self._free_ids)
+
+    def add_tails(self, count: int) -> Ids:
+        """`count` empty tails with one reference each. Raises CapacityExceeded; nothing changes then."""
+        layout = self.layout
+        offsets = self.arenas.originals.allocate_many(layout.original_block_bytes, count)
+        while len(self._free_ids) < count:
+            self._grow()
+        ids = np.array([self._free_ids.pop() for _ in range(count)], dtype=np.int64)
+        self.original_offset[ids] = offsets
+        self.hot_offset[ids] = -1
+        self.references[ids] = 1
+        for kind in (KEY, VALUE):
+            self.location[kind, ids] = ~self.record_offsets(kind, ids)
+        return ids
+
+    def give_hot(self, ids: Ids) -> None:
+        """Reserve hot slots for tails that are about to fill. Raises CapacityExceeded; nothing changes then."""
+        self.hot_offset[ids] = self.arenas.hot.allocate_many(self.layout.hot_block_bytes, len(ids))
+
+    def seal(self, ids: Ids, value_norm: NDArray[np.float32]) -> None:
+        """Record full blocks: `value_norm` [m, Hkv] as measured, and checksums of the originals as they are now."""
+        self.value_norm[ids] = value_norm
+        for kind in (KEY, VALUE):
+            self.checksum[kind, ids] = [[self._digest(o) for o in row] for row in self.record_offsets(kind, ids)]
+
+    def take_hot(self, block: int) -> None:
+        """Make a full block a tail again: its hot slot is freed, its originals stay."""
+        self.arenas.hot.release(int(self.hot_offset[block]))
+        self.hot_offset[block] = -1
+        self.value_norm[block] = 0.0
+
+    def free(self, ids: Ids) -> None:
+        """Give back blocks that nobody refers to and that have no copies."""
+        assert not self.references[ids].any() and (self.copy_id[:, ids] < 0).all() and not self.pins[ids].any()
+        for block in ids.tolist():
+            if self.hot_offset[block] >= 0:
+                self.take_hot(block)
+            self.arenas.originals.release(int(self.original_offset[block]))
+        self.original_offset[ids] = -1
+        self._free_ids.extend(ids.tolist())
+
+    def originals(self, block: int) -> tuple[Raw, Raw]:
+        """Writable views of a block's keys and values, each [Hkv, B, d] raw."""
+        layout = self.layout
+        start = int(self.original_offset[block])
+        raw = self.arenas.memory.originals[start : start + layout.original_block_bytes]
+        shaped = raw.view(NUMPY_DTYPE[layout.dtype]).reshape(2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+        return shaped[KEY], shaped[VALUE]
+
+    def record_offset(self, kind: int, block: int, head: int) -> int:
+        """Byte offset in the originals of one block's keys or values of one head."""
+        record = kind * self.layout.num_kv_heads + head
+        return int(self.original_offset[block]) + record * self.layout.original_record_bytes
+
+    def is_sound(self, kind: int, block: int, head: int) -> bool:
+        """Whether a full block's original record still has the checksum that it had when it filled."""
+        return self._digest(self.record_offset(kind, block, head)) == int(self.checksum[kind, block, head])
+
+    def corrupt_records(self, kind: int, ids: Ids, read: NDArray[np.bool_]) -> list[tuple[int, int]]:
+        """(block id, head) of every record with `read` [m, Hkv] set that fails its checksum."""
+        pairs = np.argwhere(read).tolist()
+        return [(int(ids[i]), head) for i, head in pairs if not self.is_sound(kind, int(ids[i]), head)]
+
+    def require_sound(self, block: int) -> None:
+        """Raises CertificateUnavailable if any original of a full block is corrupt."""
+        every = np.ones((1, self.layout.num_kv_heads), dtype=bool)
+        for kind, name in ((KEY, "keys"), (VALUE, "values")):
+            if bad := self.corrupt_records(kind, np.array([block]), every):
+                raise CertificateUnavailable(
+                    f"the original {name} of block {block}, KV head {bad[0][1]}, fail their checksum"
+                )
+
+    def _digest(self, offset: int) -> int:
+        end = offset + self.layout.original_record_bytes
+        return int(xxhash.xxh3_64_intdigest(self.arenas.memory.originals[offset:end].data))
+
+    def record_offsets(self, kind: int, ids: Ids) -> NDArray[np.int64]:
+        heads = np.arange(self.layout.num_kv_heads, dtype=np.int64) + kind * self.layout.num_kv_heads
+        return self.original_offset[ids][:, None] + heads * self.layout.original_record_bytes
+
+    def _grow(self) -> None:
+        """Double the columns. The originals pool bounds the number of blocks, hence this."""
+        old, extra = len(self.references), max(64, len(self.references))
+        for name in ("hot_offset", "original_offset", "references", "pins", "value_norm"):
+            column = getattr(self, name)
+            setattr(
+                self,
+                name,
+                np.concatenate([column, np.full((extra, *column.shape[1:]), -1 if "off" in name else 0, column.dtype)]),
+            )
+        for name in ("location", "checksum", "copy_id"):
+            column = getattr(self, name)
+            fill = np.full((2, extra, column.shape[2]), -1 if name == "copy_id" else 0, column.dtype)
+            setattr(self, name, np.concatenate([column, fill], axis=1))
+        self._free_ids.extend(range(old + extra - 1, old - 1, -1))
