@@ -1,7 +1,7 @@
 """Attention in extended precision over the originals, and the promise of every reply. Imports nothing of tierd.
 
-Raw originals are numpy arrays of float16, float32, or uint16 holding bfloat16 bits. K, V are [num_kv_heads, N, d] and q is
-[num_q_heads, n, d]; query token j is the (n - 1 - j)-th from the end and sees the tokens up to its own.
+Raw originals are numpy arrays of float16, float32, or uint16 holding bfloat16 bits. K, V are [num_kv_heads, N, d] and
+q is [num_q_heads, n, d]; query token j is the (n - 1 - j)-th from the end and sees the tokens up to its own.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ MAY_BE_INFINITE = {"paper_key_bound", "candidate_bound", "key_error", "value_err
 
 @dataclass(frozen=True)
 class Truth:
-    """Exact attention per query head and token: `output` [Hq, n, d]; `value_norm` sum_t rho_t ||V_t||, `value_norm_min` and
-    `value_norm_max` over visible tokens, `noise` (what the oracle's own rounding may move the output by), all [Hq, n]."""
+    """Exact attention per query head and token: `output` [Hq, n, d]; `value_norm` sum_t rho_t ||V_t||, `value_norm_min`
+    and `value_norm_max` over visible tokens, `noise` (what the oracle's rounding may move the output by), [Hq, n]."""
 
     output: Long
     value_norm: NDArray[np.float64]

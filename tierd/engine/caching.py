@@ -59,7 +59,8 @@ class ScratchCache:
         reads = np.stack([work.result.key_reads, work.result.value_reads])
         # The table of now, not the call's: a batch may hold several sessions that share blocks.
         host_only = table.copy_id[:, work.ids] < 0
-        snapshot = PrefetchSnapshot(np.asarray(reads & host_only), work.result.contributions, exact.reshape(heads, -1).any(axis=1))
+        exact_heads = np.asarray(exact.reshape(heads, -1).any(axis=1))
+        snapshot = PrefetchSnapshot(reads & host_only, work.result.contributions, exact_heads)
         orders: list[CopyOrder] = []
         for record in choose_prefetches(snapshot, room):
             copy = self._begin(work, record.kind, int(work.ids[record.block]), record.head)
