@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.bound.reference import Annotations
-from tierd_kernels.layout import AMP, KEY_NORM_MAX, NUMPY_DTYPE, SV, VALUE_NORM_MAX, Layout, Memory
+from tierd_kernels.layout import AMP, KEY_NORM_MAX, NUMPY_DTYPE, RAW_VALUES, SV, VALUE_NORM_MAX, Layout, Memory
 from tierd_kernels.numerics import Array
 
 
@@ -72,7 +72,9 @@ class KVView:
         eta = memory.hot.view(np.uint16)[(records + layout.value_error_at)[..., None] // 2 + columns].max(axis=2)
         error = np.concatenate([widen(eta, "bfloat16") / unit[:, None], pad], axis=1)
         scaled = notes[..., [SV, AMP]] / unit[:, None, None]
-        amplitude = np.maximum(np.concatenate([scaled[..., 1], pad], axis=1), value_norm)
+        # Raw values are read as they are: their arithmetic errors scale with their own norm, and the infinite annotation is unused.
+        raw = memory.hot.view(np.uint32)[(records + layout.flags_at) // 4] & RAW_VALUES != 0
+        amplitude = np.maximum(np.concatenate([np.where(raw, 0.0, scaled[..., 1]), pad], axis=1), value_norm)
         groups = -(-num_tokens // 1024)
         norms = []
         for known in group_norms:

@@ -163,6 +163,16 @@ def test_a_score_that_cannot_be_answered_is_refused() -> None:
         answer(cache, q, 0.1, Budget())
 
 
+def test_blocks_that_stay_original_are_certified_too() -> None:
+    k, v, q = draw("random", 1, 2, 200, 1, 64, "float32", 8)
+    v[:, 32:48] *= 1e8  # no FP16 scale fits this block
+    k[:, 32:48] += 0.5
+    cache = store(Layout(1, 64, 16, 16, "float32"), k, v)
+    result = answer(cache, q, 0.2, Budget())
+    check_reply(k, v, q, result.output, result.certificate, 0.2, 0.0, softmax_scale=64**-0.5)
+    assert not result.certificate["exact"].any()
+
+
 def test_bad_shapes_are_refused() -> None:
     k, v, _ = draw("random", 2, 2, 40, 1, 64, "float32", 0)
     cache = store(Layout(2, 64, 16, 16, "float32"), k, v)
