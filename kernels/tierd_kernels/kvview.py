@@ -41,6 +41,7 @@ class KVView:
     value_error_max_Hb: Array
     group_value_HG: Array
     group_error_HG: Array
+    underflow_H: Array
     num_tokens: int
     block_size: int
 
@@ -82,9 +83,11 @@ class KVView:
             have = min(groups, len(known))
             padded[:, :have] = known[:have].T.astype(np.float64) / unit[:, None]
             norms.append(padded)
+        # A product weight * value below FP32's smallest normal is off by 2^-150 at most, and the kept weights sum to 1 or more.
+        underflow = num_tokens * layout.head_dim**0.5 * 2.0**-149 / unit
         return KVView(
             unit, key_norm.max(axis=1), np.concatenate([scaled[..., 0], pad], axis=1), amplitude, value_norm, error,
-            norms[0], norms[1], num_tokens, layout.block_size,
+            norms[0], norms[1], underflow, num_tokens, layout.block_size,
         )  # fmt: skip
 
     def annotations(self, rows: int) -> Annotations:
@@ -95,6 +98,7 @@ class KVView:
             np.repeat(self.value_norm_max_Hb, rows, axis=0),
             np.repeat(self.group_value_HG, rows, axis=0),
             np.repeat(self.group_error_HG, rows, axis=0),
+            np.repeat(self.underflow_H, rows),
             self.num_tokens,
             self.block_size,
         )

@@ -69,7 +69,7 @@ def attacked(
     spectral_e = np.array([[np.linalg.norm(eta[at : at + B]) for at in range(0, n, B)]])
     annotations = Annotations(
         spectral_e, np.zeros((1, blocks)), norms.reshape(1, blocks, B).max(axis=2), spectral,
-        np.array([[np.linalg.norm(eta[group_of == g]) for g in range(groups)]]), n, B,
+        np.array([[np.linalg.norm(eta[group_of == g]) for g in range(groups)]]), np.zeros(1), n, B,
     )  # fmt: skip
     norm = np.array([np.linalg.norm(output)])
     bound = evaluate(statistics, annotations, keep, np.zeros((1, blocks), np.bool_), norm, np.zeros(1), dots)
@@ -106,7 +106,7 @@ def test_broken_statistics_never_give_a_small_bound() -> None:
     statistics[1, 0, 3:10] = np.nan
     statistics[2, 0, 3:10] = np.inf
     ones = np.ones((3, 2))
-    annotations = Annotations(np.inf * ones, ones, ones, np.full((3, 1), np.inf), np.full((3, 1), np.inf), 32, B)
+    annotations = Annotations(np.inf * ones, ones, ones, np.full((3, 1), np.inf), np.full((3, 1), np.inf), np.zeros(3), 32, B)
     bound = evaluate(statistics, annotations, ones > 0, ones < 0, np.ones(3), np.zeros(3), None).total
     assert np.isfinite(bound[0])
     assert np.isinf(bound[1:]).all()

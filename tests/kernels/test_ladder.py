@@ -86,6 +86,17 @@ def test_every_reply_is_certified_or_exact(
         assert result.certificate["exact"].all()
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_products_that_underflow_are_in_the_bound(seed: int) -> None:
+    """Values so small that weight * value is subnormal in FP32: the error is no longer relative to anything."""
+    rng = np.random.default_rng(seed)
+    k, v = rng.standard_normal((2, 1, 15, 64))
+    k, v, q = raw(k, "float32"), raw(v * 10.0 ** -(40 + seed % 3), "float32"), raw(rng.standard_normal((1, 1, 64)), "float32")
+    result = answer(store(Layout(1, 64, 16, 16, "float32"), k, v), q, 0.1, Budget())
+    check_reply(k, v, q, result.output, result.certificate, 0.1, 0.0, softmax_scale=0.125)
+    assert not result.certificate["exact"].any()
+
+
 def test_a_chunk_of_queries_is_answered_as_its_tokens_are() -> None:
     k, v, q = draw("random", 2, 2, 300, 130, 64, "float32", 5)
     cache = store(Layout(2, 64, 16, 16, "float32"), k, v)

@@ -24,7 +24,8 @@ class Annotations:
     """What the bound needs of the blocks besides statistics, per row (its KV head's): all norms are divided by `unit`.
 
     `value_spectral_Rb` sV, `amplitude_Rb` the norm that arithmetic errors of a block's values scale with, `value_norm_max_Rb`
-    the largest ||V_t||, `group_value_RG` SV and `group_error_RG` SR, infinite where not known.
+    the largest ||V_t||, `group_value_RG` SV and `group_error_RG` SR, infinite where not known. `underflow_R` is what the value
+    pass may lose to FP32 products below the smallest normal, whatever their weights.
     """
 
     value_spectral_Rb: Array
@@ -32,6 +33,7 @@ class Annotations:
     value_norm_max_Rb: Array
     group_value_RG: Array
     group_error_RG: Array
+    underflow_R: Array
     num_tokens: int
     block_size: int
 
@@ -42,6 +44,7 @@ class Annotations:
             self.value_norm_max_Rb[rows],
             self.group_value_RG[rows],
             self.group_error_RG[rows],
+            self.underflow_R[rows],
             self.num_tokens,
             self.block_size,
         )
@@ -152,6 +155,7 @@ def _evaluate(
     else:
         amplitude = group_sum(w.rho_Rb * annotations.amplitude_Rb, per_group)
         slack = 4.0 * (gamma(annotations.block_size + 8) + THETA) * (used2 + rho_G * o**2 + 2.0 * o * amplitude)
+        slack = slack + 2.0 * o * annotations.underflow_R[:, None]
         width = np.sqrt(np.maximum(used2 - 2.0 * group_dot_RG + rho_G * o**2, 0.0) + slack)
     t2 = (width + np.sqrt(group_sum(w.error2_Rb, per_group))) * np.sqrt(spread)
     c = phi_b * np.minimum(w.rmax_Rb * dnorm, w.a2_Rb * delta)
@@ -174,7 +178,7 @@ def _evaluate(
     # A block's partial sum is FP32, block_size products of rounded weights and rounded values; the rest is float64.
     arithmetic = gamma(annotations.block_size + 6) * np.sum(
         np.where(live, w.rho_Rb * annotations.amplitude_Rb, 0.0), axis=1
-    ) + 2.0**-40 * output_norm_R + output_error_R
+    ) + 2.0**-40 * output_norm_R + annotations.underflow_R + output_error_R
 
     denominator = 1.0 - np.sum(low, axis=1) + np.sum(np.where(skipped, w.mass_Rb * np.exp(-delta_all), 0.0), axis=1)
     denominator = np.where(denominator > 2.0**-20, denominator, np.nan) / ((1.0 + THETA) * SAFETY)
