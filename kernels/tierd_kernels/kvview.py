@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd_kernels.bound.reference import Annotations
+from tierd_kernels.bound.annotations import Annotations
 from tierd_kernels.layout import AMP, KEY_NORM_MAX, NUMPY_DTYPE, RAW_VALUES, SV, VALUE_NORM_MAX, Layout, Memory
 from tierd_kernels.numerics import Array
 
@@ -38,7 +38,6 @@ class KVView:
     value_spectral_Hb: Array
     amplitude_Hb: Array
     value_norm_max_Hb: Array
-    value_error_max_Hb: Array
     group_value_HG: Array
     group_error_HG: Array
     underflow_H: Array
@@ -69,9 +68,6 @@ class KVView:
         unit = np.ldexp(1.0, np.where((top > 0) & np.isfinite(top), np.clip(np.frexp(top)[1], -1000, 1000), 0))
         value_norm = value_norm / unit[:, None]
         pad = np.zeros((heads, tail))
-        columns = np.arange(layout.block_size)
-        eta = memory.hot.view(np.uint16)[(records + layout.value_error_at)[..., None] // 2 + columns].max(axis=2)
-        error = np.concatenate([widen(eta, "bfloat16") / unit[:, None], pad], axis=1)
         scaled = notes[..., [SV, AMP]] / unit[:, None, None]
         # Raw values are read as they are: their arithmetic errors scale with their own norm, and the infinite annotation is unused.
         raw = memory.hot.view(np.uint32)[(records + layout.flags_at) // 4] & RAW_VALUES != 0
@@ -86,22 +82,30 @@ class KVView:
         # A product weight * value below FP32's smallest normal is off by 2^-150 at most, and the kept weights sum to 1 or more.
         underflow = num_tokens * layout.head_dim**0.5 * 2.0**-149 / unit
         return KVView(
-            unit, key_norm.max(axis=1), np.concatenate([scaled[..., 0], pad], axis=1), amplitude, value_norm, error,
+            unit, key_norm.max(axis=1), np.concatenate([scaled[..., 0], pad], axis=1), amplitude, value_norm,
             norms[0], norms[1], underflow, num_tokens, layout.block_size,
         )  # fmt: skip
 
+    def value_error_max(self, layout: Layout, memory: Memory, hot_offsets: NDArray[np.int64]) -> Array:
+        """The largest eta_t of each block, [H, b]; zero for the trailing one."""
+        records = hot_offsets[None, :] + np.arange(layout.num_kv_heads)[:, None] * layout.hot_record_bytes
+        at = (records + layout.value_error_at)[..., None] // 2 + np.arange(layout.block_size)
+        eta = widen(memory.hot.view(np.uint16)[at].max(axis=2), "bfloat16") / self.unit_H[:, None]
+        return np.pad(eta, ((0, 0), (0, self.value_norm_max_Hb.shape[1] - len(hot_offsets))))
+
     def annotations(self, rows: int) -> Annotations:
-        """The same per row, `rows` rows to a KV head."""
+        """What the bound takes, for `rows` rows to a KV head."""
         return Annotations(
-            np.repeat(self.value_spectral_Hb, rows, axis=0),
-            np.repeat(self.amplitude_Hb, rows, axis=0),
-            np.repeat(self.value_norm_max_Hb, rows, axis=0),
-            np.repeat(self.group_value_HG, rows, axis=0),
-            np.repeat(self.group_error_HG, rows, axis=0),
-            np.repeat(self.underflow_H, rows),
-            self.num_tokens,
-            self.block_size,
-        )
+            np.repeat(np.arange(len(self.unit_H)), rows), self.value_spectral_Hb, self.amplitude_Hb, self.value_norm_max_Hb,
+            self.group_value_HG, self.group_error_HG, self.underflow_H, self.num_tokens, self.block_size,
+        )  # fmt: skip
+
+
+def read_record(layout: Layout, memory: Memory, location: int) -> Array:
+    """One record of original keys or values as float64 [B, d]; `location` as in `Call.key_locations`."""
+    arena, start = (memory.scratch, location) if location >= 0 else (memory.originals, ~location)
+    raw = arena[start : start + layout.original_record_bytes].view(NUMPY_DTYPE[layout.dtype])
+    return widen(raw.reshape(layout.block_size, layout.head_dim), layout.dtype)
 
 
 def read_block(layout: Layout, memory: Memory, offset: int, count: int) -> tuple[Array, Array]:

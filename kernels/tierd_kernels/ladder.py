@@ -5,35 +5,43 @@ candidate bound, skip and promote, value pass, the bound from what was really us
 budget, then rung 3. Nothing leaves here with a bound above its budget unless the row was computed from the originals.
 """
 
+import threading
+
 import numpy as np
 
 from tierd_kernels.call import Call, Result
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.quantise.cpu import group_norms, quantise_blocks
 from tierd_kernels.step import Step
+from tierd_kernels.workspace import Workspace
 
 ROWS_AT_ONCE = 64  # query tokens handled together: they bound the score buffer
 
 
+_thread = threading.local()  # kernels are called from one thread; a second one gets memory of its own
+
+
 def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
     """Answers every call, or returns the exception that explains why one has no answer (`ScoreOverflow`, ValueError)."""
+    if not hasattr(_thread, "space"):
+        _thread.space = Workspace()
     answers: list[Result | Exception] = []
     for call in calls:
         try:
-            answers.append(_attend(layout, memory, call, num_q_heads))
+            answers.append(_attend(layout, memory, call, num_q_heads, _thread.space))
         except ValueError as error:
             answers.append(error)
     return answers
 
 
-def _attend(layout: Layout, memory: Memory, call: Call, num_q_heads: int) -> Result:
+def _attend(layout: Layout, memory: Memory, call: Call, num_q_heads: int, space: Workspace) -> Result:
     heads, n, d = call.q.shape
     if heads != num_q_heads or num_q_heads % layout.num_kv_heads or d != layout.head_dim or not 1 <= n <= call.num_tokens:
         raise ValueError(f"q is {call.q.shape} over {call.num_tokens} tokens; expected [{num_q_heads}, n <= tokens, {layout.head_dim}]")
     parts = []
     for start in range(0, n, ROWS_AT_ONCE):
         stop = min(start + ROWS_AT_ONCE, n)
-        parts.append(Step(layout, memory, call, start, stop).run())
+        parts.append(Step(layout, memory, call, start, stop, space).run())
     if len(parts) == 1:
         return parts[0]
     return Result(

@@ -17,11 +17,13 @@ def gamma(n: int, u: float = U32) -> float:
 def phi(x: Array) -> Array:
     """(e^x - 1) / x for x >= 0, 1 at 0; infinite where e^x overflows."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        return np.where(x < 1e-8, 1.0 + x, np.expm1(x) / np.where(x == 0, 1.0, x))
+        beyond = np.where(np.isinf(x), np.inf, np.expm1(x) / np.where(x == 0, 1.0, x))
+        return np.where(x < 1e-8, 1.0 + x, beyond)
 
 
 def psi(x: Array) -> Array:
-    """(e^x - 1 - x) / x^2 for x >= 0, 1/2 at 0. Below 1e-3 the series, whose remainder is under x^4 / 100."""
+    """(e^x - 1 - x) / x^2 for x >= 0, 1/2 at 0, infinite where e^x overflows. Below 1e-3 the series, whose remainder is under x^4 / 100."""
     series = 0.5 + x / 6.0 + x * x / 24.0 + x * x * x / 100.0
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        return np.where(x < 1e-3, series, (np.expm1(x) - x) / np.where(x == 0, 1.0, x * x))
+        beyond = (np.expm1(x) - x) / np.where(x == 0, 1.0, x * x)
+        return np.where(x < 1e-3, series, np.where(np.isinf(x), np.inf, beyond))

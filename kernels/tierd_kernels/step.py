@@ -1,40 +1,37 @@
 """One step of the ladder: all query heads of a few query tokens over one session and layer.
 
-Row h * rows + r belongs to KV head h; r counts (query head of the group, query token). Norms are in units of the KV head
-(`KVView.unit_H`) until the reply is written.
+Row h * rows + r belongs to KV head h; r counts (query head of the group, query token), then rows of padding up to whole tiles of
+the kernels, which are done from the start. Norms are in units of the KV head (`KVView.unit_H`) until the reply is written.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.attend.cpu import attend as value_pass
-from tierd_kernels.bound.reference import (
-    D_NORM,
-    DELTA,
-    EPSILON,
-    GROUP_TOKENS,
-    MAX_SCORE,
-    NUM_STATISTICS,
-    SUM,
-    Bound,
-    evaluate,
-    top_block_certified,
-)
+from tierd_kernels.bound.annotations import Bound
+from tierd_kernels.bound.cpu import evaluate
+from tierd_kernels.bound.reference import GROUP_TOKENS, block_factors, top_block_certified
+from tierd_kernels.bound.statistics import DELTA, MAX_SCORE, NUM_STATISTICS, SUM, SUM_ERROR, SUM_NORM
 from tierd_kernels.call import Call, Result
+from tierd_kernels.canary import canary_failures
 from tierd_kernels.dense.cpu import dense
 from tierd_kernels.errors import SCORE_MAX, ScoreOverflow
 from tierd_kernels.kvview import KVView, narrow, widen
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.numerics import SAFETY, U64, Array
 from tierd_kernels.policy import Budget, Coverage
-from tierd_kernels.score.cpu import NORM_FLOOR, score, score_gamma
-from tierd_kernels.select.reference import Mask, cheapest_within, coverage_keys, skip_blocks
+from tierd_kernels.score.cpu import NORM_FLOOR, score
+from tierd_kernels.select.cpu import skip_blocks
+from tierd_kernels.select.reference import Mask, cheapest_within, coverage_keys
+from tierd_kernels.vector import ROW_TILE
+from tierd_kernels.workspace import Workspace
 
 Rows = NDArray[np.int64]
 SCORE_CHUNK = 16  # blocks per work item of the score pass
 # Stored norms are rounded up to BF16, so a sum of them is too large by this factor at most.
 NORM_RETURN = 1.0 / (1.0 + 2.0**-7) - 2.0**-15
-FP32_SCORE_MAX = 1e30  # where |q| |k| reaches further, FP32 may overflow on the way: such rows go straight to float64
+FP32_SCORE_MAX = 1e30  # where |q| |k|, or the scale, reaches further, FP32 may overflow on the way: such rows go to float64
+SKIP_SHARE_HELD_BACK = 0.1  # masses are relative to the whole when blocks are chosen, to what is kept when the bound is taken
 # What a selection aims at, as shares of the budget: the second try is for what the first misjudged.
 TARGETS = (0.9, 0.5)
 
@@ -42,19 +39,22 @@ TARGETS = (0.9, 0.5)
 class Step:
     """Holds the arrays of one step while it climbs the ladder; `run` is called once."""
 
-    def __init__(self, layout: Layout, memory: Memory, call: Call, start: int, stop: int) -> None:
+    def __init__(self, layout: Layout, memory: Memory, call: Call, start: int, stop: int, space: Workspace) -> None:
         self.layout, self.memory, self.call = layout, memory, call
         query_heads, total, self.d = call.q.shape
         self.n, self.heads = stop - start, layout.num_kv_heads
-        self.rows = query_heads // self.heads * self.n
+        self.used = query_heads // self.heads * self.n
+        self.rows = -(-self.used // ROW_TILE) * ROW_TILE
         self.canary = call.canary_blocks if start == 0 else call.canary_blocks[:0]
         seen = call.num_tokens - total + np.arange(start, stop) + 1
         self.num_tokens = int(seen[-1])
-        self.visible_R = np.tile(seen, self.rows // self.n).astype(np.int64)
-        q = widen(call.q[:, start:stop], layout.dtype).reshape(self.heads, self.rows, self.d)
+        self.visible_R = np.full(self.rows, self.num_tokens, np.int64)
+        self.visible_R[: self.used] = np.tile(seen, self.used // self.n)
+        self.q_HRd, self.scale_HR = np.zeros((self.heads, self.rows, self.d)), np.ones((self.heads, self.rows))
+        q = widen(call.q[:, start:stop], layout.dtype).reshape(self.heads, self.used, self.d)
         exponent = np.frexp(np.max(np.abs(q), axis=2))[1]
-        self.q_HRd = np.ldexp(q, -exponent[..., None])
-        self.scale_HR = np.ldexp(np.full(exponent.shape, float(call.softmax_scale)), exponent)
+        self.q_HRd[:, : self.used] = np.ldexp(q, -exponent[..., None])
+        self.scale_HR[:, : self.used] = np.ldexp(np.full(exponent.shape, float(call.softmax_scale)), exponent)
         self.num_blocks = -(-self.num_tokens // layout.block_size)
         self.full = min(len(call.hot_offsets), self.num_blocks)
         self.hot_offsets, self.original_offsets = call.hot_offsets[: self.full], call.original_offsets[: self.num_blocks]
@@ -66,16 +66,20 @@ class Step:
         self.unit_R = np.repeat(self.view.unit_H, self.rows)
         self.blocks_of_head = (self.heads, self.rows, self.num_blocks)
         groups = -(-self.num_tokens // GROUP_TOKENS)
-        self.scores = np.zeros((self.heads, self.rows, self.num_blocks * layout.block_size), np.float32)
-        self.statistics = np.zeros((all_rows, self.num_blocks, NUM_STATISTICS))
-        self.partial, self.mass = np.zeros((self.heads, self.rows, groups, self.d)), np.zeros((self.heads, self.rows, groups))
+        self.space = space
+        self.weights = space.take("weights", (self.heads, self.rows, self.num_blocks * layout.block_size), np.float32)
+        self.weights[:, self.used :] = 0.0
+        self.statistics = space.zeros("statistics", (NUM_STATISTICS, all_rows, self.num_blocks), np.float32)
+        self.factor = space.zeros("factor", (all_rows, self.num_blocks), np.float64)
+        self.partial = space.take("partial", (self.heads, self.rows, groups, self.d), np.float64)
         self.output = np.zeros((all_rows, self.d), call.q.dtype)
         self.output_norm, self.output_error = np.zeros(all_rows), np.zeros(all_rows)
         self.group_dot = np.zeros((all_rows, groups))
         self.key_exact = np.zeros((all_rows, self.num_blocks), np.bool_)
         self.value_exact, self.keep = self.key_exact.copy(), self.key_exact.copy()
-        self.shares = np.zeros((2, all_rows, self.num_blocks), np.float32)
-        self.done, self.exact = np.zeros(all_rows, np.bool_), np.zeros(all_rows, np.bool_)
+        self.shares = space.zeros("shares", (2, all_rows, self.num_blocks), np.float32)
+        self.exact = np.zeros(all_rows, np.bool_)
+        self.done = np.tile(np.arange(self.rows) >= self.used, self.heads)
         self.ranked = np.zeros(all_rows, np.bool_)
         names = ["bound", "budget", "key_error", "value_error", "skip_error", "arith_error", "value_norm", "output_norm"]
         self.fields = {name: np.zeros(all_rows) for name in names}
@@ -84,13 +88,12 @@ class Step:
 
     def run(self) -> Result:
         """Climbs until every row is certified or exact. Raises ScoreOverflow."""
-        reach = np.abs(self.scale_HR) * np.linalg.norm(self.q_HRd, axis=2) * self.view.key_norm_max_H[:, None]
-        fits = (reach < FP32_SCORE_MAX).reshape(-1)
+        reach = np.abs(self.scale_HR) * np.maximum(np.linalg.norm(self.q_HRd, axis=2) * self.view.key_norm_max_H[:, None], 1.0)
+        fits = (reach < FP32_SCORE_MAX).reshape(-1) & ~self.done
         failures: list[tuple[int, int]] = []
         if (self.call.rtol > 0 or self.call.atol > 0) and np.any(fits):
-            todo = np.repeat(fits[:, None], self.num_blocks, axis=1)
-            self._score(todo)
-            failures = self._canary_failures(todo)
+            self._score(np.repeat(fits[:, None], self.num_blocks, axis=1))
+            failures = self._canary_failures(fits)
             rows = self._candidate(np.flatnonzero(fits))
             policy = self.call.policy
             if isinstance(policy, Coverage):
@@ -106,24 +109,28 @@ class Step:
         score(
             self.layout.as_array, *self.memory, self.q_HRd, self.scale_HR, self.visible_R, self.view.unit_H, self.hot_offsets,
             self.original_offsets, self.call.key_locations, self.key_exact.reshape(self.blocks_of_head),
-            todo.reshape(self.blocks_of_head), score_gamma(self.d), SCORE_CHUNK, self.scores,
-            self.statistics.reshape(*self.blocks_of_head, NUM_STATISTICS),
+            todo.reshape(self.blocks_of_head), SCORE_CHUNK, self.weights,
+            self.statistics.reshape(NUM_STATISTICS, *self.blocks_of_head),
         )  # fmt: skip
+
+    def _measure(self, rows: Rows) -> None:
+        """Brings the rows' weights to their common scale; needed after scores or kept blocks have changed."""
+        self.factor[rows] = block_factors(self.statistics[MAX_SCORE, rows], self.statistics[SUM, rows], self.keep[rows])
 
     def _attend(self, rows: Rows) -> tuple[Bound, Array]:
         """The value pass over the rows, then their bounds and budgets from what was used."""
-        marked = np.zeros(len(self.done), np.uint8)
-        marked[rows] = 1
-        top = np.max(np.where(self.keep, self.statistics[..., MAX_SCORE], -np.inf), axis=1)
+        self._measure(rows)
+        used = self.space.zeros("used", self.factor.shape, np.float64)
+        used[rows] = np.where(self.keep[rows], self.factor[rows], 0.0)
         value_pass(
             self.layout.as_array, *self.memory, self.visible_R, self.hot_offsets, self.original_offsets,
-            self.call.value_locations, self.keep.reshape(self.blocks_of_head), self.value_exact.reshape(self.blocks_of_head),
-            marked.reshape(self.heads, self.rows), self.scores, top.reshape(self.heads, self.rows), self.partial, self.mass,
+            self.call.value_locations, self.value_exact.reshape(self.blocks_of_head), used.reshape(self.blocks_of_head),
+            self.weights, self.partial,
         )  # fmt: skip
         unit = self.unit_R[rows, None]
         with np.errstate(all="ignore"):
-            mass = self.mass.reshape(len(self.done), -1)[rows].sum(axis=1)[:, None]
-            grouped = self.partial.reshape(len(self.done), -1, self.d)[rows] / mass[..., None] / unit[..., None]
+            mass = np.einsum("rb,rb->r", used[rows], self.statistics[SUM, rows])[:, None]
+            grouped = self.partial.reshape(len(self.done), -1, self.d)[rows] / (mass * unit)[..., None]
             stored = self._write(rows, grouped.sum(axis=1))
             self.group_dot[rows] = np.einsum("rgd,rd->rg", grouped, stored)
         bound = self._evaluate(rows, self.output_norm[rows], self.output_error[rows], self.group_dot[rows])
@@ -142,15 +149,9 @@ class Step:
         self, rows: Rows, norm: Array, error: Array, dot: Array | None, keys: Mask | None = None, values: Mask | None = None
     ) -> Bound:
         """The rows' bounds as they stand, or as they would be with `keys` and `values` promoted too."""
-        statistics, value_exact = self.statistics[rows], self.value_exact[rows]
-        if keys is not None:
-            statistics = statistics.copy()
-            eps = statistics[..., EPSILON]
-            statistics[..., DELTA] = np.where(keys, eps, statistics[..., DELTA])
-            statistics[..., D_NORM] = np.where(keys, np.sqrt(self.layout.block_size) * eps, statistics[..., D_NORM])
-        if values is not None:
-            value_exact = value_exact | values
-        return evaluate(statistics, self.annotations.take(rows), self.keep[rows], value_exact, norm, error, dot)
+        return evaluate(
+            self.statistics, self.factor, self.annotations, rows, self.keep, self.value_exact, norm, error, dot, keys, values
+        )
 
     def _budgets(self, rows: Rows, bound: Bound, output_norm: Array) -> Array:
         vbar = np.maximum(bound.value_norm * NORM_RETURN - 2.0 * NORM_FLOOR, 0.0)
@@ -162,22 +163,22 @@ class Step:
 
     def _candidate(self, rows: Rows) -> Rows:
         """Candidate bounds and shares of the budget; returns the rows that may be certified at all."""
-        self.keep[rows] = self.statistics[rows, :, SUM] > 0
-        zero = np.zeros(len(rows))
-        first = self._evaluate(rows, zero, zero, None)
-        upper = (first.value_norm + first.value) * SAFETY  # ||O|| is at most Vbar and the value error
-        bound = self._evaluate(rows, upper, zero, None)
+        self.keep[rows] = self.statistics[SUM, rows] > 0
+        self._measure(rows)
+        with np.errstate(all="ignore"):
+            mass, *norms = (np.einsum("rb,rb->r", self.factor[rows], self.statistics[i, rows]) for i in (SUM, SUM_NORM, SUM_ERROR))
+            upper = (norms[0] + norms[1]) / mass * SAFETY  # ||O|| is at most Vbar and the value errors
+        bound = self._evaluate(rows, upper, np.zeros(len(rows)), None)
         self.fields["candidate_bound"][rows] = bound.total * self.unit_R[rows]
-        self.ranked[rows] = top_block_certified(self.statistics[rows])
-        budget = self._budgets(rows, bound, upper)[:, None]
+        self.ranked[rows] = top_block_certified(self.statistics[:, rows])
+        budget = self._budgets(rows, bound, upper)
         with np.errstate(all="ignore"):
             for i, share in enumerate((bound.key_Rb, bound.value_Rb)):
-                self.shares[i, rows] = np.nan_to_num(np.minimum(share / budget, 3e38), nan=0.0)
+                self.shares[i, rows] = np.nan_to_num(np.minimum(share / budget[:, None], 3e38), nan=0.0)
         if self.call.relative_to == "values" and isinstance(self.call.policy, Budget) and self.call.policy.skip_share > 0:
-            allowance = self.call.policy.skip_share * budget[:, 0]
-            self.keep[rows] &= ~skip_blocks(
-                self.statistics[rows], self.keep[rows], self.annotations.value_norm_max_Rb[rows], upper, allowance
-            )
+            allowance = (1.0 - SKIP_SHARE_HELD_BACK) * self.call.policy.skip_share * budget
+            view = self.annotations
+            skip_blocks(self.statistics, self.factor, rows, view.head_R, view.value_norm_max_Hb, upper, allowance, self.keep)
         return rows[np.isfinite(bound.total)]
 
     def _by_budget(self, rows: Rows, policy: Budget) -> None:
@@ -187,7 +188,8 @@ class Step:
         for target in TARGETS:
             if not len(rows):
                 return
-            self.keep[rows] = self.statistics[rows, :, SUM] > 0
+            self.keep[rows] = self.statistics[SUM, rows] > 0
+            self._measure(rows)
             norm, error, dot = self.output_norm[rows], self.output_error[rows], self.group_dot[rows]
             keys, values, reachable = cheapest_within(
                 (bound.key_Rb, bound.value_Rb),
@@ -198,15 +200,15 @@ class Step:
             rows, bound, budget = self._settle(rows[reachable])
 
     def _by_coverage(self, rows: Rows, policy: Coverage) -> None:
-        keys, tail = coverage_keys(self.statistics[rows], self.keep[rows], policy)
-        top_norm = np.max(self.annotations.value_norm_max_Rb[rows], axis=1) * self.unit_R[rows]
+        rho = self.factor[rows] * self.statistics[SUM, rows]
+        rho /= rho.sum(axis=1, keepdims=True)
+        keys, tail = coverage_keys(rho, self.statistics[DELTA, rows].max(axis=1).astype(np.float64), self.keep[rows], policy)
+        head = self.annotations.head_R[rows]
+        top_norm = np.max(self.view.value_norm_max_Hb, axis=1)[head] * self.unit_R[rows]
         self.fields["paper_key_bound"][rows] = 2.0 * top_norm * tail
-        mass = np.exp(self.statistics[rows, :, MAX_SCORE] - np.max(self.statistics[rows, :, MAX_SCORE], axis=1, keepdims=True))
-        mass *= self.statistics[rows, :, SUM]
-        rho = mass / mass.sum(axis=1, keepdims=True)
-        error = np.repeat(self.view.value_error_max_Hb, self.rows, axis=0)[rows]
-        self._promote(rows, keys, rho * error * self.unit_R[rows, None] > policy.v_tol)
-        self.ranked[rows] = top_block_certified(self.statistics[rows])
+        error = self.view.value_error_max(self.layout, self.memory, self.hot_offsets)[head] * self.unit_R[rows, None]
+        self._promote(rows, keys, rho * error > policy.v_tol)
+        self.ranked[rows] = top_block_certified(self.statistics[:, rows])
         self._settle(rows[self.ranked[rows]])
 
     def _promote(self, rows: Rows, keys: Mask, values: Mask) -> None:
@@ -265,64 +267,47 @@ class Step:
         for name in ("key_error", "value_error", "skip_error"):
             self.fields[name][rows] = 0.0
         self.fields["candidate_bound"][rows] = np.fmin(self.fields["candidate_bound"][rows], (norm_max + output_norm) * SAFETY * unit)
-        self.exact[rows] = self.done[rows] = True
-        self.ranked[rows] = True
-        self.keep[rows] = True
+        self.exact[rows] = self.done[rows] = self.ranked[rows] = True
 
-    def _canary_failures(self, todo: Mask) -> list[tuple[int, int]]:
-        """(block, KV head) whose original keys contradict Delta: codes, annotations or originals are corrupt."""
+    def _canary_failures(self, scored_R: Mask) -> list[tuple[int, int]]:
         blocks = self.canary[self.canary < self.full]
         if not len(blocks):
             return []
-        scores, statistics = self.scores.copy(), self.statistics.copy()
-        chosen = np.zeros_like(todo)
-        chosen[:, blocks] = todo[:, blocks]
-        before, self.key_exact = self.key_exact, chosen
-        self._score(chosen)
-        difference = np.abs(self.scores.astype(np.float64) - scores)
-        allowed = statistics[..., DELTA] + self.statistics[..., EPSILON]
-        self.key_exact, self.scores, self.statistics = before, scores, statistics
-        B = self.layout.block_size
-        failures = []
-        for b in blocks:
-            worst = np.zeros((self.heads, self.rows))
-            for r in range(self.rows):
-                count = min(B, int(self.visible_R[r]) - int(b) * B)
-                if count > 0:
-                    worst[:, r] = np.max(difference[:, r, b * B : b * B + count], axis=1)
-            limit = allowed[:, b].reshape(self.heads, self.rows)
-            bad = ~(worst <= limit) & todo[:, b].reshape(self.heads, self.rows)
-            failures += [(int(b), int(h)) for h in np.flatnonzero(np.any(bad, axis=1))]
-        return failures
+        allowed = np.where(scored_R[:, None], self.statistics[DELTA], np.inf).reshape(self.blocks_of_head)[:, : self.used]
+        return canary_failures(
+            self.layout, self.memory, blocks, self.hot_offsets, self.call.key_locations, self.q_HRd[:, : self.used],
+            self.scale_HR[:, : self.used], self.visible_R[: self.used], allowed,
+        )  # fmt: skip
 
     def _result(self, failures: list[tuple[int, int]]) -> Result:
-        # Rows that were answered exactly read every original; what they promoted on the way up was read as well.
-        reads = []
-        host = np.zeros(len(self.done), np.int64)
-        for promoted, locations in ((self.key_exact, self.call.key_locations), (self.value_exact, self.call.value_locations)):
-            by_head = promoted[:, : self.full].reshape(self.heads, self.rows, self.full)
-            reads.append((np.any(by_head, axis=1) | np.any(self.exact.reshape(self.heads, self.rows), axis=1)[:, None]).T)
-            cold = np.repeat(locations[: self.full].T < 0, self.rows, axis=0)
-            host += np.sum(promoted[:, : self.full] & cold, axis=1) * self.layout.original_record_bytes
-        host += np.where(self.exact, 2 * self.num_tokens * self.d * self.layout.itemsize, 0)
-        keys, values = self.key_exact.sum(axis=1), self.value_exact.sum(axis=1)
+        use = np.flatnonzero(np.tile(np.arange(self.rows) < self.used, self.heads))
+        exact, keep, by_head = self.exact[use], self.keep[use], (self.heads, self.used, self.full)
+        counts, reads, host = [], [], np.where(exact, 2 * self.num_tokens * self.d * self.layout.itemsize, 0)
+        for promoted, locations in ((self.key_exact[use], self.call.key_locations), (self.value_exact[use], self.call.value_locations)):
+            counts.append(promoted.sum(axis=1))
+            stored = promoted[:, : self.full].reshape(by_head)
+            # Rows that were answered exactly read every original; what they promoted on the way up was read as well.
+            read = np.any(stored, axis=1) | np.any(exact.reshape(self.heads, self.used), axis=1)[:, None]
+            reads.append(np.zeros((len(self.call.hot_offsets), self.heads), np.bool_))
+            reads[-1][: self.full] = read.T
+            cold = locations[: self.full].T[:, None] < 0
+            host += np.sum(stored & cold, axis=2).reshape(-1) * self.layout.original_record_bytes
+        keys, values = counts
         rung = np.where(values > 0, 2, np.where(keys > 0, 1, 0))
-        rung = np.where(self.exact, 4 if np.all(self.exact) else 3, rung)
-        present = np.repeat((np.arange(self.num_blocks) * self.layout.block_size)[None, :], self.rows, axis=0) < self.visible_R[:, None]
-        skipped = np.sum(np.tile(present, (self.heads, 1)) & ~self.keep, axis=1)
-        fields: dict[str, NDArray[np.generic]] = dict(self.fields)
+        rung = np.where(exact, 4 if np.all(exact) else 3, rung)
+        visible = -(-self.visible_R[: self.used] // self.layout.block_size)
+        skipped = np.where(exact, 0, np.tile(visible, self.heads) - keep.sum(axis=1))
+        fields: dict[str, NDArray[np.generic]] = {name: x[use] for name, x in self.fields.items()}
         fields |= {
-            "rung": rung, "exact": self.exact, "rank_certified": self.ranked, "promoted_key_blocks": keys,
-            "promoted_value_blocks": values, "skipped_blocks": np.where(self.exact, 0, skipped), "host_bytes": host,
+            "rung": rung, "exact": exact, "rank_certified": self.ranked[use], "promoted_key_blocks": keys,
+            "promoted_value_blocks": values, "skipped_blocks": skipped, "host_bytes": host,
         }  # fmt: skip
-        shape = (self.heads * self.rows // self.n, self.n)
-        padded = np.zeros((2, len(self.call.hot_offsets), self.heads), np.float32)
-        padded[:, : self.full] = self.shares[:, :, : self.full].reshape(2, self.heads, self.rows, self.full).max(axis=2).transpose(0, 2, 1)
-        full_reads = [np.zeros((len(self.call.hot_offsets), self.heads), np.bool_) for _ in range(2)]
-        for whole, part in zip(full_reads, reads, strict=True):
-            whole[: self.full] = part
+        shape = (self.heads * self.used // self.n, self.n)
+        contributions = np.zeros((2, len(self.call.hot_offsets), self.heads), np.float32)
+        shares = self.shares.reshape(2, *self.blocks_of_head)[:, :, : self.used, : self.full]
+        contributions[:, : self.full] = shares.max(axis=2).transpose(0, 2, 1)
         return Result(
-            self.output.reshape(*shape, self.d),
+            self.output[use].reshape(*shape, self.d),
             {name: np.ascontiguousarray(x.reshape(shape)) for name, x in fields.items()},
-            full_reads[0], full_reads[1], padded, failures,
+            reads[0], reads[1], contributions, failures,
         )  # fmt: skip

@@ -5,12 +5,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tierd_kernels.bound.reference import NUM_STATISTICS, SUM, Annotations, evaluate, top_block_certified
+from tierd_kernels.bound import cpu, reference
+from tierd_kernels.bound.annotations import Annotations, Bound
+from tierd_kernels.bound.reference import block_factors, top_block_certified
+from tierd_kernels.bound.statistics import MAX_SCORE, NUM_STATISTICS, SUM
 from tierd_kernels.numerics import phi, psi
-from tierd_kernels.score.cpu import block_statistics
+from tierd_kernels.score.reference import block_statistics
 
 Array = NDArray[np.float64]
 B, D = 16, 8
+
+
+def bound_of(statistics: NDArray[np.float32], annotations: Annotations, keep: Array, norm: Array, dots: Array | None) -> Bound:
+    """The bound of all rows by the compiled op, after comparing it with the reference."""
+    rows, blocks = statistics.shape[1:]
+    factor = block_factors(statistics[MAX_SCORE], statistics[SUM], keep)
+    args = (statistics, factor, annotations, np.arange(rows), keep, np.zeros((rows, blocks), np.bool_), norm, np.zeros(rows), dots)
+    expected, got = reference.evaluate(*args), cpu.evaluate(*args)
+    finite = np.isfinite(expected.total)
+    for name in Bound.__dataclass_fields__:
+        np.testing.assert_allclose(getattr(got, name)[finite], getattr(expected, name)[finite], rtol=2e-5, atol=1e-300, err_msg=name)
+    assert (np.isfinite(expected.total) == np.isfinite(got.total)).all()
+    return got
 
 
 def attacked(
@@ -28,13 +44,13 @@ def attacked(
     deltas = delta * (np.ones(blocks) if needle else rng.random(blocks))
     dnorms = deltas * (rng.uniform(0.3, 1.0, blocks) * np.sqrt(B) if by_norm else np.sqrt(B))
     norms = np.linalg.norm(used, axis=1) + eta
-    statistics = np.zeros((1, blocks, NUM_STATISTICS))
+    statistics = np.zeros((NUM_STATISTICS, 1, blocks), np.float32)
     for b in range(blocks):
         at = slice(b * B, (b + 1) * B)
-        block_statistics(scores[at], B, norms[at], eta[at], deltas[b], dnorms[b], 0.0, statistics[0, b])
+        _, statistics[:, 0, b] = block_statistics(scores[at].astype(np.float64), norms[at], eta[at], deltas[b], dnorms[b], 0.0)
     keep = np.ones((1, blocks), np.bool_)
     if skip and blocks > 1:
-        keep[0, np.argsort(statistics[0, :, SUM])[: blocks // 2]] = False
+        keep[0, np.argsort(statistics[SUM, 0])[: blocks // 2]] = False
     weights = np.exp(scores.astype(np.float64) - scores.max())
     kept = np.repeat(keep[0], B)
     rho = np.where(kept, weights, 0.0) / weights[kept].sum()
@@ -68,11 +84,11 @@ def attacked(
             spectral = np.maximum(spectral, [[np.linalg.norm(values[group_of == g], 2) for g in range(groups)]])
     spectral_e = np.array([[np.linalg.norm(eta[at : at + B]) for at in range(0, n, B)]])
     annotations = Annotations(
-        spectral_e, np.zeros((1, blocks)), norms.reshape(1, blocks, B).max(axis=2), spectral,
+        np.zeros(1, np.int64), spectral_e, np.zeros((1, blocks)), norms.reshape(1, blocks, B).max(axis=2), spectral,
         np.array([[np.linalg.norm(eta[group_of == g]) for g in range(groups)]]), np.zeros(1), n, B,
     )  # fmt: skip
     norm = np.array([np.linalg.norm(output)])
-    bound = evaluate(statistics, annotations, keep, np.zeros((1, blocks), np.bool_), norm, np.zeros(1), dots)
+    bound = bound_of(statistics, annotations, keep, norm, dots)
     return worst, float(bound.total[0])
 
 
@@ -98,25 +114,52 @@ def test_a_light_block_that_carries_the_output(delta: float) -> None:
     assert 0.4 * bound < worst <= bound
 
 
-def test_broken_statistics_never_give_a_small_bound() -> None:
-    statistics = np.zeros((3, 2, NUM_STATISTICS))
-    for b in range(2):
-        block_statistics(np.zeros(B, np.float32), B, np.ones(B), np.ones(B), 0.01, 0.04, 0.0, statistics[0, b])
-    statistics[1:] = statistics[0]
-    statistics[1, 0, 3:10] = np.nan
-    statistics[2, 0, 3:10] = np.inf
-    ones = np.ones((3, 2))
-    annotations = Annotations(np.inf * ones, ones, ones, np.full((3, 1), np.inf), np.full((3, 1), np.inf), np.zeros(3), 32, B)
-    bound = evaluate(statistics, annotations, ones > 0, ones < 0, np.ones(3), np.zeros(3), None).total
+def statistics_of(rows: list[list[tuple[float, float]]]) -> NDArray[np.float32]:
+    """Statistics of rows of (score, Delta) per block, unit values."""
+    one, planes = np.ones(B), np.zeros((NUM_STATISTICS, len(rows), len(rows[0])), np.float32)
+    for r, row in enumerate(rows):
+        for b, (score, delta) in enumerate(row):
+            _, planes[:, r, b] = block_statistics(score * one, one, one, delta, 4.0 * delta, 0.0)
+    return planes
+
+
+def plain_annotations(rows: int, blocks: int, spectral: float) -> Annotations:
+    ones, unknown = np.ones((rows, blocks)), np.full((rows, 1), np.inf)
+    return Annotations(np.arange(rows), spectral * ones, ones, ones, unknown, unknown, np.zeros(rows), blocks * B, B)
+
+
+@pytest.mark.parametrize("broken", [slice(3, 10), slice(1, 2), slice(8, 9), slice(5, 6)])
+def test_broken_statistics_never_give_a_small_bound(broken: slice) -> None:
+    statistics = statistics_of([[(0.0, 0.01)] * 2] * 3)
+    statistics[broken, 1, 0] = np.nan
+    statistics[3:10, 2, 0] = np.inf
+    keep = np.ones((3, 2), np.bool_)
+    bound = bound_of(statistics, plain_annotations(3, 2, np.inf), keep, np.ones(3), None).total
     assert np.isfinite(bound[0])
     assert np.isinf(bound[1:]).all()
 
 
+def test_one_block_without_a_bound_leaves_the_cap() -> None:
+    statistics = statistics_of([[(0.0, np.inf), (1.0, 0.01)]])
+    bound = bound_of(statistics, plain_annotations(1, 2, 1.0), np.ones((1, 2), np.bool_), np.ones(1), None)
+    assert 1.0 < bound.total[0] < 10.0
+
+
+@pytest.mark.parametrize("op", [reference, cpu])
+def test_a_prediction_is_what_promotion_gives(op: object) -> None:
+    statistics = statistics_of([[(0.3, 0.05), (1.0, 0.2), (0.1, 0.9)]])
+    promoted = statistics_of([[(0.3, 0.05), (1.0, 0.0), (0.1, 0.9)]])
+    factor = block_factors(statistics[MAX_SCORE], statistics[SUM], np.ones((1, 3), np.bool_))
+    keep, none, chosen = np.ones((1, 3), np.bool_), np.zeros((1, 3), np.bool_), np.array([[False, True, False]])
+    fixed, one, row = plain_annotations(1, 3, 0.5), np.ones(1), np.zeros(1, np.int64)
+    predicted = op.evaluate(statistics, factor, fixed, row, keep, none, one, 0 * one, None, chosen, chosen)  # type: ignore[attr-defined]
+    real = op.evaluate(promoted, factor, fixed, row, keep, chosen, one, 0 * one, None)  # type: ignore[attr-defined]
+    assert predicted.total == pytest.approx(real.total, rel=1e-6)
+    assert predicted.total[0] < op.evaluate(statistics, factor, fixed, row, keep, none, one, 0 * one, None).total[0]  # type: ignore[attr-defined]
+
+
 def test_rank_needs_a_gap() -> None:
-    statistics = np.zeros((2, 2, NUM_STATISTICS))
-    for row, gap in enumerate((0.1, 1.0)):
-        for b in range(2):
-            block_statistics(np.full(B, gap * b, np.float32), B, np.ones(B), np.ones(B), 0.2, 0.8, 0.0, statistics[row, b])
+    statistics = statistics_of([[(0.0, 0.2), (0.1, 0.2)], [(0.0, 0.2), (1.0, 0.2)]])
     assert top_block_certified(statistics).tolist() == [False, True]
 
 

@@ -1,7 +1,8 @@
 """Score pass in Numba: one work item is a chunk of blocks of one KV head, for all query rows of that head.
 
-Scores of quantised blocks are (q sigma) . code + q . z in FP32, summed over channels in order, with q divided by a power of two
-so that it lies in [-1, 1]; scores of original keys are float64. Statistics are float64 over FP32 scores.
+Scores of quantised blocks are (q sigma) . code + q . z in FP32, with q divided by a power of two so that it lies in [-1, 1]; scores
+of original keys are float64, rounded to FP32. The pass leaves weights relative to the block's own largest score: the value pass
+uses the very same numbers, so that no mass is ever computed twice.
 """
 
 import math
@@ -10,29 +11,38 @@ import numpy as np
 from numba import prange
 
 from tierd_kernels.arrays import Bytes, Doubles, Flags, Ints, Singles
-from tierd_kernels.bound.reference import (
-    D_NORM,
-    DELTA,
-    EPSILON,
-    MAX_SCORE,
-    SUM,
-    SUM_ERROR,
-    SUM_NORM,
-    SUM_SQUARE_ERROR,
-    SUM_SQUARE_USED,
-    SUM_SQUARES,
-    SUM_SQUARES_NORM,
-)
-from tierd_kernels.floats import compiled, widen, widen_bf16, widen_f16
+from tierd_kernels.bound.statistics import D_NORM, DELTA, EPSILON, MAX_SCORE, SUM
+from tierd_kernels.floats import compiled, widen
 from tierd_kernels.layout import RAW_KEYS, RAW_VALUES, RK, SK, H
-from tierd_kernels.numerics import U32, U64, gamma
+from tierd_kernels.numerics import U32, U64
+from tierd_kernels.vector import (
+    FACT_TOP,
+    FACT_TOP_ABS,
+    LANES,
+    NUM_FACTS,
+    NUM_SUMS,
+    PREFETCH_BLOCKS,
+    ROW_TILE,
+    block_weights,
+    dot_codes,
+    prefetch,
+    scale_query,
+    widen_halves,
+    widen_norms,
+)
 
 # Norms below this share of the largest are raised to it: their squares stay far from underflow and the bound only grows.
 NORM_FLOOR = 2.0**-50
-# Products that underflow FP32 together stay below this, with q in [-1, 1] and FP16 scales: 128 * 256 * 2^-126 is 4e-34.
-SCORE_FLOOR = 1e-30
-# The weight is e^{s - m} in float64, rounded to FP32: 2 u covers it.
-EPS_WEIGHT = 2.0 * U32
+# Products below FP32's smallest normal are off by 2^-150 each, times a code and d channels: |scale| 2^-120 covers them; a scale
+# below FP32's smallest normal loses less than 2^-90 of a score.
+PRODUCT_FLOOR, SCORE_FLOOR = 2.0**-120, 2.0**-90
+# The weight e^x, as a share of itself: r is off by 0.8 u (two fused steps, the low part of ln 2), the series of degree 7 on
+# |r| <= 0.35 by 0.1 u, its Horner steps by 2.2 u; measured over 10^6 arguments: 1.3 u.
+EXP_ERROR = 5.0 * U32
+# Roundings of a score and of s - m, in units of the largest |score|: scale, product, and twice for the difference.
+SCORE_ROUNDINGS = 5.0 * U32
+FACT_SUM = 1.0 + 2.0**-18  # FP32 sums of at most 256 positive terms, in 16 lanes
+STORE = 1.0 + 2.0**-22  # rounding to FP32, from above
 
 
 @compiled()
@@ -44,57 +54,20 @@ def read_originals(arena: Bytes, offset: int, count: int, lay: Ints, narrow: Sin
 
 
 @compiled()
-def block_statistics(
-    scores: Singles, count: int, norms: Doubles, errors: Doubles, delta: float, dnorm: float, eps: float,
-    out: Doubles
-) -> None:  # fmt: skip
-    """Fills one row and block's statistics from `count` visible scores; see `bound.reference` for the indices."""
-    top = scores[0]
-    for t in range(1, count):
-        top = max(top, scores[t])
-    z = z2 = p = p2 = e1 = used2 = e2 = 0.0
+def trailing_norms(values: Doubles, count: int, d: int, unit: float, norms: Singles) -> None:
+    """nu_t of `count` original values [count, d], rounded up."""
     for t in range(count):
-        w = math.exp(np.float64(scores[t]) - top)
-        nu, eta = norms[t], errors[t]
-        z += w
-        z2 += w * w
-        p += w * nu
-        p2 += w * w * nu * nu
-        e1 += w * eta
-        e2 += w * eta * eta
-        used2 += w * (nu + eta) * (nu + eta)
-    out[MAX_SCORE] = top
-    out[SUM] = z
-    out[SUM_SQUARES] = z2
-    out[SUM_NORM] = p
-    out[SUM_SQUARES_NORM] = p2
-    out[SUM_ERROR] = e1
-    out[SUM_SQUARE_ERROR] = e2
-    out[SUM_SQUARE_USED] = used2
-    out[DELTA] = delta
-    out[D_NORM] = dnorm
-    out[EPSILON] = eps
+        n2 = 0.0
+        for c in range(d):
+            v = values[t * d + c] / unit
+            n2 += v * v
+        norms[t] = max(math.sqrt(n2) * STORE, NORM_FLOOR)
 
 
 @compiled()
-def read_value_norms(lay: Ints, hot: Bytes, record: int, unit: float, narrow: Singles, norms: Doubles, errors: Doubles) -> None:
-    """nu_t and eta_t of a quantised block in units of `unit`, raised to the floor."""
-    B = lay[2]
-    eta = hot[record + lay[12] : record + lay[12] + 2 * B].view(np.uint16)
-    nu = hot[record + lay[13] : record + lay[13] + 2 * B].view(np.uint16)
-    raw = (hot[record + lay[15] : record + lay[15] + 4].view(np.uint32)[0] & RAW_VALUES) != 0
-    widen_bf16(nu, narrow[:B])
-    for t in range(B):
-        norms[t] = max(np.float64(narrow[t]) / unit, NORM_FLOOR)
-    widen_bf16(eta, narrow[:B])
-    for t in range(B):
-        errors[t] = 0.0 if raw else max(np.float64(narrow[t]) / unit, NORM_FLOOR)
-
-
-@compiled()
-def exact_scores(q_Rd: Doubles, r: int, scale: float, keys: Doubles, count: int, d: int, scores: Singles) -> float:
-    """Scores of original keys (float64 `keys`, [count, d]) rounded to FP32; returns a bound on their error."""
-    q2 = k2_max = top = 0.0
+def exact_scores(q_Rd: Doubles, r: int, scale: float, keys: Doubles, count: int, d: int, scores: Singles, at: int) -> float:
+    """Scores of original keys (float64 `keys`, [count, d]) rounded to FP32, from `at` on; returns a bound on their float64 error."""
+    q2 = k2_max = 0.0
     for c in range(d):
         q2 += q_Rd[r, c] * q_Rd[r, c]
     for t in range(count):
@@ -103,136 +76,137 @@ def exact_scores(q_Rd: Doubles, r: int, scale: float, keys: Doubles, count: int,
             k = keys[t * d + c]
             s += q_Rd[r, c] * k
             k2 += k * k
-        s *= scale
-        scores[t] = s
+        scores[at + t] = s * scale
         k2_max = max(k2_max, k2)
-        top = max(top, abs(s))
-    return abs(scale) * gamma_64(d) * math.sqrt(q2) * math.sqrt(k2_max) + 2.0 * U32 * top + SCORE_FLOOR
-
-
-@compiled()
-def gamma_64(d: int) -> float:
-    return (2.0 * d + 16.0) * U64
-
-
-@compiled()
-def quantised_scores(
-    lay: Ints, hot: Bytes, record: int, q_Rd: Doubles, r: int, scale: float, count: int, gamma_d: float,
-    sigma: Singles, offset: Singles, qs: Singles, scores: Singles
-) -> tuple[float, float, float]:  # fmt: skip
-    """Scores of one row over a quantised block. Returns (Delta, D, eps) of CERTIFICATE.md, section "Score error"."""
-    d, B = lay[1], lay[2]
-    codes = hot[record : record + B * d].view(np.int8)
-    notes = hot[record + lay[14] : record + lay[14] + 32].view(np.float32)
-    l1 = l2 = qz_abs = 0.0
-    qz = np.float32(0.0)
-    for c in range(d):
-        q = np.float32(q_Rd[r, c])
-        a = q * sigma[c]
-        b = q * offset[c]
-        qs[c] = a
-        l1 += abs(np.float64(a))
-        l2 += np.float64(a) * np.float64(a)
-        qz += b
-        qz_abs += abs(np.float64(b))
-    top = 0.0
-    acc = np.empty(16, np.float32)
-    for tile in range((count + 15) // 16):
-        for t in range(16):
-            acc[t] = np.float32(0.0)
-        base = tile * 16 * d
-        for c in range(d):
-            a = qs[c]
-            for t in range(16):
-                acc[t] += a * np.float32(codes[base + c * 16 + t])
-        for t in range(min(16, count - tile * 16)):
-            s = scale * np.float64(acc[t] + qz)
-            scores[tile * 16 + t] = s
-            top = max(top, abs(s))
-    l1 *= 1.0 + 2.0**-20
-    l2 = math.sqrt(l2) * (1.0 + 2.0**-20)
-    size = abs(scale)
-    eps = size * gamma_d * (128.0 * l1 + qz_abs) + 2.0 * U32 * top + SCORE_FLOOR + EPS_WEIGHT
-    delta = size * min(notes[H] * l1, notes[RK] * l2) + eps
-    return delta, size * notes[SK] * l2 + math.sqrt(np.float64(B)) * eps, eps
+    return float(abs(scale) * (2.0 * d + 16.0) * U64 * math.sqrt(q2) * math.sqrt(k2_max))
 
 
 @compiled(parallel=True)
 def score(
     lay: Ints, memory_hot: Bytes, memory_scratch: Bytes, memory_originals: Bytes, q_HRd: Doubles, scale_HR: Doubles,
     visible_R: Ints, unit_H: Doubles, hot_offsets: Ints, original_offsets: Ints, key_locations: Ints,
-    key_exact_HRb: Flags, todo_HRb: Flags, gamma_d: float, chunk: int, scores_HRt: Singles, statistics_HRbs: Doubles
+    key_exact_HRb: Flags, todo_HRb: Flags, chunk: int, weights_HRt: Singles, statistics_sHRb: Singles
 ) -> None:  # fmt: skip
-    """Scores and statistics of the rows and blocks marked in `todo_HRb`.
+    """Weights and statistics of the rows and blocks marked in `todo_HRb`, and of the rows that share a tile with these.
 
-    q_HRd float64 [Hkv, R, d] within [-1, 1], scale_HR its scale, visible_R the tokens that row r sees, unit_H the norm unit of each KV
-    head. `key_exact_HRb` marks rows and blocks to be scored with original keys; blocks flagged raw and the trailing one always are.
-    Writes scores_HRt float32 [Hkv, R, tokens] and statistics_HRbs float64. Invisible blocks keep a sum of zero.
+    q_HRd float64 [Hkv, R, d] within [-1, 1], R a multiple of ROW_TILE, scale_HR its scale, visible_R the tokens that row r sees,
+    unit_H the norm unit of each KV head, a power of two. `key_exact_HRb` marks rows and blocks to be scored with original keys;
+    blocks flagged raw and the trailing one always are. Writes weights_HRt float32 [Hkv, R, tokens], e^{s - m} with m the block's
+    largest score, and statistics_sHRb float32. Blocks that a row does not see keep a sum of zero.
     """
     heads, rows, d = q_HRd.shape
     B = lay[2]
     num_blocks, full = len(original_offsets), len(hot_offsets)
     chunks = (num_blocks + chunk - 1) // chunk
+    stride = num_blocks * B
+    root = math.sqrt(np.float64(B))
+    # d products and sums, and the roundings of q, of q sigma and of the offset's product, twice over.
+    roundings = (2.0 * d + 8.0) * U32
+    gamma_d = roundings / (1.0 - roundings)
+    weights = weights_HRt.reshape(-1)
+    floor = np.full(1, NORM_FLOOR, np.float32)
     for item in prange(heads * chunks):
         h = item // chunks
         keys = np.empty(B * d, np.float64)
-        values = np.empty(B * d, np.float64)
-        norms = np.empty(B, np.float64)
-        errors = np.empty(B, np.float64)
-        qs = np.empty(d, np.float32)
+        narrow = np.empty(B * d, np.float32)
+        norms = np.empty(B, np.float32)
+        errors = np.empty(B, np.float32)
+        no_errors = np.zeros(B, np.float32)
         sigma = np.empty(d, np.float32)
         offset = np.empty(d, np.float32)
-        narrow = np.empty(B * d, np.float32)
+        q = q_HRd[h].astype(np.float32).reshape(-1)
+        qs = np.zeros(ROW_TILE * d, np.float32)
+        sums = np.zeros(4 * ROW_TILE + LANES, np.float32)
+        dots = np.zeros(ROW_TILE * B, np.float32)
+        scales = np.empty(ROW_TILE, np.float32)
+        offsets = np.empty(ROW_TILE, np.float32)
+        counts = np.empty(ROW_TILE, np.int64)
+        epsilons = np.empty(ROW_TILE, np.float64)
+        facts = np.empty(NUM_FACTS, np.float32)
+        # 1 / unit in two halves, for it may lie outside of FP32's range where the unit does not.
+        exponent = math.frexp(unit_H[h])[1] - 1
+        halves = np.array([math.ldexp(1.0, -(exponent // 2)), math.ldexp(1.0, -(exponent - exponent // 2))], np.float32)
         first = (item % chunks) * chunk
         for b in range(first, min(first + chunk, num_blocks)):
-            stored = min(B, visible_R[rows - 1] - b * B)
-            raw = b >= full
-            needed = raw
-            record = 0
+            wanted = exact_wanted = False
+            for r in range(rows):
+                wanted = wanted or todo_HRb[h, r, b]
+                exact_wanted = exact_wanted or key_exact_HRb[h, r, b]
+            if not wanted:
+                continue
+            record = int(hot_offsets[b] + h * lay[5]) if b < full else 0
+            if b + PREFETCH_BLOCKS < full:
+                following = hot_offsets[b + PREFETCH_BLOCKS] + h * lay[5]
+                prefetch(memory_hot, following, B * d)
+                prefetch(memory_hot, following + lay[8], lay[5] - lay[8])
+            flags = np.uint32(RAW_KEYS)
             if b < full:
-                record = int(hot_offsets[b] + h * lay[5])
-                raw = (memory_hot[record + lay[15] : record + lay[15] + 4].view(np.uint32)[0] & RAW_KEYS) != 0
-                needed = raw
-                read_value_norms(lay, memory_hot, record, unit_H[h], narrow, norms, errors)
-                widen_f16(memory_hot[record + lay[8] : record + lay[8] + 2 * d].view(np.uint16), sigma)
-                widen_f16(memory_hot[record + lay[9] : record + lay[9] + 2 * d].view(np.uint16), offset)
-                for r in range(rows):
-                    needed = needed or (todo_HRb[h, r, b] and key_exact_HRb[h, r, b])
-            if needed:
+                flags = memory_hot[record + lay[15] : record + lay[15] + 4].view(np.uint32)[0]
+                widen_norms(memory_hot, record + lay[13], B, halves, floor, norms)
+                widen_norms(memory_hot, record + lay[12], B, halves, floor, errors)
+            raw = (flags & RAW_KEYS) != 0
+            reach = mean = spectral = 0.0
+            if not raw:
+                widen_halves(memory_hot, record + lay[8], d, sigma)
+                widen_halves(memory_hot, record + lay[9], d, offset)
+                notes = memory_hot[record + lay[14] : record + lay[14] + 32].view(np.float32)
+                reach, mean, spectral = np.float64(notes[H]), np.float64(notes[RK]), np.float64(notes[SK])
+            if raw or exact_wanted:
                 where = original_offsets[b] + h * lay[6]
                 if b >= full:
+                    stored = min(B, visible_R[rows - 1] - b * B)
+                    read_originals(memory_originals, where + heads * lay[6], stored * d, lay, narrow, keys)
+                    norms[:] = 0.0
+                    errors[:] = 0.0
+                    trailing_norms(keys, stored, d, unit_H[h], norms)
                     read_originals(memory_originals, where, stored * d, lay, narrow, keys)
-                    read_originals(memory_originals, where + heads * lay[6], stored * d, lay, narrow, values)
-                    for t in range(stored):
-                        n2 = 0.0
-                        for c in range(d):
-                            v = values[t * d + c] / unit_H[h]
-                            n2 += v * v
-                        norms[t] = max(math.sqrt(n2) * (1.0 + 2.0**-40), NORM_FLOOR)
-                        errors[t] = 0.0
                 elif key_locations[b, h] >= 0:
                     read_originals(memory_scratch, key_locations[b, h], B * d, lay, narrow, keys)
                 else:
                     read_originals(memory_originals, ~key_locations[b, h], B * d, lay, narrow, keys)
-            for r in range(rows):
-                if not todo_HRb[h, r, b]:
+            for start in range(0, rows, ROW_TILE):
+                coded = wanted = False
+                for i in range(ROW_TILE):
+                    r = start + i
+                    wanted = wanted or todo_HRb[h, r, b]
+                    coded = coded or not (raw or key_exact_HRb[h, r, b])
+                    counts[i] = visible_R[r] - b * B
+                if not wanted:
                     continue
-                count = min(B, visible_R[r] - b * B)
-                if count <= 0:
-                    continue
-                out = scores_HRt[h, r, b * B : b * B + count]
-                if raw or key_exact_HRb[h, r, b]:
-                    eps = exact_scores(q_HRd[h], r, scale_HR[h, r], keys, count, d, out) + EPS_WEIGHT
-                    delta, dnorm = eps, math.sqrt(np.float64(B)) * eps
-                else:
-                    delta, dnorm, eps = quantised_scores(
-                        lay, memory_hot, record, q_HRd[h], r, scale_HR[h, r], count, gamma_d, sigma, offset, qs, out
-                    )
-                block_statistics(out, count, norms, errors, delta, dnorm, eps, statistics_HRbs[h, r, b])
-
-
-def score_gamma(head_dim: int) -> float:
-    """gamma_{d+6}: d products and sums, the rounding of q, of q sigma, of the offset's product, its sum, and of the total."""
-    return gamma(2 * head_dim + 8)
-
-
+                if coded:
+                    for i in range(ROW_TILE):
+                        scale_query(q, (start + i) * d, d, sigma, offset, qs, i * d, sums, 4 * i)
+                        scales[i] = scale_HR[h, start + i]
+                        offsets[i] = sums[4 * i + 2]
+                    for tile in range(0, B, 16):
+                        dot_codes(memory_hot, record + tile * d, qs, d, dots, tile, B)
+                if raw or exact_wanted:
+                    for i in range(ROW_TILE):
+                        if counts[i] > 0 and (raw or key_exact_HRb[h, start + i, b]):
+                            scales[i], offsets[i] = 1.0, 0.0
+                            epsilons[i] = exact_scores(
+                                q_HRd[h], start + i, scale_HR[h, start + i], keys, min(B, counts[i]), d, dots, i * B
+                            )
+                etas = no_errors if (flags & RAW_VALUES) != 0 else errors
+                at = (h * rows + start) * stride + b * B
+                block_weights(dots, B, scales, offsets, counts, norms, etas, weights, at, stride, facts)
+                for i in range(ROW_TILE):
+                    r = start + i
+                    if counts[i] <= 0:
+                        continue
+                    size = abs(scale_HR[h, r])
+                    eps = epsilons[i]
+                    delta = dnorm = 0.0
+                    if not (raw or key_exact_HRb[h, r, b]):
+                        l1 = sums[4 * i] * FACT_SUM
+                        l2 = math.sqrt(np.float64(sums[4 * i + 1])) * FACT_SUM
+                        eps = size * (gamma_d * (128.0 * l1 + sums[4 * i + 3] * FACT_SUM) + PRODUCT_FLOOR)
+                        delta = size * min(reach * l1, mean * l2)
+                        dnorm = size * spectral * l2
+                    eps += SCORE_ROUNDINGS * facts[FACT_TOP_ABS + i] + SCORE_FLOOR + EXP_ERROR
+                    statistics_sHRb[MAX_SCORE, h, r, b] = facts[FACT_TOP + i]
+                    for k in range(NUM_SUMS):
+                        statistics_sHRb[SUM + k, h, r, b] = facts[k * ROW_TILE + i]
+                    statistics_sHRb[DELTA, h, r, b] = (delta + eps) * STORE
+                    statistics_sHRb[D_NORM, h, r, b] = (dnorm + root * eps) * STORE
+                    statistics_sHRb[EPSILON, h, r, b] = eps * STORE

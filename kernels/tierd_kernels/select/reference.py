@@ -5,7 +5,6 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd_kernels.bound.reference import DELTA, Weights
 from tierd_kernels.numerics import Array, phi
 from tierd_kernels.policy import Coverage
 
@@ -13,19 +12,16 @@ Mask = NDArray[np.bool_]
 BISECTIONS = 14
 
 
-def skip_blocks(statistics: Array, present_Rb: Mask, norm_Rb: Array, output_norm_R: Array, allowance_R: Array) -> Mask:
-    """Blocks that the value pass need not read: the cheapest ones whose terms m_b e^Delta_b (nu_b + ||O||) together stay within
-    `allowance_R`, never the heaviest block. Masses are relative to the whole: a tenth of the allowance is held back for that."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        mass = Weights.of(statistics, present_Rb).rho_Rb
-        cost = mass * np.exp(statistics[..., DELTA]) * (norm_Rb + output_norm_R[:, None])
-    cost = np.where(present_Rb & np.isfinite(cost), cost, np.inf)
-    np.put_along_axis(cost, np.argmax(mass, axis=1)[:, None], np.inf, axis=1)
-    order = np.argsort(cost, axis=1)
+def skip_blocks(mass_Rb: Array, cost_Rb: Array, allowance_R: Array) -> Mask:
+    """Blocks that the value pass need not read: the cheapest ones, whose `cost_Rb` (infinite: never) together stays within
+    `allowance_R`; never the heaviest block."""
+    cost = cost_Rb.copy()
+    np.put_along_axis(cost, np.argmax(mass_Rb, axis=1)[:, None], np.inf, axis=1)
+    order = np.argsort(cost, axis=1, kind="stable")
     spent = np.cumsum(np.take_along_axis(cost, order, axis=1), axis=1)
-    skipped = np.zeros_like(present_Rb)
-    np.put_along_axis(skipped, order, spent <= 0.9 * allowance_R[:, None], axis=1)
-    return np.asarray(skipped & present_Rb)
+    skipped = np.zeros(cost.shape, np.bool_)
+    np.put_along_axis(skipped, order, spent <= allowance_R[:, None], axis=1)
+    return skipped
 
 
 def cheapest_within(
@@ -50,24 +46,21 @@ def cheapest_within(
     return key_Rb > threshold, value_Rb > threshold, np.asarray(reachable)
 
 
-def coverage_keys(statistics: Array, present_Rb: Mask, policy: Coverage) -> tuple[Mask, Array]:
+def coverage_keys(rho_Rb: Array, delta_max_R: Array, present_Rb: Mask, policy: Coverage) -> tuple[Mask, Array]:
     """The paper's key promotion: blocks by falling mass until `tau_cov` of it, between `k_min` and `k_max` blocks, twice as many
     where the paper's key bound stays above `key_bound_max`. Returns the mask and that bound (without the norm 2 Vmax)."""
-    mass = Weights.of(statistics, present_Rb).rho_Rb
-    order = np.argsort(-mass, axis=1)
-    covered = np.cumsum(np.take_along_axis(mass, order, axis=1), axis=1)
+    order = np.argsort(-rho_Rb, axis=1)
+    covered = np.cumsum(np.take_along_axis(rho_Rb, order, axis=1), axis=1)
     count = np.clip(1 + np.sum(covered < policy.tau_cov, axis=1), policy.k_min, policy.k_max)
     count = np.minimum(count, np.sum(present_Rb, axis=1))
 
     def tail_bound(k: NDArray[np.int64]) -> Array:
         tail = np.where(k > 0, 1.0 - np.take_along_axis(covered, np.maximum(k - 1, 0)[:, None], axis=1)[:, 0], 1.0)
-        delta = np.max(np.where(present_Rb, statistics[..., DELTA], 0.0), axis=1)
         with np.errstate(over="ignore", invalid="ignore"):
-            return np.asarray(np.exp(3 * delta) * np.maximum(tail, 0.0) * (2.0 * delta) * phi(2.0 * delta))
+            return np.asarray(np.exp(3 * delta_max_R) * np.maximum(tail, 0.0) * (2.0 * delta_max_R) * phi(2.0 * delta_max_R))
 
     again = tail_bound(count) > policy.key_bound_max
     count = np.where(again, np.minimum(2 * count, np.sum(present_Rb, axis=1)), count)
     chosen = np.zeros_like(present_Rb)
-    np.put_along_axis(chosen, order, np.arange(mass.shape[1])[None, :] < count[:, None], axis=1)
+    np.put_along_axis(chosen, order, np.arange(rho_Rb.shape[1])[None, :] < count[:, None], axis=1)
     return chosen & present_Rb, tail_bound(count)
-

@@ -1,0 +1,209 @@
+"""The bound in Numba: one work item is a row. The same formulas as `reference`, in float64, with series where they vectorise."""
+
+import math
+
+import numpy as np
+from numba import prange
+
+from tierd_kernels.arrays import Doubles, Flags, Ints, Singles
+from tierd_kernels.bound.annotations import Annotations, Bound
+from tierd_kernels.bound.reference import GROUP_TOKENS, THETA
+from tierd_kernels.bound.statistics import (
+    D_NORM,
+    DELTA,
+    EPSILON,
+    SUM,
+    SUM_ERROR,
+    SUM_NORM,
+    SUM_SQUARE_ERROR,
+    SUM_SQUARE_USED,
+    SUM_SQUARES,
+    SUM_SQUARES_NORM,
+)
+from tierd_kernels.floats import compiled
+from tierd_kernels.numerics import SAFETY, U32, gamma
+
+# Below, psi, phi and 1 - e^-x are polynomials that lie above them; beyond, the exponential itself.
+SERIES_MAX = 0.5
+PARTS = 6  # total, key, value, skip, arithmetic, value norm
+
+
+@compiled(reassociate=True)
+def series(delta_b: Doubles, x_b: Doubles, psi_b: Doubles, fall_b: Doubles) -> None:
+    """psi(delta) and 1 - e^-x, x <= delta, both rounded up. The last coefficient of psi is raised by 7 % for the terms left out:
+    0.5 / 9! times 1.06. The alternating series of the other ends in a positive term."""
+    largest = 0.0
+    for b in range(len(delta_b)):
+        y, x = delta_b[b], x_b[b]
+        psi = y * (1.07 / 40320.0) + 1.0 / 5040.0
+        psi = y * (y * (y * (y * (y * psi + 1.0 / 720.0) + 1.0 / 120.0) + 1.0 / 24.0) + 1.0 / 6.0) + 0.5
+        psi_b[b] = psi
+        fall_b[b] = x * (1.0 - x * (0.5 - x * (1.0 / 6.0 - x * (1.0 / 24.0 - x / 120.0))))
+        largest = max(largest, y)
+    if largest <= SERIES_MAX:
+        return
+    for b in range(len(delta_b)):
+        if not delta_b[b] <= SERIES_MAX:
+            y = delta_b[b]
+            psi_b[b] = (math.expm1(y) - y) / (y * y) if y < math.inf else math.inf
+            fall_b[b] = -math.expm1(-x_b[b])
+
+
+@compiled(parallel=True, reassociate=True)
+def bounds(
+    statistics_sRb: Singles, factor_Rb: Doubles, keep_Rb: Flags, value_exact_Rb: Flags, rows_i: Ints, head_R: Ints,
+    promote_ib: Flags, fetch_ib: Flags, spectral_Hb: Doubles, amplitude_Hb: Doubles, norm_max_Hb: Doubles,
+    group_value_HG: Doubles, group_error_HG: Doubles, underflow_H: Doubles, block_size: int, num_tokens: int,
+    norm_i: Doubles, error_i: Doubles, dot_iG: Doubles, gamma_block: float, gamma_dot: float,
+    parts_pi: Doubles, key_ib: Doubles, value_ib: Doubles
+) -> None:  # fmt: skip
+    """Fills parts_pi [PARTS, rows], and the blocks' own shares key_ib and value_ib. `promote_ib`, `fetch_ib` [rows, b] or [0, 0]:
+    keys and values to count as original though they were not read so. `dot_iG` [rows, G] or [0, 0]: not known."""
+    num_blocks = statistics_sRb.shape[2]
+    per_group = GROUP_TOKENS // block_size
+    groups = (num_blocks + per_group - 1) // per_group
+    root = math.sqrt(block_size)
+    for i in prange(len(rows_i)):
+        r = rows_i[i]
+        h = head_R[r]
+        stats = statistics_sRb[:, r]
+        factor, keep, fetched = factor_Rb[r], keep_Rb[r], value_exact_Rb[r]
+        o = norm_i[i]
+        delta_b, dnorm_b = np.empty(num_blocks), np.empty(num_blocks)
+        psi_b, fall_b, x_b = np.empty(num_blocks), np.empty(num_blocks), np.empty(num_blocks)
+        rho_b, a2_b = np.empty(num_blocks), np.empty(num_blocks)
+        kept = 0.0
+        for b in range(num_blocks):
+            kept += factor[b] * stats[SUM, b] if keep[b] else 0.0
+        scale = 1.0 / kept
+        for b in range(num_blocks):
+            live = keep[b] and factor[b] > 0.0
+            here = factor[b] * scale if live else 0.0
+            delta, dnorm = float(stats[DELTA, b]), float(stats[D_NORM, b])
+            rho_b[b] = here * stats[SUM, b]
+            a2_b[b] = here * math.sqrt(np.float64(stats[SUM_SQUARES, b]))
+            delta_b[b] = delta
+            dnorm_b[b] = dnorm if live else 0.0
+        if promote_ib.shape[0] > 0:
+            for b in range(num_blocks):
+                if promote_ib[i, b]:
+                    eps = np.float64(stats[EPSILON, b])
+                    delta_b[b] = eps
+                    dnorm_b[b] = root * eps if dnorm_b[b] > 0.0 else 0.0
+        check = kept
+        for b in range(num_blocks):
+            check += delta_b[b] + dnorm_b[b] + stats[SUM_NORM, b] + stats[SUM_ERROR, b]
+            cross = a2_b[b] * dnorm_b[b]
+            x_b[b] = min(delta_b[b], cross / rho_b[b]) if rho_b[b] > 0.0 else 0.0
+        series(delta_b, x_b, psi_b, fall_b)
+        key = value = low = raised = skip = arithmetic = norm_sum = delta_max = top_norm = 0.0
+        any_skipped = False
+        for group in range(groups):
+            start, stop = group * per_group, min((group + 1) * per_group, num_blocks)
+            t1 = t3 = spread = used2 = error2 = rho_G = amplitude = g_sum = value_G = a2_left = 0.0
+            for b in range(start, stop):
+                live = rho_b[b] > 0.0
+                here = factor[b] * scale if live else 0.0
+                delta = delta_b[b] if live else 0.0
+                rho, a2, dnorm, psi = rho_b[b], a2_b[b], dnorm_b[b], psi_b[b]
+                phi = 1.0 + delta * psi if live else 1.0
+                psi = psi if live else 0.5
+                cross = a2 * dnorm
+                low += rho * fall_b[b]
+                g = min(phi * min(rho * delta, cross), cross + psi * here * dnorm * dnorm)
+                norm = here * stats[SUM_NORM, b]
+                norm2 = here * math.sqrt(np.float64(stats[SUM_SQUARES_NORM, b]))
+                t1_b = phi * min(delta * norm, dnorm * norm2) + g * o
+                key_ib[i, b] = t1_b
+                t1 += t1_b
+                norm_sum += norm
+                g_sum += g
+                spread += phi * phi * min(min(rho * delta * delta, here * dnorm * dnorm), delta * cross)
+                used2 += here * stats[SUM_SQUARE_USED, b]
+                error2 += here * stats[SUM_SQUARE_ERROR, b]
+                rho_G += rho
+                amplitude += rho * amplitude_Hb[h, b]
+                c = phi * min(here * dnorm, a2 * delta)
+                t3 += c * c
+                coded = live and not fetched[b]
+                share = here * np.float64(stats[SUM_ERROR, b])
+                other = a2 * spectral_Hb[h, b]  # NaN where a2 underflowed and sV is not known
+                share = other if other < share else share
+                share = share if coded else 0.0
+                value_ib[i, b] = share
+                value_G += share
+                a2_left += a2 * a2 if coded else 0.0
+            if fetch_ib.shape[0] > 0:
+                value_G = a2_left = 0.0
+                for b in range(start, stop):
+                    coded = not (fetched[b] or fetch_ib[i, b])
+                    value_G += value_ib[i, b] if coded else 0.0
+                    a2_left += a2_b[b] * a2_b[b] if coded else 0.0
+            if dot_iG.shape[0] > 0:
+                slack = 4.0 * gamma_dot * (used2 + rho_G * o * o + 2.0 * o * amplitude) + 2.0 * o * underflow_H[h]
+                width = math.sqrt(max(used2 - 2.0 * dot_iG[i, group] + rho_G * o * o, 0.0) + slack)
+            else:
+                width = math.sqrt(used2) + math.sqrt(rho_G) * o
+            best = t1
+            other = (width + math.sqrt(error2)) * math.sqrt(spread)
+            best = best if best <= other else other
+            if group_value_HG[h, group] < math.inf:
+                other = group_value_HG[h, group] * math.sqrt(t3) + o * g_sum
+                best = best if best <= other else other
+            key += best
+            if group_error_HG[h, group] < math.inf:
+                other = group_error_HG[h, group] * math.sqrt(a2_left)
+                value_G = value_G if value_G <= other else other
+            value += value_G
+            arithmetic += amplitude
+        for b in range(num_blocks):
+            present = stats[SUM, b] > 0.0
+            top_norm = max(top_norm, norm_max_Hb[h, b] if present else 0.0)
+            delta_max = max(delta_max, delta_b[b] if present else 0.0)
+            any_skipped = any_skipped or (present and not keep[b])
+        if any_skipped:
+            for b in range(num_blocks):
+                if stats[SUM, b] > 0.0 and not keep[b]:
+                    mass = factor[b] * scale * stats[SUM, b]
+                    grow = 1.0 + delta_b[b] * (1.0 + delta_b[b] * psi_b[b])
+                    skip += mass * grow * (norm_max_Hb[h, b] + o)
+                    raised += mass / grow
+        # Weights below the smallest that is kept: their whole mass, counted as skipped.
+        lost = num_tokens * 2.0**-124 * (top_norm + o)
+        skip += lost * math.exp(delta_max)
+        rounding = gamma_block * arithmetic + 8.0 * U32 * o + underflow_H[h] + error_i[i]
+        denominator = 1.0 - low + raised
+        stretch = (1.0 + THETA) * SAFETY / denominator if denominator > 2.0**-20 else math.inf
+        total = (key + value + skip + rounding) * stretch
+        if not any_skipped:
+            spread_all = math.tanh(delta_max) * (top_norm + o + value + rounding)
+            capped = (spread_all + value + 2.0 * lost + rounding) * ((1.0 + THETA) * SAFETY)
+            if not total <= capped:
+                total, stretch, key, skip = capped, (1.0 + THETA) * SAFETY, spread_all, 2.0 * lost
+        # A NaN anywhere must not hide behind a comparison that it makes false.
+        if not (total < math.inf and check == check):
+            total = math.inf
+        parts_pi[0, i] = total
+        for p, part in enumerate((key, value, skip, rounding)):
+            parts_pi[1 + p, i] = part * stretch
+        parts_pi[5, i] = norm_sum
+
+
+NO_FLAGS = np.zeros((0, 0), np.bool_)
+NO_DOTS = np.zeros((0, 0))
+
+
+def evaluate(
+    statistics_sRb: Singles, factor_Rb: Doubles, annotations: Annotations, rows_i: Ints, keep_Rb: Flags, value_exact_Rb: Flags,
+    norm_i: Doubles, error_i: Doubles, dot_iG: Doubles | None = None, promote_ib: Flags | None = None, fetch_ib: Flags | None = None
+) -> Bound:  # fmt: skip
+    """As `bound.reference.evaluate`."""
+    a, num_blocks = annotations, statistics_sRb.shape[2]
+    parts, key, value = np.empty((PARTS, len(rows_i))), np.empty((len(rows_i), num_blocks)), np.empty((len(rows_i), num_blocks))
+    bounds(
+        statistics_sRb, factor_Rb, keep_Rb, value_exact_Rb, rows_i, a.head_R, NO_FLAGS if promote_ib is None else promote_ib,
+        NO_FLAGS if fetch_ib is None else fetch_ib, a.value_spectral_Hb, a.amplitude_Hb, a.value_norm_max_Hb, a.group_value_HG,
+        a.group_error_HG, a.underflow_H, a.block_size, a.num_tokens, norm_i, error_i, NO_DOTS if dot_iG is None else dot_iG,
+        gamma(a.block_size + 6), gamma(a.block_size + 8) + THETA, parts, key, value,
+    )  # fmt: skip
+    return Bound(parts[0], parts[1], parts[2], parts[3], parts[4], parts[5], key, value)

@@ -1,0 +1,146 @@
+"""The score and value passes, op by op, against their references in float64; selection against sorting."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernels_cache import Cache, raw, store
+from tierd_kernels.attend import cpu as attend_cpu
+from tierd_kernels.attend import reference as attend_reference
+from tierd_kernels.bound.reference import block_factors
+from tierd_kernels.bound.statistics import DELTA, EPSILON, MAX_SCORE, NUM_STATISTICS, SUM
+from tierd_kernels.kvview import widen
+from tierd_kernels.layout import DTYPE_CODE, Layout
+from tierd_kernels.quantise.reference import decode, dequantise_values
+from tierd_kernels.score import cpu as score_cpu
+from tierd_kernels.score.reference import block_statistics, quantised_scores
+from tierd_kernels.select import cpu as select_cpu
+from tierd_kernels.select import reference as select_reference
+from tierd_kernels.vector import ROW_TILE
+
+GEOMETRIES = st.tuples(
+    st.sampled_from((64, 80, 96, 128, 256)), st.sampled_from((16, 32, 64)), st.sampled_from((16, 32)), st.sampled_from(tuple(DTYPE_CODE)),
+    st.integers(1, 2), st.integers(1, 2),
+)  # fmt: skip
+
+
+def filled(geometry: tuple[int, int, int, str, int, int], tokens: int, seed: int) -> tuple[Cache, np.ndarray]:
+    d, B, g, dtype, heads, tiles = geometry
+    rng = np.random.default_rng(seed)
+    k, v = rng.standard_normal((2, heads, tokens, d)) * 10.0 ** rng.uniform(-1, 1, (2, heads, 1, d))
+    cache = store(Layout(heads, d, B, g, dtype), raw(k, dtype), raw(v, dtype))
+    q = rng.standard_normal((heads, tiles * ROW_TILE, d))
+    return cache, q / np.max(np.abs(q), axis=2, keepdims=True)
+
+
+@given(geometry=GEOMETRIES, tokens=st.integers(1, 150), promoted=st.booleans(), seed=st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_weights_statistics_and_values(geometry: tuple[int, int, int, str, int, int], tokens: int, promoted: bool, seed: int) -> None:
+    cache, q = filled(geometry, tokens, seed)
+    layout, (heads, rows, d) = cache.layout, q.shape
+    rng, B, blocks, full = np.random.default_rng(seed), layout.block_size, len(cache.originals), len(cache.hot)
+    visible = np.sort(rng.integers(1, tokens + 1, rows))
+    visible[-1] = tokens
+    scale, unit = rng.uniform(0.01, 0.3, (heads, rows)), np.ldexp(1.0, rng.integers(5, 9, heads))
+    exact = rng.random((2, heads, rows, blocks)) < 0.3 * promoted
+    exact[..., full:] = False
+    keys, values = cache.locations()
+    weights = np.full((heads, rows, blocks * B), np.nan, np.float32)
+    statistics = np.zeros((NUM_STATISTICS, heads, rows, blocks), np.float32)
+    score_cpu.score(
+        layout.as_array, *cache.memory, q, scale, visible, unit, cache.hot, cache.originals, keys, exact[0],
+        np.ones_like(exact[0]), 3, weights, statistics,
+    )  # fmt: skip
+    flat = statistics.reshape(NUM_STATISTICS, -1, blocks)
+    factor = block_factors(flat[MAX_SCORE], flat[SUM], np.ones((heads * rows, blocks), np.bool_))
+    factor = factor.reshape(heads, rows, blocks) * (rng.random((heads, rows, blocks)) < 0.8)
+    partial = np.full((heads, rows, 1, d), np.nan)
+    attend_cpu.attend(
+        layout.as_array, *cache.memory, visible, cache.hot, cache.originals, values, exact[1], factor, weights, partial
+    )  # fmt: skip
+
+    K, V = widen(cache.keys, layout.dtype), widen(cache.values, layout.dtype)
+    used = np.zeros((heads, rows, tokens, d))
+    for h in range(heads):
+        for b in range(blocks):
+            at = slice(b * B, min((b + 1) * B, tokens))
+            block = None
+            if b < full:
+                start = cache.hot[b] + h * layout.hot_record_bytes
+                block = decode(cache.memory.hot[start : start + layout.hot_record_bytes], layout)
+            for r in range(rows):
+                count = min(visible[r] - b * B, B)
+                coded = block is not None and not exact[1, h, r, b] and not block.raw_values
+                used[h, r, at] = dequantise_values(block, layout) if coded and block is not None else V[h, at]
+                if count <= 0:
+                    assert statistics[SUM, h, r, b] == 0
+                    continue
+                if block is None or exact[0, h, r, b] or block.raw_keys:
+                    scores, delta, dnorm = scale[h, r] * (K[h, at] @ q[h, r]), 0.0, 0.0
+                else:
+                    scores, delta, dnorm = quantised_scores(block, q[h, r], scale[h, r])
+                nu, eta = np.linalg.norm(V[h, at], axis=1) / unit[h], np.zeros(len(V[h, at]))
+                if block is not None:
+                    nu, bits = widen(block.value_norm_B, "bfloat16") / unit[h], block.value_error_B
+                    eta = np.zeros(B) if block.raw_values else widen(bits, "bfloat16") / unit[h]
+                eps = float(statistics[EPSILON, h, r, b])
+                w, wanted = block_statistics(scores[:count], nu[:count], eta[:count], delta + eps, dnorm + B**0.5 * eps, eps)
+                got = statistics[:, h, r, b]
+                # e^s may be off by eps, and m with it.
+                assert abs(got[MAX_SCORE] - wanted[MAX_SCORE]) <= eps
+                np.testing.assert_allclose(got[SUM:DELTA], wanted[SUM:DELTA], rtol=2 * np.expm1(2 * eps) + 3e-6, atol=1e-12)
+                np.testing.assert_allclose(got[DELTA:], wanted[DELTA:], rtol=1e-5)
+                assert got[DELTA] >= wanted[DELTA] * (1 - 1e-9)
+                np.testing.assert_allclose(weights[h, r, at][:count], w, rtol=2 * np.expm1(2 * eps), atol=1e-37)
+                assert (weights[h, r, b * B + count : (b + 1) * B] == 0).all()
+        seen = weights[h, :, :tokens].astype(np.float64)
+        wanted_sum = attend_reference.attend(np.nan_to_num(seen), factor[h], used[h], B)
+        room = 1e-5 * attend_reference.attend(np.nan_to_num(seen), factor[h], np.abs(used[h]), B) + 1e-30
+        assert (np.abs(partial[h] - wanted_sum) <= room).all()
+
+
+@given(seed=st.integers(0, 2**31), blocks=st.integers(1, 300), share=st.sampled_from((0.0, 1e-6, 0.01, 0.3, 1e9)))
+@settings(max_examples=60, deadline=None)
+def test_skipped_blocks_are_the_cheapest_that_fit(seed: int, blocks: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    statistics = np.zeros((NUM_STATISTICS, 2, blocks), np.float32)
+    statistics[MAX_SCORE] = rng.normal(0, 6, (2, blocks))
+    statistics[SUM] = rng.uniform(1, 16, (2, blocks))
+    statistics[DELTA] = rng.uniform(0, 1.5, (2, blocks))
+    norms, output = rng.random((1, blocks)), rng.random(2)
+    everywhere = np.ones((2, blocks), np.bool_)
+    factor = block_factors(statistics[MAX_SCORE], statistics[SUM], everywhere)
+    mass = factor * statistics[SUM]
+    mass /= mass.sum(axis=1, keepdims=True)
+    cost = mass * np.exp(statistics[DELTA].astype(np.float64)) * (norms + output[:, None])
+    allowance = share * cost.sum(axis=1)
+    wanted = select_reference.skip_blocks(mass, cost, allowance)
+    keep = everywhere.copy()
+    rows, heads = np.arange(2), np.zeros(2, np.int64)
+    select_cpu.skip_blocks(statistics, factor, rows, heads, norms, output, allowance, keep)
+    assert (np.sum(cost * ~keep, axis=1) <= allowance * (1 + 1e-5)).all()
+    assert keep[rows, np.argmax(mass, axis=1)].all()
+    assert np.abs(np.sum(wanted, axis=1) - np.sum(~keep, axis=1)).max() <= 1  # the threshold may round a tie away
+
+
+@pytest.mark.parametrize("count", [1, 5, 16])
+def test_exponentials_are_as_exact_as_the_bound_takes_them(count: int) -> None:
+    """Every weight of a block of scores between 0 and -100 is within EXP_ERROR of e^s, or zero below e^-86."""
+    rng, heads, rows = np.random.default_rng(count), 1, ROW_TILE
+    d, layout = 64, Layout(1, 64, 16, 16, "float32")
+    k = np.zeros((1, 4000, d))
+    k[0, :, 0] = -rng.uniform(0, 100, 4000)
+    k[0, ::16, 0] = 0.0
+    cache = store(layout, raw(k, "float32"), raw(k, "float32"))
+    q = np.zeros((heads, rows, d))
+    q[:, :, 0] = 1.0
+    blocks, chosen = len(cache.originals), np.ones((heads, rows, len(cache.originals)), np.bool_)
+    weights, statistics = np.empty((heads, rows, blocks * 16), np.float32), np.zeros((NUM_STATISTICS, heads, rows, blocks), np.float32)
+    score_cpu.score(
+        layout.as_array, *cache.memory, q, np.ones((heads, rows)), np.full(rows, 4000), np.ones(1), cache.hot, cache.originals,
+        cache.locations()[0], chosen, chosen, count, weights, statistics,
+    )  # fmt: skip
+    s = raw(k, "float32")[0, :, 0].astype(np.float64)
+    kept = s > -86
+    assert (np.abs(weights[0, 0][kept] / np.exp(s[kept]) - 1) <= score_cpu.EXP_ERROR).all()
+    assert (weights[0, 0][s < -86.001] == 0).all()
