@@ -12,6 +12,7 @@ from tierd_kernels.policy import Budget
 from tierd.commands import Append, Attend, CloseWorker, Fork, Geometry, Lengths, OpenSession, Row, RowResult, Tolerance, Truncate
 from tierd.engine import Engine, EngineConfig
 from tierd.errors import CapacityExceeded, CertificateUnavailable, InvalidArgument
+from tierd.residency import CopyState
 
 CONFIG = EngineConfig(hot_bytes=4 << 20, originals_bytes=8 << 20, scratch_bytes=1 << 20, canary_share=0.05)
 GEOMETRY = Geometry(num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=64, dtype="float32")
@@ -98,6 +99,19 @@ def test_a_corrupt_original_is_never_answered_from() -> None:
     engine.residency.arenas.memory.originals[64] ^= 0xFF
     with pytest.raises(CertificateUnavailable, match="checksum"):
         run(engine, Attend([Row(session, 0, numbers(rng, 4, 1), tolerance=Tolerance(0.0))], worker="w"))
+
+
+def test_an_exact_head_trusts_no_original_because_scratch_has_a_copy() -> None:
+    rng, engine = np.random.default_rng(5), Engine(replace(CONFIG, canary_share=0.0))
+    session = opened(engine)
+    k, v, q = numbers(rng, 2, 160), numbers(rng, 2, 160), numbers(rng, 4, 1)
+    run(engine, Append(session, 0, k, v, worker="w"))
+    run(engine, Attend([Row(session, 0, q, tolerance=Tolerance(0.01))], worker="w"))
+    (copy, *_) = engine.residency.oldest_first()
+    assert copy.state is CopyState.RESIDENT
+    engine.residency.arenas.memory.originals[copy.source + 3] ^= 0x40
+    with pytest.raises(CertificateUnavailable, match="checksum"):
+        run(engine, Attend([Row(session, 0, q, tolerance=Tolerance(0.0))], worker="w"))
 
 
 def test_corrupt_codes_are_found_and_rebuilt() -> None:

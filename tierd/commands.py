@@ -15,6 +15,7 @@ from tierd_kernels.policy import Budget, Coverage
 from tierd.errors import InvalidArgument
 
 Raw = NDArray[Any]
+COUNT_MAX = 4096  # layers, heads: some state is kept for each from the moment a session opens
 RELATIVE_TO = ("values", "output")
 
 
@@ -22,7 +23,7 @@ RELATIVE_TO = ("values", "output")
 class Geometry:
     """Shape of one model's attention. `softmax_scale` None means `head_dim ** -0.5`.
 
-    Raises InvalidArgument for counts below 1, query heads that KV heads do not divide, a scale that is not finite, and
+    Raises InvalidArgument for counts below 1 or above COUNT_MAX, query heads that KV heads do not divide, a scale that is not finite, and
     whatever the storage layout refuses.
     """
 
@@ -37,8 +38,8 @@ class Geometry:
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_q_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise InvalidArgument(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if not 1 <= getattr(self, name) <= COUNT_MAX:
+                raise InvalidArgument(f"{name} is {getattr(self, name)}; allowed: 1 to {COUNT_MAX}")
         if self.num_q_heads % self.num_kv_heads:
             raise InvalidArgument(
                 f"num_q_heads is {self.num_q_heads}; it must be a multiple of num_kv_heads, {self.num_kv_heads}"

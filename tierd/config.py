@@ -16,6 +16,7 @@ from tierd.errors import InvalidArgument
 
 GIB = 1 << 30
 MIB = 1 << 20
+DAY_S = 86400.0  # no wait is longer: threads cannot wait for ever by number
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,14 @@ class Settings(BaseSettings):
     batch_rows_max: int = Field(256, ge=1, description="attend rows in one launch")
     max_tokens: int = Field(1 << 20, ge=1, description="the most tokens one session may ask for")
     canary_share: float = Field(1e-3, ge=0.0, le=1.0, description="share of blocks re-scored from originals in each call")
-    lease_s: float = Field(0.0, ge=0.0, description="close a session unused for this long, seconds (0: never)")
+    lease_s: float = Field(0.0, ge=0.0, le=DAY_S, description="close a session unused for this long, seconds (0: never)")
     migrations_max: int = Field(256, ge=0, description="records copied to the scratch cache between two launches")
     message_bytes_max: int = Field(64 * MIB, ge=64 << 10, le=(1 << 31) - 1, description="one message, bytes")
     append_bytes_max: int = Field(2 * GIB, ge=MIB, description="appends being received at once, all workers, bytes")
     workers_max: int = Field(64, ge=1, description="workers connected at once")
     stream_requests_max: int = Field(256, ge=1, description="requests in flight on one worker's stream")
-    timeout_s_max: float = Field(600.0, gt=0.0, description="the longest deadline a call may ask for, seconds")
-    grace_s: float = Field(30.0, ge=0.0, description="how long a stop waits for calls in flight, seconds")
+    timeout_s_max: float = Field(600.0, gt=0.0, le=DAY_S, description="the longest deadline a call may ask for, seconds")
+    grace_s: float = Field(30.0, ge=0.0, le=DAY_S, description="how long a stop waits for calls in flight, seconds")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="Prometheus on 127.0.0.1:port (0: any; none: off)")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="log level")
 

@@ -15,6 +15,7 @@ from tierd.commands import Geometry, Raw, Tolerance
 from tierd.residency import BlockTable, Ids, Residency
 
 GROUP_TOKENS = 1024
+NO_IDS: Ids = np.empty(0, dtype=np.int64)
 
 
 class Quantiser(Protocol):
@@ -86,7 +87,10 @@ class Session:
         return state.ids[: state.length // self.layout.block_size]
 
     def append(self, layer: int, k: Raw, v: Raw) -> Savepoint:
-        """Store `k`, `v` [Hkv, n, d] behind what the layer has; full blocks are quantised. Raises CapacityExceeded."""
+        """Store `k`, `v` [Hkv, n, d] behind what the layer has; full blocks are quantised.
+
+        Raises CapacityExceeded, or CertificateUnavailable (an original of the group that gets complete is corrupt).
+        """
         state, block_size = self.layers[layer], self.layout.block_size
         saved = Savepoint(layer, state.length, state.value_norm_max)
         end = state.length + k.shape[1]
@@ -176,7 +180,7 @@ class Session:
                 state.value_norm_max = np.maximum(state.value_norm_max, self.table.value_norm[block])
                 group = index // blocks_per_group
                 if group < len(state.group_value_norms):
-                    values, errors = self._measure_group(state, group)
+                    values, errors = self._measure_group(state, group, NO_IDS)
                     state.group_value_norms, state.group_error_norms = (
                         state.group_value_norms.copy(),
                         state.group_error_norms.copy(),
@@ -202,13 +206,16 @@ class Session:
         table.seal(filling, norms)
         state.value_norm_max = np.maximum(state.value_norm_max, norms.max(axis=0))
         while len(state.group_value_norms) < state.length // GROUP_TOKENS:
-            values, errors = self._measure_group(state, len(state.group_value_norms))
+            values, errors = self._measure_group(state, len(state.group_value_norms), filling)
             state.group_value_norms = np.concatenate([state.group_value_norms, values[None]])
             state.group_error_norms = np.concatenate([state.group_error_norms, errors[None]])
 
-    def _measure_group(self, state: LayerState, group: int) -> tuple[Any, Any]:
+    def _measure_group(self, state: LayerState, group: int, fresh: Ids) -> tuple[Any, Any]:
+        """Norms of a complete group. Its originals enter a bound here, so all but the `fresh` ones are checked first."""
         count = GROUP_TOKENS // self.layout.block_size
         ids = state.ids[group * count : (group + 1) * count]
+        for block in np.setdiff1d(ids, fresh).tolist():
+            self.table.require_sound(block)
         memory = self.table.arenas.memory
         return self._kernels.group_norms(
             self.layout, memory, self.table.original_offset[ids], self.table.hot_offset[ids]

@@ -43,6 +43,24 @@ class Work:
     copy_ids: NDArray[np.int64]
     result: Result | None = None
 
+    @property
+    def exact_heads(self) -> NDArray[np.bool_]:
+        """KV heads [Hkv] of which any row was computed from the originals themselves."""
+        assert self.result is not None
+        exact = self.result.certificate["exact"].astype(bool)
+        return np.asarray(exact.reshape(self.locations.shape[2], -1).any(axis=1))
+
+    @property
+    def reads(self) -> NDArray[np.bool_]:
+        """Original records that were read, [2, m, Hkv]."""
+        assert self.result is not None
+        return np.stack([self.result.key_reads, self.result.value_reads])
+
+    @property
+    def host_reads(self) -> NDArray[np.bool_]:
+        """Those that were read from the host: without a copy, or of an exact head, which never looks at scratch."""
+        return self.reads & ((self.locations < 0) | self.exact_heads)
+
 
 @dataclass(eq=False)
 class Job:
@@ -187,9 +205,8 @@ class Batch:
 
     def _check_reads(self, work: Work) -> None:
         """Every original that came from the host must still be what was stored."""
-        assert work.result is not None
-        for kind, reads, name in ((KEY, work.result.key_reads, "keys"), (VALUE, work.result.value_reads, "values")):
-            bad = work.session.table.corrupt_records(kind, work.ids, reads & (work.locations[kind] < 0))
+        for kind, reads, name in zip((KEY, VALUE), work.host_reads, ("keys", "values"), strict=True):
+            bad = work.session.table.corrupt_records(kind, work.ids, reads)
             if bad:
                 self._counters.events["corrupt_original"] += len(bad)
                 raise CertificateUnavailable(

@@ -44,23 +44,18 @@ class ScratchCache:
         self._migrator.submit(orders)
 
     def _count(self, work: Work) -> None:
-        assert work.result is not None
-        reads = np.stack([work.result.key_reads, work.result.value_reads])
-        hit = reads & (work.locations >= 0)
+        missed = work.host_reads
+        hit = work.reads & ~missed
         self._counters.hits += int(np.count_nonzero(hit))
-        self._counters.misses += int(np.count_nonzero(reads & ~hit))
+        self._counters.misses += int(np.count_nonzero(missed))
         self._residency.touch(work.copy_ids[hit], self._step)
 
     def _prefetch(self, work: Work, room: int) -> list[CopyOrder]:
         assert work.result is not None
         table = work.session.table
-        exact = work.result.certificate["exact"].astype(bool)
-        heads = work.session.geometry.num_kv_heads
-        reads = np.stack([work.result.key_reads, work.result.value_reads])
         # The table of now, not the call's: a batch may hold several sessions that share blocks.
         host_only = table.copy_id[:, work.ids] < 0
-        exact_heads = np.asarray(exact.reshape(heads, -1).any(axis=1))
-        snapshot = PrefetchSnapshot(reads & host_only, work.result.contributions, exact_heads)
+        snapshot = PrefetchSnapshot(work.reads & host_only, work.result.contributions, work.exact_heads)
         orders: list[CopyOrder] = []
         for record in choose_prefetches(snapshot, room):
             copy = self._begin(work, record.kind, int(work.ids[record.block]), record.head)

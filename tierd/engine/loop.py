@@ -34,6 +34,7 @@ from tierd.engine.batch import Batch, Job, Kernels
 from tierd.engine.caching import ScratchCache
 from tierd.engine.counters import Counters
 from tierd.engine.sessions import Sessions
+from tierd.engine.timed import TimedFuture
 from tierd.errors import CapacityExceeded, DeadlineExceeded, InvalidArgument, TierdError, Unavailable
 from tierd.ids import new_epoch
 from tierd.leases import Leases
@@ -85,13 +86,16 @@ class Engine:
         self._busy: set[str] = set()  # sessions of the waiting batch
         self._num_rows = 0
 
-    def submit(self, command: Command) -> "Future[Any]":
-        """Queue a command, from any thread. Raises CapacityExceeded when the queue is full, Unavailable when stopping."""
-        future: Future[Any] = Future()
+    def submit(self, command: Command) -> TimedFuture:
+        """Queue a command, from any thread. Raises CapacityExceeded when the queue is full, Unavailable when stopping.
+
+        CloseWorker always finds room: it gives back what others wait for, and there is one per worker.
+        """
+        future = TimedFuture()
         with self._wake:
             if self._stopping:
                 raise Unavailable("the daemon is stopping and takes no new calls")
-            if len(self._queue) >= self.config.queue_max:
+            if len(self._queue) >= self.config.queue_max and not isinstance(command, CloseWorker):
                 raise CapacityExceeded(
                     f"{len(self._queue)} commands are waiting, 0 free: queue_max is {self.config.queue_max}"
                 )

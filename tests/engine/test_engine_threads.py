@@ -1,0 +1,126 @@
+"""The engine on its own thread. Events order what must be ordered; nothing waits for time to pass."""
+
+import threading
+
+import numpy as np
+import pytest
+from engine_calls import GEOMETRY, LOOSE, Bench
+from fake_kernels import attention
+from tierd_kernels.policy import Budget
+
+from tierd.commands import Append, Attend, CloseSession, Heartbeat, OpenSession, Row, Status
+from tierd.errors import CertificateUnavailable, Unavailable
+
+WAIT_S = 30.0  # only a failing test waits this long
+
+
+class HeldBench(Bench):
+    """Kernels that stay in their first launch until `let_go` is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.name = self.opened(tokens=40)
+        self.entered, self.let_go = threading.Event(), threading.Event()
+        self.kernels.during = self._hold
+        self.engine.start()
+
+    def _hold(self) -> None:
+        self.entered.set()
+        assert self.let_go.wait(WAIT_S)
+
+
+def no_threads_left() -> bool:
+    return not any(thread.name.startswith("tierd-") for thread in threading.enumerate())
+
+
+def test_workers_on_many_threads_get_their_own_answers() -> None:
+    bench = Bench()
+    bench.engine.start()
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            rng = np.random.default_rng(seed)
+            k, v = (rng.standard_normal((2, 60, 64)).astype(np.float32) for _ in "kv")
+            engine, worker = bench.engine, f"w{seed}"
+            name = engine.submit(OpenSession(GEOMETRY, LOOSE, Budget(), 100, worker=worker)).result(WAIT_S)
+            engine.submit(Append(name, 0, k[:, :30], v[:, :30], worker=worker))
+            for i in range(30, 60):
+                q = rng.standard_normal((4, 1, 64)).astype(np.float32)
+                step = Attend([Row(name, 0, q, k[:, i : i + 1], v[:, i : i + 1])], worker=worker)
+                (row,) = engine.submit(step).result(WAIT_S)
+                np.testing.assert_array_equal(row.output, attention(k[:, : i + 1], v[:, : i + 1], q, GEOMETRY.scale, "float32"))
+            engine.submit(CloseSession(name, worker=worker)).result(WAIT_S)
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    bench.engine.stop(WAIT_S)
+    assert not failures, failures
+    assert no_threads_left() and sum(bench.kernels.launches) == 120
+    bench.engine.check_integrity()
+    assert [pool.used_bytes for pool in bench.engine.residency.arenas.pools] == [0, 0, 0]
+
+
+def test_calls_that_arrive_during_a_launch_share_the_next() -> None:
+    bench = HeldBench()
+    others = [bench.engine.submit(OpenSession(GEOMETRY, LOOSE, Budget(), 100, worker="w")).result(WAIT_S) for _ in range(3)]
+    for name in others:
+        bench.engine.submit(bench.append(name, 20)).result(WAIT_S)
+    first = bench.engine.submit(bench.attend(bench.name))
+    assert bench.entered.wait(WAIT_S)
+    rest = [bench.engine.submit(bench.attend(name)) for name in others]
+    bench.let_go.set()
+    for future in (first, *rest):
+        assert len(future.result(WAIT_S)) == 1
+    assert bench.kernels.launches == [1, 3]
+    bench.engine.stop(WAIT_S)
+
+
+def test_a_stop_with_grace_answers_what_waits() -> None:
+    bench = HeldBench()
+    running = bench.engine.submit(bench.attend(bench.name))
+    assert bench.entered.wait(WAIT_S)
+    waiting = bench.engine.submit(Status(worker="w"))
+    stopper = threading.Thread(target=bench.engine.stop, args=(WAIT_S,))
+    stopper.start()
+    bench.let_go.set()
+    stopper.join(WAIT_S)
+    assert len(running.result(timeout=0)) == 1 and waiting.result(timeout=0)["sessions"] == 1
+    assert no_threads_left()
+    with pytest.raises(Unavailable):
+        bench.engine.submit(Heartbeat(worker="w"))
+
+
+def test_a_stop_without_grace_finishes_the_call_in_flight_and_fails_the_rest() -> None:
+    bench = HeldBench()
+    running = bench.engine.submit(bench.attend(bench.name))
+    assert bench.entered.wait(WAIT_S)
+    waiting, cancelled = (bench.engine.submit(bench.append(bench.name, 1)) for _ in range(2))
+    assert cancelled.cancel()
+    stopper = threading.Thread(target=bench.engine.stop, args=(0.0,))
+    stopper.start()
+    with pytest.raises(Unavailable, match="stopped before this call's turn came"):
+        waiting.result(WAIT_S)
+    assert not running.done()
+    bench.let_go.set()
+    stopper.join(WAIT_S)
+    assert len(running.result(timeout=0)) == 1 and no_threads_left()
+    assert bench.engine.sessions.by_id[bench.name].lengths == [40, 0]
+    bench.engine.check_integrity()
+
+
+def test_a_fault_ends_one_call_and_not_the_engine() -> None:
+    bench = Bench()
+    name = bench.opened(tokens=20)
+    bench.engine.start()
+    bench.kernels.faults = [RuntimeError("broken")]
+    with pytest.raises(CertificateUnavailable, match="RuntimeError: broken"):
+        bench.engine.submit(bench.attend(name)).result(WAIT_S)
+    assert len(bench.engine.submit(bench.attend(name)).result(WAIT_S)) == 1
+    bench.engine.stop(WAIT_S)
+    assert bench.engine.counters.events["fault"] == 1

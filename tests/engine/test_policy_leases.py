@@ -1,0 +1,117 @@
+"""The small parts: which copies go, which records come, who has a lease, the copier, names and clocks."""
+
+from dataclasses import dataclass
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given
+from tierd_kernels.layout import Memory
+
+from tierd.clock import ManualClock, SystemClock
+from tierd.ids import new_epoch, new_session_id
+from tierd.leases import Leases
+from tierd.migrator import CopyDone, CopyOrder, Migrator
+from tierd.policy import PrefetchSnapshot, Record, choose_evictions, choose_prefetches
+from tierd.policy.prefetch import DENSE_SHARE_MIN
+
+
+@dataclass
+class Copy:
+    copy_id: int
+    nbytes: int
+    last_used: int
+    pinned: bool
+
+
+COPIES = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4), st.booleans()), max_size=8)
+
+
+@given(COPIES, st.integers(1, 20), st.integers(0, 5))
+def test_evictions_are_the_shortest_run_of_the_oldest_that_is_enough(raw: list[tuple[int, int, bool]], needed: int, step: int) -> None:
+    copies = [Copy(i, *fields) for i, fields in enumerate(raw)]
+    chosen = choose_evictions(copies, needed, step)
+    may_go = [copy for copy in copies if not copy.pinned and copy.last_used < step]
+    if sum(copy.nbytes for copy in may_go) < needed:
+        assert chosen == []
+    else:
+        assert chosen == [copy.copy_id for copy in may_go[: len(chosen)]]
+        assert sum(copy.nbytes for copy in may_go[: len(chosen)]) >= needed > sum(copy.nbytes for copy in may_go[: len(chosen) - 1])
+
+
+@given(st.integers(0, 12), st.integers(0, 1 << 30))
+def test_prefetches_are_the_largest_contributions_that_were_read(limit: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    read, dense = rng.random((2, 3, 2)) < 0.6, rng.random(2) < 0.4
+    share = (rng.random((2, 3, 2)) * 4 * DENSE_SHARE_MIN).astype(np.float32)
+    share[rng.random(share.shape) < 0.1] = np.nan
+    chosen = choose_prefetches(PrefetchSnapshot(read, share, dense), limit)
+    known = np.nan_to_num(share)
+    wanted = {Record(*map(int, at)) for at in np.ndindex(2, 3, 2) if read[at] and (not dense[at[2]] or known[at] >= DENSE_SHARE_MIN)}
+    assert len(chosen) == len(set(chosen)) == min(limit, len(wanted)) and set(chosen) <= wanted
+    values = [float(known[record]) for record in chosen]
+    assert values == sorted(values, reverse=True)
+    assert all(known[left] <= min(values) for left in wanted - set(chosen) if values)
+
+
+def test_leases() -> None:
+    clock = ManualClock()
+    leases = Leases(clock, 10.0)
+    leases.touch("stranger")
+    leases.bind("a", "s2")
+    leases.bind("a", "s1")
+    clock.advance(4.0)
+    leases.bind("b", "s3")
+    assert (leases.num_workers, leases.sessions_of("a"), leases.sessions_of("stranger")) == (2, ["s1", "s2"], [])
+    clock.advance(6.0)
+    assert leases.expired() == []
+    clock.advance(0.1)
+    assert leases.expired() == ["a"]
+    leases.touch("a")
+    clock.advance(5.0)
+    assert leases.expired() == ["b"]
+    leases.unbind("b", "s3")
+    leases.unbind("a", "s1")
+    assert (leases.expired(), leases.num_workers, leases.sessions_of("a")) == ([], 1, ["s2"])
+    with pytest.raises(KeyError):
+        leases.unbind("b", "s3")
+
+
+def make_migrator(limit: int) -> tuple[Migrator, Memory]:
+    memory = Memory(np.zeros(0, np.uint8), np.zeros(256, np.uint8), np.arange(256, dtype=np.uint8))
+    return Migrator(memory, limit), memory
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_the_copier_copies_what_it_is_told(threaded: bool) -> None:
+    migrator, memory = make_migrator(3)
+    if threaded:
+        migrator.start()
+    migrator.submit([CopyOrder(5, 64, 128, 32), CopyOrder(6, 0, 0, 16)])
+    assert migrator.room == 1
+    if threaded:
+        migrator.stop()
+    expected = [CopyDone(i, xxhash.xxh3_64_intdigest(bytes(range(a, b)))) for i, a, b in ((5, 64, 96), (6, 0, 16))]
+    assert migrator.poll() == expected and migrator.poll() == [] and migrator.room == 3
+    np.testing.assert_array_equal(memory.scratch[128:160], np.arange(64, 96))
+    np.testing.assert_array_equal(memory.scratch[:16], np.arange(16))
+    assert not memory.scratch[16:128].any() and not memory.scratch[160:].any()
+
+
+def test_the_copier_takes_no_more_than_its_limit() -> None:
+    migrator, _ = make_migrator(1)
+    with pytest.raises(AssertionError):
+        migrator.submit([CopyOrder(1, 0, 0, 16), CopyOrder(2, 0, 16, 16)])
+
+
+def test_names_are_never_the_same() -> None:
+    assert len({new_session_id() for _ in range(1000)} | {new_epoch() for _ in range(1000)}) == 2000
+    assert all(name.startswith("s-") and len(name) == 18 for name in (new_session_id() for _ in range(10)))
+
+
+def test_clocks_do_not_run_backwards() -> None:
+    clock = SystemClock()
+    assert clock.now() <= clock.now()
+    with pytest.raises(AssertionError):
+        ManualClock().advance(-1.0)

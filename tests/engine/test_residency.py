@@ -1,0 +1,252 @@
+"""The residency machine beside two dicts: blocks with references and pins, and copies in flight, resident or orphaned."""
+
+from dataclasses import dataclass
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tierd_kernels.layout import Layout
+
+from tierd.errors import CapacityExceeded, CertificateUnavailable
+from tierd.pools import Arenas
+from tierd.residency import CopyState, Residency, ScratchCopy
+
+LAYOUT = Layout(2, 64, 16, 16, "float16")
+BLOCKS, HOT, COPIES = 6, 4, 5
+Record = tuple[int, int, int]  # kind, block, head
+RECORDS = [(kind, head) for kind in (0, 1) for head in (0, 1)]
+
+
+def make() -> Residency:
+    arenas = Arenas(HOT * LAYOUT.hot_block_bytes, COPIES * LAYOUT.original_record_bytes, BLOCKS * LAYOUT.original_block_bytes)
+    return Residency(arenas)
+
+
+def ids(*blocks: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.array(blocks, np.int64)
+
+
+@dataclass
+class Block:
+    full: bool = False
+    references: int = 1
+    pins: int = 0
+
+
+class Machine(RuleBasedStateMachine):
+    """`copies`: id -> (copy, the record it stands for, or None once orphaned), least recently used first."""
+
+    @initialize()
+    def begin(self) -> None:
+        self.residency = make()
+        self.table = self.residency.table(LAYOUT)
+        self.blocks, self.copies = dict[int, Block](), dict[int, tuple[ScratchCopy, Record | None]]()
+        self.step = 0
+
+    @rule(count=st.integers(0, 3), seed=st.integers(0, 255))
+    def add_tails(self, count: int, seed: int) -> None:
+        if len(self.blocks) + count > BLOCKS:
+            with pytest.raises(CapacityExceeded):
+                self.table.add_tails(count)
+            return
+        for block in self.table.add_tails(count).tolist():
+            assert block not in self.blocks
+            self.blocks[block] = Block()
+            for part in self.table.originals(block):
+                part[:] = np.random.default_rng(seed + block).standard_normal(part.shape)
+
+    @precondition(lambda self: self.which(full=False))
+    @rule(data=st.data())
+    def fill(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from(self.which(full=False)))
+        if len(self.which(full=True)) == HOT:
+            with pytest.raises(CapacityExceeded):
+                self.table.give_hot(ids(block))
+            return
+        self.table.give_hot(ids(block))
+        self.table.seal(ids(block), np.ones((1, 2), np.float32))
+        self.blocks[block].full = True
+
+    @precondition(lambda self: self.which(full=True))
+    @rule(data=st.data())
+    def retain(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from(self.which(full=True)))
+        self.residency.retain(self.table, ids(block))
+        self.blocks[block].references += 1
+
+    @precondition(lambda self: self.which(full=False))
+    @rule(data=st.data())
+    def a_tail_is_never_shared(self, data: st.DataObject) -> None:
+        with pytest.raises(AssertionError, match="never shared"):
+            self.residency.retain(self.table, ids(data.draw(st.sampled_from(self.which(full=False)))))
+
+    @precondition(lambda self: self.which(pinned=False))
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(self.which(pinned=False)), unique=True, min_size=1, max_size=3))
+        self.residency.release(self.table, ids(*chosen))
+        for block in chosen:
+            self.blocks[block].references -= 1
+            if not self.blocks[block].references:
+                del self.blocks[block]
+                self.lose_copies(block)
+
+    @precondition(lambda self: self.which(full=True, pinned=False, shared=False))
+    @rule(data=st.data())
+    def reopen(self, data: st.DataObject) -> None:
+        block = data.draw(st.sampled_from(self.which(full=True, pinned=False, shared=False)))
+        self.residency.reopen(self.table, block)
+        self.blocks[block].full = False
+        self.lose_copies(block)
+        self.table.originals(block)[0][:] += 1  # written again: a copy that comes back now would be stale
+
+    @precondition(lambda self: self.uncopied())
+    @rule(data=st.data())
+    def begin_copy(self, data: st.DataObject) -> None:
+        kind, block, head = record = data.draw(st.sampled_from(self.uncopied()))
+        self.step += 1
+        if len(self.copies) == COPIES:
+            with pytest.raises(CapacityExceeded):
+                self.residency.begin_copy(self.table, kind, block, head, self.step)
+            return
+        copy = self.residency.begin_copy(self.table, kind, block, head, self.step)
+        self.copies[copy.copy_id] = copy, record
+
+    @precondition(lambda self: self.in_state(CopyState.IN_FLIGHT, CopyState.ORPHAN))
+    @rule(data=st.data(), arrives=st.sampled_from([True, True, True, False]))
+    def finish_copy(self, data: st.DataObject, arrives: bool) -> None:
+        copy_id = data.draw(st.sampled_from(self.in_state(CopyState.IN_FLIGHT, CopyState.ORPHAN)))
+        copy, record = self.copies[copy_id]
+        memory = self.residency.arenas.memory
+        landing = memory.scratch[copy.target : copy.target + copy.nbytes]
+        landing[:] = memory.originals[copy.source : copy.source + copy.nbytes]
+        if not arrives:
+            landing[7] ^= 1
+        good = self.residency.finish_copy(copy_id, xxhash.xxh3_64_intdigest(landing.data))
+        assert good == (arrives or record is None)
+        if record is None or not arrives:
+            del self.copies[copy_id]
+
+    @precondition(lambda self: self.in_state(CopyState.RESIDENT))
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        copy_id = data.draw(st.sampled_from(self.in_state(CopyState.RESIDENT)))
+        record = self.copies[copy_id][1]
+        assert record is not None
+        if self.blocks[record[1]].pins:
+            with pytest.raises(AssertionError):
+                self.residency.evict(copy_id)
+        else:
+            self.residency.evict(copy_id)
+            del self.copies[copy_id]
+
+    @rule(data=st.data())
+    def touch(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from([*self.copies, 999]), unique=True))  # 999 was dropped meanwhile
+        self.step += 1
+        self.residency.touch(ids(*chosen), self.step)
+        for copy_id in chosen:
+            if copy_id in self.copies:
+                self.copies[copy_id] = self.copies.pop(copy_id)
+                assert self.copies[copy_id][0].last_used == self.step
+
+    @precondition(lambda self: self.blocks)
+    @rule(data=st.data(), pin=st.booleans())
+    def pin_or_unpin(self, data: st.DataObject, pin: bool) -> None:
+        block = data.draw(st.sampled_from(sorted(self.blocks)))
+        if pin:
+            self.residency.pin(self.table, ids(block))
+            self.blocks[block].pins += 1
+        elif self.blocks[block].pins:
+            self.residency.unpin(self.table, ids(block))
+            self.blocks[block].pins -= 1
+        else:
+            with pytest.raises(AssertionError):
+                self.residency.unpin(self.table, ids(block))
+
+    @invariant()
+    def agrees(self) -> None:
+        arenas, table = self.residency.arenas, self.table
+        assert [pool.num_owned for pool in arenas.pools] == [len(self.which(full=True)), len(self.copies), len(self.blocks)]
+        assert table.num_live == len(self.blocks)
+        assert [copy.copy_id for copy in self.residency.oldest_first()] == list(self.copies)
+        resident = {record: copy for copy, record in self.copies.values() if copy.state is CopyState.RESIDENT}
+        for block, expected in self.blocks.items():
+            assert (table.references[block], table.pins[block]) == (expected.references, expected.pins)
+            for kind, head in RECORDS:
+                copy = resident.get((kind, block, head))
+                assert table.location[kind, block, head] == (copy.target if copy else ~table.record_offset(kind, block, head))
+                if copy:
+                    seen = arenas.memory.scratch[copy.target : copy.target + copy.nbytes].view(np.float16)
+                    np.testing.assert_array_equal(seen, table.originals(block)[kind][head].reshape(-1))
+        for copy, record in self.copies.values():
+            assert (copy.state is CopyState.ORPHAN) == (record is None)
+            assert copy.pinned == (copy.state is not CopyState.RESIDENT or self.blocks[copy.block].pins > 0)
+        if not any(block.pins for block in self.blocks.values()):
+            self.residency.check_integrity()
+
+    def which(self, full: bool | None = None, pinned: bool | None = None, shared: bool | None = None) -> list[int]:
+        return [i for i, b in sorted(self.blocks.items()) if (full is None or b.full == full)
+                and (pinned is None or (b.pins > 0) == pinned) and (shared is None or (b.references > 1) == shared)]  # fmt: skip
+
+    def uncopied(self) -> list[Record]:
+        have = {record for _, record in self.copies.values()}
+        every = [(kind, block, head) for block in self.which(full=True) for kind, head in RECORDS]
+        return [record for record in every if record not in have]
+
+    def in_state(self, *states: CopyState) -> list[int]:
+        return [copy_id for copy_id, (copy, _) in self.copies.items() if copy.state in states]
+
+    def lose_copies(self, block: int) -> None:
+        for copy_id, (copy, record) in list(self.copies.items()):
+            if record is not None and record[1] == block:
+                if copy.state is CopyState.RESIDENT:
+                    del self.copies[copy_id]
+                else:
+                    self.copies[copy_id] = copy, None
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=100, stateful_step_count=50)
+
+
+@pytest.mark.parametrize("damage", ["references", "hot", "location", "pin", "copy"])
+def test_the_integrity_check_notices(damage: str) -> None:
+    residency = make()
+    table = residency.table(LAYOUT)
+    block = int(table.add_tails(2)[0])
+    table.give_hot(ids(block))
+    table.seal(ids(block), np.ones((1, 2), np.float32))
+    copy = residency.begin_copy(table, 0, block, 1, 0)
+    residency.check_integrity()
+    match damage:
+        case "references":
+            table.references[block] -= 1
+        case "hot":
+            residency.arenas.hot.allocate(1)
+        case "location":
+            table.location[0, block, 1] = copy.target
+        case "pin":
+            residency.pin(table, ids(block))
+        case "copy":
+            residency.arenas.scratch.release(copy.target)
+    with pytest.raises(AssertionError):
+        residency.check_integrity()
+
+
+def test_a_corrupt_record_is_named() -> None:
+    residency = make()
+    table = residency.table(LAYOUT)
+    block = int(table.add_tails(1)[0])
+    table.give_hot(ids(block))
+    table.seal(ids(block), np.ones((1, 2), np.float32))
+    table.require_sound(block)
+    residency.arenas.memory.originals[table.record_offset(1, block, 1) + 5] ^= 0x20
+    with pytest.raises(CertificateUnavailable, match=f"values of block {block}, KV head 1"):
+        table.require_sound(block)
+    assert table.corrupt_records(1, ids(block), np.array([[True, True]])) == [(block, 1)]
+    assert table.corrupt_records(1, ids(block), np.array([[True, False]])) == []
+    assert table.corrupt_records(0, ids(block), np.array([[True, True]])) == []

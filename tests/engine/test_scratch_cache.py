@@ -1,0 +1,218 @@
+"""The scratch cache: promoted originals are read from it, and every hit, miss and eviction is counted."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_calls import CONFIG, EXACT, GEOMETRY, LOOSE, RECORD_BYTES, Bench
+from oracle import check_reply
+from tierd_kernels.policy import Budget
+
+from tierd.commands import Append, Attend, CloseSession, Fork, Geometry, OpenSession, Row, Tolerance, Truncate
+from tierd.engine import Engine, EngineConfig
+from tierd.errors import CapacityExceeded
+from tierd.residency import CopyState, ScratchCopy
+
+RECORDS = 16  # originals of 64 tokens at one layer: four blocks, keys and values of two heads
+
+
+def counts(bench: Bench) -> tuple[int, int, int, int]:
+    """(hits, misses, prefetched, evicted) since the last call."""
+    counters = bench.engine.counters
+    now = counters.hits, counters.misses, counters.prefetched, counters.evicted
+    counters.hits = counters.misses = counters.prefetched = counters.evicted = 0
+    return now
+
+
+def room_for(records: int, **more: Any) -> EngineConfig:
+    return replace(CONFIG, scratch_bytes=records * RECORD_BYTES, **more)
+
+
+def test_what_was_read_from_the_host_is_read_from_scratch_next() -> None:
+    bench = Bench()
+    name = bench.opened(tokens=70)
+    bench.run(bench.attend(name))
+    assert counts(bench) == (0, RECORDS, RECORDS, 0)
+    bench.run(bench.attend(name))
+    assert counts(bench) == (RECORDS, 0, 0, 0)
+    assert bench.engine.residency.arenas.scratch.used_bytes == RECORDS * RECORD_BYTES
+
+
+def test_only_promoted_records_are_fetched() -> None:
+    bench = Bench(promote_every=2)
+    name = bench.opened(tokens=64)
+    bench.run(bench.attend(name))
+    assert counts(bench) == (0, RECORDS // 2, RECORDS // 2, 0)
+
+
+def test_an_exact_head_reads_originals_whatever_scratch_holds() -> None:
+    bench = Bench(promote_every=2)
+    name = bench.opened(tokens=64)
+    bench.run(bench.attend(name))
+    counts(bench)
+    bench.run(bench.attend(name, tolerance=EXACT))
+    assert counts(bench) == (0, RECORDS, RECORDS // 2, 0)
+
+
+def test_copies_between_two_launches_are_limited() -> None:
+    bench = Bench(replace(CONFIG, migrations_max=5))
+    name = bench.opened(tokens=64)
+    expected = [(0, 16, 5, 0), (5, 11, 5, 0), (10, 6, 5, 0), (15, 1, 1, 0), (16, 0, 0, 0)]
+    for each in expected:
+        bench.run(bench.attend(name))
+        assert counts(bench) == each
+
+
+@pytest.mark.parametrize("config", [replace(CONFIG, migrations_max=0), room_for(0)])
+def test_the_cache_can_be_off(config: EngineConfig) -> None:
+    bench = Bench(config)
+    name = bench.opened(tokens=64)
+    for _ in range(2):
+        bench.run(bench.attend(name))
+        assert counts(bench) == (0, RECORDS, 0, 0)
+
+
+def test_a_working_set_that_does_not_fit_stays_and_does_not_churn() -> None:
+    bench = Bench(room_for(10))
+    name = bench.opened(tokens=64)
+    bench.run(bench.attend(name))
+    assert counts(bench) == (0, 16, 10, 0)
+    for _ in range(2):
+        bench.run(bench.attend(name))
+        assert counts(bench) == (10, 6, 0, 0)
+
+
+def test_the_least_recently_used_go_first_and_no_more_than_needed() -> None:
+    bench = Bench(room_for(40))
+    old, kept, new = (bench.opened(tokens=64) for _ in range(3))
+    for name in (kept, old, kept):
+        bench.run(bench.attend(name))
+    assert counts(bench) == (16, 32, 32, 0)
+    bench.run(bench.attend(new))
+    assert counts(bench) == (0, 16, 16, 8)
+    assert bench.engine.residency.arenas.scratch.free_bytes == 0
+    bench.run(bench.attend(kept))
+    assert counts(bench) == (16, 0, 0, 0)
+    bench.run(bench.attend(old))
+    assert counts(bench) == (8, 8, 8, 8)
+
+
+def test_sessions_that_share_blocks_share_copies() -> None:
+    bench = Bench()
+    name = bench.opened(tokens=70)
+    (child,) = bench.run(Fork(name, worker="w"))
+    bench.run(bench.attend(name, child))
+    assert counts(bench) == (0, 2 * RECORDS, RECORDS, 0)
+    bench.run(bench.attend(child), CloseSession(name, worker="w"))
+    assert counts(bench) == (RECORDS, 0, 0, 0)
+    bench.run(CloseSession(child, worker="w"))
+    assert bench.engine.residency.arenas.scratch.used_bytes == 0
+
+
+@pytest.mark.parametrize("drop", ["close", "cut"])
+def test_a_block_that_goes_while_it_is_being_copied_takes_its_copies_along(drop: str) -> None:
+    bench = Bench()
+    name = bench.opened(tokens=64)
+    gone = CloseSession(name, worker="w") if drop == "close" else Truncate(name, 60, worker="w")
+    bench.run(bench.attend(name), gone)  # one turn: the copies are still under way when the command runs
+    assert counts(bench) == (0, RECORDS, RECORDS, 0)
+    assert bench.engine.residency.num_copies == (0 if drop == "close" else 12)
+    if drop == "cut":
+        bench.run(bench.append(name, 4))
+        bench.run(bench.attend(name))
+        assert counts(bench) == (12, 4, 4, 0)
+
+
+def test_a_copy_that_arrives_changed_is_dropped() -> None:
+    bench = Bench()
+    name = bench.opened(tokens=64)
+    bench.run(bench.append(name, 20, layer=1))
+    residency, launches = bench.engine.residency, bench.kernels.launches
+
+    def corrupt_in_the_second_launch() -> None:
+        if len(launches) == 2:
+            residency.arenas.memory.originals[next(residency.oldest_first()).source] ^= 1
+
+    bench.kernels.during = corrupt_in_the_second_launch
+    other = Attend([Row(name, 1, bench.numbers(4, 1))], worker="w")
+    bench.run(bench.attend(name), other)
+    assert bench.engine.counters.events["corrupt_copy"] == 1
+    assert residency.num_copies == RECORDS - 1 + 4
+
+
+def test_copies_stay_where_they_are_while_a_call_reads_them() -> None:
+    bench = Bench()
+    name = bench.opened(tokens=64)
+    bench.run(bench.attend(name))
+    seen: list[bool] = []
+    bench.kernels.during = lambda: seen.extend(copy.pinned for copy in bench.engine.residency.oldest_first())
+    bench.kernels.faults = [RuntimeError("broken")]
+    bench.run(bench.attend(name), bench.attend(name))
+    assert seen == [True] * 2 * RECORDS
+    assert not any(copy.pinned for copy in bench.engine.residency.oldest_first()), "a failed launch lets go too"
+
+
+def test_one_large_record_pushes_out_several_small_ones() -> None:
+    wide = Geometry(1, 4, 2, 128, "float32", block_size=32)
+    bench = Bench(room_for(16))
+    small, large = bench.opened(tokens=64), bench.opened(tokens=32, geometry=wide)
+    bench.run(bench.attend(small))
+    counts(bench)
+    bench.run(bench.attend(large, geometry=wide))
+    hits, misses, prefetched, evicted = counts(bench)
+    assert (hits, misses, prefetched, evicted) == (0, 4, 4, 16)
+    with pytest.raises(CapacityExceeded):
+        bench.engine.residency.arenas.scratch.allocate(1)
+
+
+class RealBench:
+    """The engine over the CPU kernels, with a query whose budget some heads meet only by promoting blocks."""
+
+    def __init__(self, canary_share: float) -> None:
+        self.engine = Engine(replace(CONFIG, canary_share=canary_share))
+        rng = np.random.default_rng(7)
+        self.k, self.v = (rng.standard_normal((2, 320, 64)).astype(np.float32) for _ in "kv")
+        self.q = rng.standard_normal((4, 1, 64)).astype(np.float32)
+        self.name = self.run(OpenSession(GEOMETRY, LOOSE, Budget(), 400, worker="w"))
+        self.run(Append(self.name, 0, self.k, self.v, worker="w"))
+
+    def run(self, command: Any) -> Any:
+        future = self.engine.submit(command)
+        self.engine.run_once()
+        self.engine.check_integrity()
+        return future.result(timeout=0)
+
+    def attend(self) -> Any:
+        (row,) = self.run(Attend([Row(self.name, 0, self.q, tolerance=Tolerance(0.01))], worker="w"))
+        return row
+
+    def corrupt_copies(self, kind: int) -> list[ScratchCopy]:
+        """Negates every number of each resident copy of keys (0) or values (1)."""
+        copies = [x for x in self.engine.residency.oldest_first() if x.kind == kind and x.state is CopyState.RESIDENT]
+        for copy in copies:
+            self.engine.residency.arenas.memory.scratch[copy.target + 3 : copy.target + copy.nbytes : 4] ^= 0x80
+        return copies
+
+
+@pytest.mark.parametrize("kind", [0, 1])
+def test_a_promoted_block_is_read_from_scratch(kind: int) -> None:
+    bench = RealBench(canary_share=0.0)
+    before = bench.attend()
+    check_reply(bench.k, bench.v, bench.q, before.output, before.certificate, 0.01, 0.0, softmax_scale=GEOMETRY.scale)
+    assert bench.engine.counters.misses and bench.engine.counters.prefetched
+    again, hits = bench.attend(), bench.engine.counters.hits
+    assert hits and again.certificate["host_bytes"].sum() < before.certificate["host_bytes"].sum()
+    np.testing.assert_array_equal(again.output, before.output)
+    assert bench.corrupt_copies(kind)
+    assert not np.array_equal(bench.attend().output, before.output), "the copies are not read"
+
+
+def test_a_canary_finds_corrupt_copies_of_keys() -> None:
+    bench = RealBench(canary_share=1.0)
+    before = bench.attend()
+    blocks = {copy.block for copy in bench.corrupt_copies(0)}
+    row = bench.attend()
+    check_reply(bench.k, bench.v, bench.q, row.output, row.certificate, 0.01, 0.0, softmax_scale=GEOMETRY.scale)
+    assert row.certificate["exact"].all() and bench.engine.counters.events["canary_repaired"] == len(blocks) > 0
+    np.testing.assert_array_equal(bench.attend().output, before.output)
