@@ -30,7 +30,7 @@ class HeldBench(Bench):
 
 
 def no_threads_left() -> bool:
-    return not any(thread.name.startswith("tierd-") for thread in threading.enumerate())
+    return not any(thread.name in ("tierd-engine", "tierd-migrator") for thread in threading.enumerate())
 
 
 def test_workers_on_many_threads_get_their_own_answers() -> None:

@@ -1,0 +1,72 @@
+"""The engine without a socket: the same messages, the same refusals."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from daemon_process import HEAD_DIM, KV_HEADS, Q_HEADS, SMALL, chunks, numbers, open_request, row
+from oracle import check_reply
+from tierd_proto import coding
+from tierd_proto.v1 import tierd_pb2 as pb
+
+from tierd.errors import InvalidArgument, SessionNotFound, TierdError, Unavailable
+from tierd.inproc import InProcess
+
+WAIT_S = 120.0
+
+
+@pytest.fixture
+def tier() -> Iterator[InProcess]:
+    tier = InProcess({name.replace("-", "_"): value for name, value in SMALL.items()})
+    tier.start()
+    yield tier
+    tier.close()
+
+
+def failure(future: Any) -> TierdError:
+    error = future.exception(WAIT_S)
+    assert isinstance(error, TierdError)
+    return error
+
+
+def test_a_session_from_opening_to_the_end_of_its_worker(tier: InProcess) -> None:
+    hello = tier.handshake(pb.HandshakeRequest(protocol=1))
+    assert hello.limits.message_bytes_max == 1 << 20
+    worker = hello.worker
+    session = tier.submit(open_request(), worker, None).result(WAIT_S).session_id
+    k, v, q = numbers(1, KV_HEADS, 100), numbers(2, KV_HEADS, 100), numbers(3, Q_HEADS, 1)
+    assert tier.append(chunks(session, k, v, size=30), worker, 60.0).result(WAIT_S) == pb.AppendReply()
+    reply = tier.submit(pb.AttendRequest(rows=[row(session, q)]), worker, 60.0).result(WAIT_S)
+    output = coding.decode_tensor(reply.rows[0].output, "output", ndim=3)
+    certificate = coding.decode_certificate(reply.rows[0].certificate, q.shape[:2])
+    check_reply(k, v, q, output, certificate, 0.1, 0.0, softmax_scale=HEAD_DIM**-0.5)
+    assert reply.compute_s > 0.0
+
+    other = tier.handshake(pb.HandshakeRequest(protocol=1)).worker
+    lengths = pb.LengthsRequest(session_id=session)
+    assert isinstance(failure(tier.submit(lengths, other, None)), SessionNotFound)
+    assert list(tier.submit(lengths, worker, None).result(WAIT_S).lengths) == [100, 0]
+    tier.close_worker(worker)
+    assert isinstance(failure(tier.submit(lengths, worker, None)), Unavailable)
+    assert '"sessions": 0' in tier.submit(pb.StatusRequest(), other, None).result(WAIT_S).json
+
+
+def test_what_is_wrong_fails_the_future(tier: InProcess) -> None:
+    worker = tier.handshake(pb.HandshakeRequest(protocol=1)).worker
+    error = failure(tier.submit(open_request(rtol=-1.0), worker, None))
+    assert (error.code, "rtol is -1.0" in str(error)) == ("invalid_argument", True)
+    assert failure(tier.submit(open_request(), worker, -1.0)).code == "invalid_argument"
+    session = tier.submit(open_request(), worker, None).result(WAIT_S).session_id
+    part = list(chunks(session, numbers(1, KV_HEADS, 40), numbers(1, KV_HEADS, 40), size=20))[:1]
+    for _ in range(1000):  # far more than the quota, were it not given back
+        assert "announced 40" in str(failure(tier.append(part, worker, None)))
+    with pytest.raises(InvalidArgument, match="protocol 2"):
+        tier.handshake(pb.HandshakeRequest(protocol=2))
+
+
+def test_a_stopped_engine_says_so() -> None:
+    tier = InProcess({name.replace("-", "_"): value for name, value in SMALL.items()})
+    tier.start()
+    worker = tier.handshake(pb.HandshakeRequest(protocol=1)).worker
+    tier.close()
+    assert "is stopping" in str(failure(tier.submit(open_request(), worker, None)))

@@ -1,0 +1,101 @@
+"""The engine in the caller's own process, spoken to with the messages of the wire but without a socket."""
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any
+
+from tierd_proto.v1 import tierd_pb2 as pb
+
+from tierd import commands
+from tierd.config import load
+from tierd.engine import Engine
+from tierd.engine.timed import TimedFuture
+from tierd.errors import TierdError
+from tierd.service import AppendAssembly, ByteQuota, Converter, Operation, check_protocol, handshake_reply
+from tierd.workers import Workers
+
+
+class InProcess:
+    """An engine and its threads. `settings`: as the daemon's, by name; the environment counts too. Raises InvalidArgument.
+
+    Every method may be called from any thread.
+    """
+
+    def __init__(self, settings: dict[str, Any] | None = None) -> None:
+        self._settings = load(settings or {})
+        self._engine = Engine(self._settings.engine())
+        self._converter = Converter(self._settings.message_bytes_max, self._settings.timeout_s_max, dict)
+        self._quota = ByteQuota(self._settings.append_bytes_max)
+        self._workers = Workers(self._settings.workers_max)
+        self._lock = threading.Lock()  # of the workers
+
+    def start(self) -> None:
+        self._engine.start()
+
+    def close(self) -> None:
+        """Answer what is under way for at most `grace_s`, then end the threads."""
+        self._engine.stop(self._settings.grace_s)
+
+    def handshake(self, request: pb.HandshakeRequest) -> pb.HandshakeReply:
+        """A new worker; its lease begins at once. Raises InvalidArgument or CapacityExceeded."""
+        check_protocol(request)
+        with self._lock:
+            worker = self._workers.greet()
+            self._workers.begin(worker)
+        return handshake_reply(self._settings, self._engine.epoch, worker)
+
+    def submit(self, request: Any, worker: str, timeout_s: float | None) -> "Future[Any]":
+        """The future reply to any unary request message; fails with a TierdError."""
+        return self._submit(lambda deadline: self._converter.operation(request, worker, deadline), worker, timeout_s)
+
+    def append(self, requests: Iterable[pb.AppendRequest], worker: str, timeout_s: float | None) -> "Future[Any]":
+        """The future reply to an append in chunks, which are read before this returns; fails with a TierdError."""
+        assembly = AppendAssembly(self._quota)
+
+        def assembled(deadline: float) -> Operation:
+            for request in requests:
+                assembly.add(request)
+            return assembly.operation(worker, deadline)
+
+        reply = self._submit(assembled, worker, timeout_s)
+        reply.add_done_callback(lambda _: assembly.release())
+        return reply
+
+    def close_worker(self, worker: str) -> None:
+        """Close the worker's sessions; it may not call again. Returns when it is done. Raises Unavailable."""
+        with self._lock:
+            self._workers.check(worker)
+            self._workers.leave(worker)
+        try:
+            self._engine.submit(commands.CloseWorker(worker=worker)).result()
+        finally:
+            with self._lock:
+                self._workers.end(worker)
+
+    def _submit(self, make: Callable[[float], Operation], worker: str, timeout_s: float | None) -> "Future[Any]":
+        reply: Future[Any] = Future()
+        try:
+            with self._lock:
+                self._workers.check(worker)
+            operation = make(self._converter.deadline(timeout_s))
+            result = self._engine.submit(operation.command)
+        except TierdError as error:
+            reply.set_exception(error)
+            return reply
+        reply.add_done_callback(lambda _: result.cancel())  # does nothing unless the reply was cancelled first
+        result.add_done_callback(lambda _: self._answer(operation, result, reply))
+        return reply
+
+    def _answer(self, operation: Operation, result: TimedFuture, reply: "Future[Any]") -> None:
+        if result.cancelled():
+            return
+        if reply.set_running_or_notify_cancel():
+            try:
+                reply.set_result(operation.finish(result))
+            except Exception as error:
+                reply.set_exception(error)
+        elif result.exception() is None and (undo := operation.undo(result.result())) is not None:
+            with suppress(TierdError):  # if the engine takes nothing now, `close_worker` still does the same
+                self._engine.submit(undo)
