@@ -1,0 +1,88 @@
+"""The caller's tensors <-> raw numpy arrays (bfloat16 as uint16 bits). Torch is imported only by who passes its tensors.
+
+bfloat16 comes as torch tensors, as numpy arrays of a `bfloat16` extension type, or as numpy uint16 bits.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, Union, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd_client.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    import torch
+
+Raw = NDArray[Any]
+AnyTensor = Union[NDArray[Any], "torch.Tensor"]
+Tensor = TypeVar("Tensor", bound="NDArray[Any] | torch.Tensor")
+
+
+def to_raw(name: str, tensor: object, dtype: str) -> Raw:
+    """The elements of `tensor` on the CPU, without a copy where that is possible.
+
+    Raises InvalidArgument, naming it `name`, unless its type is `dtype`, the session's ("float16", "bfloat16" or "float32").
+    """
+    if _is_torch(tensor):
+        given = str(tensor.dtype).removeprefix("torch.")
+    elif isinstance(tensor, np.ndarray):
+        given = "bfloat16" if tensor.dtype == np.uint16 else tensor.dtype.name
+    else:
+        raise InvalidArgument(f"{name} is a {type(tensor).__name__}; allowed: torch tensors and numpy arrays")
+    if given != dtype:
+        raise InvalidArgument(f"{name} is {given}; the session's geometry says {dtype}")
+    if _is_torch(tensor):
+        return _torch_to_raw(tensor)
+    array = cast(Raw, tensor)
+    return array.view(np.uint16) if dtype == "bfloat16" else array
+
+
+def like(raw: Raw, tensor: Tensor) -> Tensor:
+    """A copy of `raw` of the library, type and device of `tensor`, and of its shape but for the token axis that a 2-D one lacks."""
+    copied = raw.copy()
+    if tensor.ndim == 2:
+        copied = copied[:, 0]
+    if not _is_torch(tensor):
+        return cast(Tensor, copied.view(cast(Raw, tensor).dtype))
+    torch = sys.modules["torch"]
+    whole = copied.view(np.int16) if copied.dtype == np.uint16 else copied
+    return cast(Tensor, torch.from_numpy(whole).view(tensor.dtype).to(tensor.device))
+
+
+def queries(q: Raw, num_q_heads: int, head_dim: int) -> Raw:
+    """`q` [num_q_heads, head_dim] or [num_q_heads, n, head_dim] with its token axis. Raises InvalidArgument."""
+    whole = q[:, None] if q.ndim == 2 else q
+    if not _fits(whole, num_q_heads, head_dim):
+        raise InvalidArgument(
+            f"q has shape {list(q.shape)}; expected [{num_q_heads}, {head_dim}] or [{num_q_heads}, n, {head_dim}] with n of at least 1"
+        )
+    return whole
+
+
+def check_pair(k: Raw, v: Raw, num_kv_heads: int, head_dim: int) -> None:
+    """Raises InvalidArgument unless both are [num_kv_heads, n, head_dim] with one n of at least 1."""
+    for name, array in (("k", k), ("v", v)):
+        if not _fits(array, num_kv_heads, head_dim):
+            raise InvalidArgument(
+                f"{name} has shape {list(array.shape)}; expected [{num_kv_heads}, n, {head_dim}] with n of at least 1"
+            )
+    if k.shape != v.shape:
+        raise InvalidArgument(f"k has shape {list(k.shape)} and v {list(v.shape)}; they must be the same")
+
+
+def _fits(array: Raw, heads: int, head_dim: int) -> bool:
+    return array.ndim == 3 and (array.shape[0], array.shape[2]) == (heads, head_dim) and array.shape[1] >= 1
+
+
+def _is_torch(tensor: object) -> "TypeGuard[torch.Tensor]":
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(tensor, torch.Tensor)
+
+
+def _torch_to_raw(tensor: "torch.Tensor") -> Raw:
+    torch = sys.modules["torch"]
+    here = tensor.detach().cpu()
+    if here.dtype == torch.bfloat16:
+        return cast(Raw, here.view(torch.int16).numpy().view(np.uint16))
+    return here.numpy()
