@@ -1,0 +1,83 @@
+"""The answers of one layer: rows with nothing cached attend among their own new tokens, all others go to the daemon."""
+
+import torch
+from tierd_proto.coding import CERTIFICATE_ROW_BYTES
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from tierd_client.hf.batch import Batch
+from tierd_client.hf.handover import HandOver
+from tierd_client.hf.summary import Tally
+from tierd_client.session import Session
+from tierd_client.tier import Tier
+
+Row = tuple[Session, int, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def answer_rows(
+    tier: Tier,
+    batch: Batch,
+    real: torch.Tensor,
+    module: torch.nn.Module,
+    handover: HandOver,
+    q: torch.Tensor,
+    scaling: float | None,
+    tally: Tally,
+) -> torch.Tensor:
+    """Store one layer's new tokens and attend: [rows, n, num_q_heads, head_dim], zeros at padding.
+
+    `real` [rows, n] marks what is no padding; `q` [rows, num_q_heads, n, head_dim]. Raises what the daemon reports; some
+    rows may then have been stored.
+    """
+    output = torch.zeros_like(q).transpose(1, 2).contiguous()
+    places: list[torch.Tensor | slice] = []
+    rows: list[int] = []
+    steps: list[Row] = []
+    for row, session in enumerate(batch.sessions):
+        if not bool(real[row].any()):
+            continue
+        place = slice(None) if bool(real[row].all()) else real[row].nonzero()[:, 0].to(q.device)
+        own_q, own_k, own_v = (tensor[row][:, place].detach() for tensor in (q, handover.key, handover.value))
+        if batch.lengths[row]:
+            rows.append(row)
+            places.append(place)
+            steps.append((session, handover.layer, own_q, own_k, own_v))
+        else:
+            session.append(layer=handover.layer, k=own_k, v=own_v)
+            output[row, place] = _attend_locally(module, own_q, own_k, own_v, scaling)
+    for row, place, answer in zip(rows, places, _step(tier, steps, tally), strict=True):
+        output[row, place] = answer.transpose(0, 1)
+    return output
+
+
+def _attend_locally(
+    module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Causal attention of one row, unpadded: [n, num_q_heads, head_dim] from [heads, n, head_dim]."""
+    output, _ = sdpa_attention_forward(module, q[None], k[None], v[None], None, scaling=scaling, is_causal=True)
+    return output[0]
+
+
+def _step(tier: Tier, steps: list[Row], tally: Tally) -> list[torch.Tensor]:
+    """Outputs [num_q_heads, n, head_dim] of the rows, in one message, or as few as the daemon's limit takes: tokens in order, since
+    each attends to those before it only."""
+    if not steps:
+        return []
+    at_once = _tokens_at_once(tier, steps)
+    longest = max(q.shape[1] for _, _, q, _, _ in steps)
+    pieces: list[list[torch.Tensor]] = [[] for _ in steps]
+    for start in range(0, longest, at_once):
+        part = slice(start, start + at_once)
+        asked = [index for index, step in enumerate(steps) if step[2].shape[1] > start]
+        message = [(s, layer, q[:, part], k[:, part], v[:, part]) for s, layer, q, k, v in (steps[index] for index in asked)]
+        for index, result in zip(asked, tier.step_many(message), strict=True):
+            pieces[index].append(result.output)
+            tally.add(steps[index][1], result.certificate)
+    return [torch.cat(piece, dim=1) for piece in pieces]
+
+
+def _tokens_at_once(tier: Tier, steps: list[Row]) -> int:
+    """Tokens of each row for which neither message nor reply can pass the limit; at least 1, which the daemon may then refuse."""
+    _, _, q, k, _ = steps[0]
+    per_token = 2 * (q[:, :1].nbytes + k[:, :1].nbytes) + q.shape[0] * CERTIFICATE_ROW_BYTES
+    overhead = 4096 * len(steps)
+    return max(1, (tier.limits.message_bytes_max - overhead) // (per_token * len(steps)))

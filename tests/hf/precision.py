@@ -1,0 +1,53 @@
+"""How far a model's logits are from those with float64 attention, over a cache of ours and densely."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from models import left_padded
+from tierd_client.hf import TierdCache
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+@contextmanager
+def float64_attention() -> Iterator[None]:
+    """An attention implementation "float64": SDPA over widened inputs."""
+
+    def attend(module, query, key, value, mask, **options):  # type: ignore[no-untyped-def]
+        output, _ = sdpa_attention_forward(module, query.double(), key.double(), value.double(), mask, **options)
+        return output.to(query.dtype), None
+
+    AttentionInterface.register("float64", attend)
+    AttentionMaskInterface.register("float64", sdpa_mask)
+    try:
+        yield
+    finally:
+        del AttentionInterface._global_mapping["float64"], AttentionMaskInterface._global_mapping["float64"]
+
+
+def teacher_forced(model: PreTrainedModel, implementation: str, cache: Cache) -> torch.Tensor:
+    """Logits of the real tokens of a padded batch, read as a prompt, a longer piece and single tokens."""
+    model.set_attn_implementation(implementation)
+    ids, mask = left_padded([48, 37])
+    cuts = [0, 24, 32, *range(33, 49)]
+    with torch.no_grad():
+        logits = [
+            model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache).logits
+            for start, end in itertools.pairwise(cuts)
+        ]
+    return torch.cat(logits, dim=1)[mask.bool()].double()
+
+
+def check_logits(model: PreTrainedModel, make: Callable[[], TierdCache]) -> None:
+    """Fails unless teacher-forced logits are within twice dense SDPA's own distance from float64 attention."""
+    with float64_attention():
+        reference = teacher_forced(model, "float64", DynamicCache())
+    dense = teacher_forced(model, "sdpa", DynamicCache())
+    with make() as cache:
+        ours = teacher_forced(model, "tierd", cache)
+    distance, limit = ((logits - reference).norm() for logits in (ours, dense))
+    assert limit > 0
+    assert distance <= 2 * limit, f"{distance / limit:.2f} times dense attention's own distance"
