@@ -1,0 +1,44 @@
+"""What every benchmark reports of the machine, and where its results go."""
+
+import json
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("numpy", "numba", "torch", "grpcio", "protobuf")
+
+
+def environment() -> dict[str, Any]:
+    """Processor, cores, kernel, Python and the versions of what does the work."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def machine_name() -> str:
+    """Short, for file names: the processor and its cores."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{_processor()} {os.cpu_count()} cores".lower()).strip("-")
+
+
+def write_results(name: str, headline: dict[str, float], rows: list[dict[str, Any]]) -> Path:
+    """Write benchmarks/results/<name>__<machine>.json; returns its path."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}__{machine_name()}.json"
+    path.write_text(json.dumps({"environment": environment(), "headline": headline, "rows": rows}, indent=1) + "\n")
+    return path
+
+
+def _processor() -> str:
+    try:
+        names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        names = []
+    return names[0].strip() if names else platform.processor() or platform.machine()
