@@ -3,11 +3,17 @@
 from dataclasses import dataclass
 
 import numpy as np
+from numba import prange
 from numpy.typing import NDArray
 
+from tierd_kernels.arrays import Bytes, Flags, Ints, Singles
 from tierd_kernels.bound.annotations import Annotations
+from tierd_kernels.floats import compiled
 from tierd_kernels.layout import AMP, KEY_NORM_MAX, NUMPY_DTYPE, RAW_VALUES, SV, VALUE_NORM_MAX, Layout, Memory
 from tierd_kernels.numerics import Array
+from tierd_kernels.vector import prefetch
+
+NOTES_AHEAD = 16
 
 
 def widen(x: NDArray[np.generic], dtype: str) -> Array:
@@ -26,6 +32,20 @@ def narrow(x: Array, dtype: str) -> NDArray[np.generic]:
         bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
+
+
+@compiled(parallel=True)
+def gather_notes(lay: Ints, hot: Bytes, hot_offsets: Ints, notes_aHb: Singles, raw_Hb: Flags) -> None:
+    """The records' annotations, and whether their values stay original. Records lie pages apart: all are asked for ahead."""
+    for h in prange(lay[0]):
+        for b in range(len(hot_offsets)):
+            if b + NOTES_AHEAD < len(hot_offsets):
+                prefetch(hot, hot_offsets[b + NOTES_AHEAD] + h * lay[5] + lay[14], lay[15] + 4 - lay[14])
+            record = hot_offsets[b] + h * lay[5]
+            notes = hot[record + lay[14] : record + lay[14] + 32].view(np.float32)
+            for a in range(8):
+                notes_aHb[a, h, b] = notes[a]
+            raw_Hb[h, b] = (hot[record + lay[15]] & RAW_VALUES) != 0
 
 
 @dataclass(frozen=True)
@@ -54,9 +74,9 @@ class KVView:
         group_norms: tuple[NDArray[np.float32], NDArray[np.float32]],
     ) -> "KVView":
         heads, full = layout.num_kv_heads, len(hot_offsets)
-        records = hot_offsets[None, :] + np.arange(heads)[:, None] * layout.hot_record_bytes
-        notes = memory.hot.view(np.float32)[(records + layout.annotations_at)[..., None] // 4 + np.arange(8)].astype(np.float64)
-        key_norm, value_norm = notes[..., KEY_NORM_MAX], notes[..., VALUE_NORM_MAX]
+        notes, raw = np.empty((8, heads, full), np.float32), np.empty((heads, full), np.bool_)
+        gather_notes(layout.as_array, memory.hot, hot_offsets, notes, raw)
+        key_norm, value_norm = (notes[i].astype(np.float64) for i in (KEY_NORM_MAX, VALUE_NORM_MAX))
         tail = len(original_offsets) - full
         if tail:
             count = num_tokens - full * layout.block_size
@@ -68,10 +88,9 @@ class KVView:
         unit = np.ldexp(1.0, np.where((top > 0) & np.isfinite(top), np.clip(np.frexp(top)[1], -1000, 1000), 0))
         value_norm = value_norm / unit[:, None]
         pad = np.zeros((heads, tail))
-        scaled = notes[..., [SV, AMP]] / unit[:, None, None]
+        spectral, amplitude = (notes[i] / unit[:, None] for i in (SV, AMP))
         # Raw values are read as they are: their arithmetic errors scale with their own norm, and the infinite annotation is unused.
-        raw = memory.hot.view(np.uint32)[(records + layout.flags_at) // 4] & RAW_VALUES != 0
-        amplitude = np.maximum(np.concatenate([np.where(raw, 0.0, scaled[..., 1]), pad], axis=1), value_norm)
+        amplitude = np.maximum(np.concatenate([np.where(raw, 0.0, amplitude), pad], axis=1), value_norm)
         groups = -(-num_tokens // 1024)
         norms = []
         for known in group_norms:
@@ -82,7 +101,7 @@ class KVView:
         # A product weight * value below FP32's smallest normal is off by 2^-150 at most, and the kept weights sum to 1 or more.
         underflow = num_tokens * layout.head_dim**0.5 * 2.0**-149 / unit
         return KVView(
-            unit, key_norm.max(axis=1), np.concatenate([scaled[..., 0], pad], axis=1), amplitude, value_norm,
+            unit, key_norm.max(axis=1), np.concatenate([spectral, pad], axis=1), amplitude, value_norm,
             norms[0], norms[1], underflow, num_tokens, layout.block_size,
         )  # fmt: skip
 

@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from tierd_kernels.attend.cpu import attend as value_pass
 from tierd_kernels.bound.annotations import Bound
-from tierd_kernels.bound.cpu import evaluate
-from tierd_kernels.bound.reference import GROUP_TOKENS, block_factors, top_block_certified
+from tierd_kernels.bound.cpu import certify_top, evaluate, largest_shares
+from tierd_kernels.bound.reference import GROUP_TOKENS, block_factors
 from tierd_kernels.bound.statistics import DELTA, MAX_SCORE, NUM_STATISTICS, SUM, SUM_ERROR, SUM_NORM
 from tierd_kernels.call import Call, Result
 from tierd_kernels.canary import canary_failures
@@ -27,7 +27,7 @@ from tierd_kernels.vector import ROW_TILE
 from tierd_kernels.workspace import Workspace
 
 Rows = NDArray[np.int64]
-SCORE_CHUNK = 16  # blocks per work item of the score pass
+SCORE_CHUNK = 8  # blocks per work item of the score pass
 # Stored norms are rounded up to BF16, so a sum of them is too large by this factor at most.
 NORM_RETURN = 1.0 / (1.0 + 2.0**-7) - 2.0**-15
 FP32_SCORE_MAX = 1e30  # where |q| |k|, or the scale, reaches further, FP32 may overflow on the way: such rows go to float64
@@ -77,7 +77,7 @@ class Step:
         self.group_dot = np.zeros((all_rows, groups))
         self.key_exact = np.zeros((all_rows, self.num_blocks), np.bool_)
         self.value_exact, self.keep = self.key_exact.copy(), self.key_exact.copy()
-        self.shares = space.zeros("shares", (2, all_rows, self.num_blocks), np.float32)
+        self.contributions = np.zeros((2, len(call.hot_offsets), self.heads), np.float32)
         self.exact = np.zeros(all_rows, np.bool_)
         self.done = np.tile(np.arange(self.rows) >= self.used, self.heads)
         self.ranked = np.zeros(all_rows, np.bool_)
@@ -116,6 +116,11 @@ class Step:
     def _measure(self, rows: Rows) -> None:
         """Brings the rows' weights to their common scale; needed after scores or kept blocks have changed."""
         self.factor[rows] = block_factors(self.statistics[MAX_SCORE, rows], self.statistics[SUM, rows], self.keep[rows])
+
+    def _rank(self, rows: Rows) -> None:
+        certified = np.empty(len(rows), np.bool_)
+        certify_top(self.statistics, self.factor, rows, certified)
+        self.ranked[rows] = certified
 
     def _attend(self, rows: Rows) -> tuple[Bound, Array]:
         """The value pass over the rows, then their bounds and budgets from what was used."""
@@ -170,11 +175,9 @@ class Step:
             upper = (norms[0] + norms[1]) / mass * SAFETY  # ||O|| is at most Vbar and the value errors
         bound = self._evaluate(rows, upper, np.zeros(len(rows)), None)
         self.fields["candidate_bound"][rows] = bound.total * self.unit_R[rows]
-        self.ranked[rows] = top_block_certified(self.statistics[:, rows])
+        self._rank(rows)
         budget = self._budgets(rows, bound, upper)
-        with np.errstate(all="ignore"):
-            for i, share in enumerate((bound.key_Rb, bound.value_Rb)):
-                self.shares[i, rows] = np.nan_to_num(np.minimum(share / budget[:, None], 3e38), nan=0.0)
+        largest_shares(bound.key_Rb, bound.value_Rb, budget, self.annotations.head_R[rows], self.contributions[:, : self.full])
         if self.call.relative_to == "values" and isinstance(self.call.policy, Budget) and self.call.policy.skip_share > 0:
             allowance = (1.0 - SKIP_SHARE_HELD_BACK) * self.call.policy.skip_share * budget
             view = self.annotations
@@ -208,7 +211,8 @@ class Step:
         self.fields["paper_key_bound"][rows] = 2.0 * top_norm * tail
         error = self.view.value_error_max(self.layout, self.memory, self.hot_offsets)[head] * self.unit_R[rows, None]
         self._promote(rows, keys, rho * error > policy.v_tol)
-        self.ranked[rows] = top_block_certified(self.statistics[:, rows])
+        self._measure(rows)
+        self._rank(rows)
         self._settle(rows[self.ranked[rows]])
 
     def _promote(self, rows: Rows, keys: Mask, values: Mask) -> None:
@@ -303,11 +307,8 @@ class Step:
             "promoted_value_blocks": values, "skipped_blocks": skipped, "host_bytes": host,
         }  # fmt: skip
         shape = (self.heads * self.used // self.n, self.n)
-        contributions = np.zeros((2, len(self.call.hot_offsets), self.heads), np.float32)
-        shares = self.shares.reshape(2, *self.blocks_of_head)[:, :, : self.used, : self.full]
-        contributions[:, : self.full] = shares.max(axis=2).transpose(0, 2, 1)
         return Result(
             self.output[use].reshape(*shape, self.d),
             {name: np.ascontiguousarray(x.reshape(shape)) for name, x in fields.items()},
-            reads[0], reads[1], contributions, failures,
+            reads[0], reads[1], self.contributions, failures,
         )  # fmt: skip

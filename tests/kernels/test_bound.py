@@ -160,7 +160,36 @@ def test_a_prediction_is_what_promotion_gives(op: object) -> None:
 
 def test_rank_needs_a_gap() -> None:
     statistics = statistics_of([[(0.0, 0.2), (0.1, 0.2)], [(0.0, 0.2), (1.0, 0.2)]])
-    assert top_block_certified(statistics).tolist() == [False, True]
+    assert ranked(statistics).tolist() == [False, True]
+
+
+def ranked(statistics: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """What the compiled op says; it must not certify what the reference does not."""
+    rows, blocks = statistics.shape[1:]
+    factor = block_factors(statistics[MAX_SCORE], statistics[SUM], np.ones((rows, blocks), np.bool_))
+    certified = np.zeros(rows, np.bool_)
+    cpu.certify_top(statistics, factor, np.arange(rows), certified)
+    assert not (certified & ~top_block_certified(statistics)).any()
+    return certified
+
+
+@given(seed=st.integers(0, 2**31), blocks=st.integers(1, 40), reach=st.sampled_from((0.3, 2.0, 30.0)))
+@settings(max_examples=60, deadline=None)
+def test_ranking_agrees_with_the_reference(seed: int, blocks: int, reach: float) -> None:
+    rng = np.random.default_rng(seed)
+    scores, deltas = reach * rng.standard_normal((8, blocks)), rng.uniform(0, 1.2, (8, blocks))
+    statistics = statistics_of([list(zip(*row, strict=True)) for row in zip(scores.tolist(), deltas.tolist(), strict=True)])
+    agree = ranked(statistics) == top_block_certified(statistics)
+    assert agree.mean() > 0.8  # the compiled op widens all blocks by the row's largest score
+
+
+@pytest.mark.parametrize("broken", [np.inf, np.nan])
+def test_a_block_without_a_bound_leaves_nothing_ranked(broken: float) -> None:
+    statistics = statistics_of([[(5.0, 0.01), (-900.0, 0.01)]])
+    assert ranked(statistics).all()
+    statistics[8, 0, 1] = broken
+    statistics[9, 0, 1] = broken
+    assert not ranked(statistics).any()
 
 
 @pytest.mark.parametrize("x", [0.0, 1e-12, 1e-4, 1e-3, 0.5, 20.0])

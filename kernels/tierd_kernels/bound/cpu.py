@@ -12,6 +12,7 @@ from tierd_kernels.bound.statistics import (
     D_NORM,
     DELTA,
     EPSILON,
+    MAX_SCORE,
     SUM,
     SUM_ERROR,
     SUM_NORM,
@@ -25,6 +26,8 @@ from tierd_kernels.numerics import SAFETY, U32, gamma
 
 # Below, psi, phi and 1 - e^-x are polynomials that lie above them; beyond, the exponential itself.
 SERIES_MAX = 0.5
+RANK_ROUNDING = gamma(80) + 4.0 * U32
+SHARE_MAX = 3e38
 PARTS = 6  # total, key, value, skip, arithmetic, value norm
 
 
@@ -187,6 +190,49 @@ def bounds(
         for p, part in enumerate((key, value, skip, rounding)):
             parts_pi[1 + p, i] = part * stretch
         parts_pi[5, i] = norm_sum
+
+
+@compiled(parallel=True, reassociate=True)
+def certify_top(statistics_sRb: Singles, factor_Rb: Doubles, rows_i: Ints, certified_i: Flags) -> None:
+    """As `bound.reference.top_block_certified`, over masses instead of their logarithms: no block may reach the heaviest one's least
+    possible mass. The widening of a log-mass, 2 u |lse| and the sums' rounding, is taken for the largest score of the row."""
+    num_blocks = statistics_sRb.shape[2]
+    for i in prange(len(rows_i)):
+        r = rows_i[i]
+        stats, factor = statistics_sRb[:, r], factor_Rb[r]
+        delta_b, x_b = stats[DELTA].astype(np.float64), np.zeros(num_blocks)
+        psi_b, fall_b = np.empty(num_blocks), np.empty(num_blocks)
+        heaviest = reach = 0.0
+        best = 0
+        for b in range(num_blocks):
+            total = np.float64(stats[SUM, b])
+            if total > 0.0:
+                x_b[b] = min(delta_b[b], math.sqrt(np.float64(stats[SUM_SQUARES, b])) * stats[D_NORM, b] / total)
+            reach = max(reach, abs(np.float64(stats[MAX_SCORE, b])))
+            mass = factor[b] * total
+            if mass > heaviest:
+                heaviest, best = mass, b
+        series(delta_b, x_b, psi_b, fall_b)
+        widen = RANK_ROUNDING + 2.0 * U32 * (reach + 5.0)  # log 64 is below 5
+        least = heaviest * math.exp(-x_b[best] - 2.0 * widen)
+        certified = True
+        for b in range(num_blocks):
+            most = factor[b] * stats[SUM, b] * (1.0 + (1.0 + delta_b[b] * psi_b[b]) * x_b[b])
+            certified = certified and (b == best or stats[SUM, b] <= 0.0 or most < least)
+        certified_i[i] = certified
+
+
+@compiled(parallel=True)
+def largest_shares(key_ib: Doubles, value_ib: Doubles, budget_i: Doubles, head_i: Ints, out_kbH: Singles) -> None:
+    """Raises out_kbH float32 [2, blocks, Hkv] to the blocks' shares of the budget, the largest over the rows of a head."""
+    for k in prange(2):
+        shares = key_ib if k == 0 else value_ib
+        for i in range(len(budget_i)):
+            h = head_i[i]
+            for b in range(out_kbH.shape[1]):
+                share = shares[i, b] / budget_i[i]
+                if share > out_kbH[k, b, h]:
+                    out_kbH[k, b, h] = min(share, SHARE_MAX)
 
 
 NO_FLAGS = np.zeros((0, 0), np.bool_)

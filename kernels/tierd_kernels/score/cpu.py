@@ -135,10 +135,10 @@ def score(
             if not wanted:
                 continue
             record = int(hot_offsets[b] + h * lay[5]) if b < full else 0
+            later = record
             if b + PREFETCH_BLOCKS < full:
-                following = hot_offsets[b + PREFETCH_BLOCKS] + h * lay[5]
-                prefetch(memory_hot, following, B * d)
-                prefetch(memory_hot, following + lay[8], lay[5] - lay[8])
+                later = int(hot_offsets[b + PREFETCH_BLOCKS] + h * lay[5])
+                prefetch(memory_hot, later + lay[8], lay[5] - lay[8])
             flags = np.uint32(RAW_KEYS)
             if b < full:
                 flags = memory_hot[record + lay[15] : record + lay[15] + 4].view(np.uint32)[0]
@@ -179,7 +179,7 @@ def score(
                         scales[i] = scale_HR[h, start + i]
                         offsets[i] = sums[4 * i + 2]
                     for tile in range(0, B, 16):
-                        dot_codes(memory_hot, record + tile * d, qs, d, dots, tile, B)
+                        dot_codes(memory_hot, record + tile * d, later + tile * d, qs, d, dots, tile, B)
                 if raw or exact_wanted:
                     for i in range(ROW_TILE):
                         if counts[i] > 0 and (raw or key_exact_HRb[h, start + i, b]):
