@@ -70,7 +70,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _serve(settings: Settings, _: argparse.Namespace) -> None:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    warm_up()
     asyncio.run(_run_daemon(settings))
 
 
@@ -79,7 +78,9 @@ async def _run_daemon(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
     daemon = Daemon(settings, Engine(settings.engine()))
-    target = await daemon.start()
+    target = daemon.bind()
+    await asyncio.to_thread(warm_up)
+    await daemon.start()
     if daemon.metrics_port is not None:
         print(f"metrics on http://127.0.0.1:{daemon.metrics_port}/metrics", flush=True)
     print(f"listening on {target}", flush=True)

@@ -69,8 +69,8 @@ class Daemon:
     def metrics_port(self) -> int | None:
         return self._endpoint.port if self._endpoint else None
 
-    async def start(self) -> str:
-        """Serve; returns the target that clients connect to. Raises CannotListen, with nothing left running."""
+    def bind(self) -> str:
+        """Take the addresses; returns the target that clients connect to, and wait at until `start`. Raises CannotListen."""
         if self._settings.metrics_port is not None:
             try:
                 self._endpoint = MetricsEndpoint(self._metrics, self._settings.metrics_port)
@@ -82,10 +82,13 @@ class Daemon:
             if self._endpoint:
                 self._endpoint.close()
             raise
+        return target
+
+    async def start(self) -> None:
+        """Serve."""
         self._engine.start()
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
         await self._server.start()
-        return target
 
     async def stop(self) -> None:
         """Refuse new calls, let those under way finish for `grace_s`, end the streams, then everything else."""

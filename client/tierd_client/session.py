@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Session(SessionState):
     """Opened by `Tier.open_session`. Close it, or let `with` do so; one that is forgotten is closed when it is collected.
 
-    Tensors are torch tensors or numpy arrays of the geometry's dtype (numpy bfloat16: an extension type, or uint16 bits). Every method
+    Tensors are torch tensors or numpy arrays of the geometry's dtype (numpy bfloat16: its bits, as uint16). Every method
     takes `timeout`, seconds, None for the connection's, and raises InvalidArgument, SessionNotFound once closed, CapacityExceeded,
     DeadlineExceeded or DaemonUnavailable. A call that the daemon refuses has changed nothing.
     """

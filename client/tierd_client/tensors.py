@@ -1,6 +1,6 @@
 """The caller's tensors <-> raw numpy arrays (bfloat16 as uint16 bits). Torch is imported only by who passes its tensors.
 
-bfloat16 comes as torch tensors, as numpy arrays of a `bfloat16` extension type, or as numpy uint16 bits.
+numpy has no bfloat16 of its own: its arrays hold the bits, as uint16.
 """
 
 import sys
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 Raw = NDArray[Any]
+NUMPY_DTYPES = {"float16": "float16", "uint16": "bfloat16", "float32": "float32"}
 AnyTensor = Union[NDArray[Any], "torch.Tensor"]
 Tensor = TypeVar("Tensor", bound="NDArray[Any] | torch.Tensor")
 
@@ -27,15 +28,13 @@ def to_raw(name: str, tensor: object, dtype: str) -> Raw:
     if _is_torch(tensor):
         given = str(tensor.dtype).removeprefix("torch.")
     elif isinstance(tensor, np.ndarray):
-        given = "bfloat16" if tensor.dtype == np.uint16 else tensor.dtype.name
+        given = NUMPY_DTYPES.get(tensor.dtype.name, f"numpy {tensor.dtype.name}")
     else:
         raise InvalidArgument(f"{name} is a {type(tensor).__name__}; allowed: torch tensors and numpy arrays")
     if given != dtype:
-        raise InvalidArgument(f"{name} is {given}; the session's geometry says {dtype}")
-    if _is_torch(tensor):
-        return _torch_to_raw(tensor)
-    array = cast(Raw, tensor)
-    return array.view(np.uint16) if dtype == "bfloat16" else array
+        hint = " (as a numpy array: its bits, uint16)" if dtype == "bfloat16" else ""
+        raise InvalidArgument(f"{name} is {given}; the session's geometry says {dtype}{hint}")
+    return _torch_to_raw(tensor) if _is_torch(tensor) else cast(Raw, tensor)
 
 
 def like(raw: Raw, tensor: Tensor) -> Tensor:
@@ -44,7 +43,7 @@ def like(raw: Raw, tensor: Tensor) -> Tensor:
     if tensor.ndim == 2:
         copied = copied[:, 0]
     if not _is_torch(tensor):
-        return cast(Tensor, copied.view(cast(Raw, tensor).dtype))
+        return cast(Tensor, copied)
     torch = sys.modules["torch"]
     whole = copied.view(np.int16) if copied.dtype == np.uint16 else copied
     return cast(Tensor, torch.from_numpy(whole).view(tensor.dtype).to(tensor.device))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
+from threading import Event
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from tierd_proto.v1.tierd_pb2_grpc import TierServicer, add_TierServicer_to_serv
 LIMITS = pb.Limits(message_bytes_max=64 << 10, max_tokens=1000, stream_requests_max=4, timeout_s_max=60.0)
 
 
-class FakeDaemon(TierServicer):  # type: ignore[misc]
+class FakeDaemon(TierServicer):
     """`requests`: what arrived on the stream. `say` puts a reply on it; `end` ends it. `unary`: by method, what answers, or
     (status, details, code) to abort with. `chunks`: those of the last append."""
 
@@ -29,6 +30,9 @@ class FakeDaemon(TierServicer):  # type: ignore[misc]
         self.refusal: tuple[grpc.StatusCode, str, str] | None = None
         self.requests: SimpleQueue[pb.DecodeRequest] = SimpleQueue()
         self.calls: SimpleQueue[Any] = SimpleQueue()
+        self.half_closed: SimpleQueue[None] = SimpleQueue()  # one entry when the client has ended its half of the stream
+        self.may_end = Event()  # cleared: the daemon keeps its own half open
+        self.may_end.set()
         self.chunks: list[pb.AppendRequest] = []
         self._replies: SimpleQueue[pb.DecodeReply | None] = SimpleQueue()
         self._pool = ThreadPoolExecutor(16)
@@ -44,6 +48,7 @@ class FakeDaemon(TierServicer):  # type: ignore[misc]
         self._replies.put(None)
 
     def stop(self) -> None:
+        self.may_end.set()
         self.end()
         self._server.stop(0).wait()
         self._pool.shutdown()
@@ -63,7 +68,9 @@ class FakeDaemon(TierServicer):  # type: ignore[misc]
             for request in requests:
                 self.requests.put(request)
         except grpc.RpcError:
-            pass  # the stream was cut
+            return  # the stream was cut
+        self.half_closed.put(None)
+        self.may_end.wait()
         self.end()
 
     def Append(self, requests: Iterator[pb.AppendRequest], context: Any) -> Any:

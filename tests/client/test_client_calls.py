@@ -1,12 +1,14 @@
 """Every method of the client, of both flavours, against a daemon process and against the engine in this process."""
 
+import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from daemon_process import DaemonProcess
+from daemon_process import SMALL, DaemonProcess
 from numpy.typing import NDArray
 from tierd_client import (
     Budget,
@@ -23,6 +25,7 @@ from tierd_proto.coding import CERTIFICATE_COLUMNS
 
 GEOMETRY = Geometry(num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=64, dtype="float32")
 LOOSE = Tolerance(rtol=0.1)
+SMALL_INPROC = {name.replace("-", "_"): value for name, value in SMALL.items()}
 
 
 def numbers(seed: int, heads: int, n: int) -> NDArray[np.float32]:
@@ -148,11 +151,11 @@ def test_bad_input_is_named_and_changes_nothing(tier: Any) -> None:
     nan = k.copy()
     nan[0, 0, 3] = np.nan
     with filled(tier) as session, opened(tier) as empty:
-        for match, call in {
+        bad: dict[str, Callable[[], Any]] = {
             r"q has shape \[2, 1, 64\]; expected \[4, 64\] or \[4, n, 64\]": lambda: session.attend(layer=0, q=k),
             r"k has shape \[4, 1, 64\]; expected \[2, n, 64\]": lambda: session.append(layer=0, k=q, v=q),
             r"k has shape \[2, 1, 64\] and v \[2, 2, 64\]": lambda: session.append(layer=0, k=k, v=numbers(6, 2, 2)),
-            "q is float64; the session's geometry says float32": lambda: session.attend(layer=0, q=q.astype(float)),
+            "q is numpy float64; the session's geometry says float32": lambda: session.attend(layer=0, q=q.astype(float)),
             "v is float16; the session's": lambda: session.append(layer=0, k=k, v=torch.zeros(2, 1, 64, dtype=torch.float16)),
             "q is a list": lambda: session.attend(layer=0, q=[1.0]),
             "layer is 2; allowed: 0 to 1": lambda: session.attend(layer=2, q=q),
@@ -171,7 +174,8 @@ def test_bad_input_is_named_and_changes_nothing(tier: Any) -> None:
             "policy is 'best'": lambda: opened(tier, policy="best"),
             "geometry is 7": lambda: tier.open_session(7, tolerance=LOOSE, max_tokens=1),
             "head_dim|head dimension": lambda: tier.open_session(Geometry(1, 1, 1, 63, "float32"), tolerance=LOOSE, max_tokens=1),
-        }.items():
+        }
+        for match, call in bad.items():
             with pytest.raises(InvalidArgument, match=match):
                 call()
         assert session.lengths() == [100, 100]
@@ -190,13 +194,14 @@ def test_full_pools_are_named_and_nothing_is_half_stored(tier: Any) -> None:
 def test_a_closed_session_says_so(tier: Any) -> None:
     session = filled(tier)
     session.close()
-    for call in (
+    calls: list[Callable[[], Any]] = [
         lambda: session.lengths(),
         lambda: session.attend(layer=0, q=numbers(5, 4, 1)),
         lambda: session.append(layer=0, k=numbers(5, 2, 1), v=numbers(5, 2, 1)),
         lambda: session.fork(),
         lambda: session.truncate(0),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(SessionNotFound, match="closed"):
             call()
 
@@ -216,9 +221,19 @@ def test_the_end_of_a_connection_closes_its_sessions(connecting: Any, client_dae
     with connect(client_daemon.target) as watcher:
         before = watcher.status()["sessions"]
         with connecting(client_daemon.target) as tier:
-            opened(tier), opened(tier)
-            assert watcher.status()["sessions"] == before + 2
+            sessions = [opened(tier), opened(tier)]
+            assert watcher.status()["sessions"] == before + len(sessions)
         assert watcher.status()["sessions"] == before
+
+
+def test_the_engine_in_this_process_ends_with_its_connection(connecting: Any) -> None:
+    def engines() -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread.name in ("tierd-engine", "tierd-migrator")]
+
+    before = engines()
+    with connecting("inproc://", settings=SMALL_INPROC):
+        assert len(engines()) > len(before)
+    assert engines() == before
 
 
 def test_sessions_of_another_connection_are_refused(connecting: Any, client_daemon: DaemonProcess) -> None:
@@ -250,7 +265,8 @@ def test_a_killed_daemon_is_named_and_a_new_one_has_another_epoch(connecting: An
         session = opened(tier)
         daemon.process.kill()
         daemon.process.wait()
-        for call in (lambda: session.lengths(), lambda: session.attend(layer=0, q=numbers(5, 4, 1))):
+        calls: list[Callable[[], Any]] = [lambda: session.lengths(), lambda: session.attend(layer=0, q=numbers(5, 4, 1))]
+        for call in calls:
             with pytest.raises(DaemonUnavailable, match=daemon.target):
                 call()
         session.close()

@@ -53,7 +53,8 @@ def test_a_late_reply_is_dropped_and_the_next_call_gets_its_own(connecting: Conn
         late = fake.requests.get(timeout=ARRIVAL_S)
         assert late.timeout_s == 0.05
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(lambda: [fake.say(answer(late)), fake.say(answer(fake.requests.get(timeout=ARRIVAL_S)))])
+            fake.say(answer(late))
+            pool.submit(lambda: fake.say(answer(fake.requests.get(timeout=ARRIVAL_S))))
             assert session.attend(layer=0, q=q(2)).output[0, 0, 0] == 2
 
 
@@ -68,7 +69,7 @@ def test_timed_out_calls_do_not_count_as_in_flight(connecting: Connect, fake: Fa
 def test_threads_get_their_own_replies_in_any_order(fake: FakeDaemon) -> None:
     with connect(fake.target) as tier, ThreadPoolExecutor(4) as pool:
         session = opened(tier)
-        results = [pool.submit(lambda number=number: session.attend(layer=0, q=q(number))) for number in range(4)]
+        results = [pool.submit(session.attend, layer=0, q=q(number)) for number in range(4)]
         requests = [fake.requests.get(timeout=ARRIVAL_S) for _ in range(4)]
         with pytest.raises(CapacityExceeded, match=r"4 attend and step calls are in flight.*allowed: 4"):
             session.attend(layer=0, q=q(9))
@@ -130,11 +131,23 @@ def test_statuses_without_a_code(connecting: Connect, fake: FakeDaemon) -> None:
 def test_the_end_of_the_stream_fails_what_waits_and_all_that_comes(connecting: Connect, fake: FakeDaemon) -> None:
     with connecting(fake.target) as tier, ThreadPoolExecutor(1) as pool:
         session = opened(tier)
-        pool.submit(lambda: [fake.requests.get(timeout=ARRIVAL_S), fake.end()])
-        for call in (lambda: session.attend(layer=0, q=q(1)), lambda: session.lengths(), lambda: opened(tier)):
+        pool.submit(fake.requests.get, timeout=ARRIVAL_S).add_done_callback(lambda _: fake.end())
+        calls: list[Callable[[], Any]] = [lambda: session.attend(layer=0, q=q(1)), lambda: session.lengths(), lambda: opened(tier)]
+        for call in calls:
             with pytest.raises(DaemonUnavailable, match=f"connection to {fake.target} has ended, and its sessions with it.*Connect again"):
                 call()
         session.close()
+
+
+def test_close_waits_until_the_daemon_has_let_go(connecting: Connect, fake: FakeDaemon) -> None:
+    tier = connecting(fake.target)
+    fake.may_end.clear()
+    with ThreadPoolExecutor(1) as pool:
+        closing = pool.submit(tier.close)
+        fake.half_closed.get(timeout=ARRIVAL_S)
+        assert not closing.done()
+        fake.may_end.set()
+        closing.result(timeout=ARRIVAL_S)
 
 
 def test_a_refused_stream_fails_the_connect_with_the_daemons_own_word(connecting: Connect, fake: FakeDaemon) -> None:

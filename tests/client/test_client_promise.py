@@ -24,8 +24,11 @@ def check(geometry: Geometry, rtol: float, relative_to: Any, tensors: list[torch
     if q.ndim == 2:
         q, output = q[:, None], output[:, None]
         certificate = {name: column[:, None] for name, column in certificate.items()}
-    arrays = [raw(x.contiguous()) for x in (k, v, q, output)]
-    check_reply(*arrays, certificate, rtol, 0.0, relative_to, softmax_scale=geometry.head_dim**-0.5, block_size=geometry.block_size)
+    keys, values, queries, returned = (raw(x.contiguous()) for x in (k, v, q, output))
+    scale = geometry.head_dim**-0.5 if geometry.softmax_scale is None else geometry.softmax_scale
+    check_reply(
+        keys, values, queries, returned, certificate, rtol, 0.0, relative_to, softmax_scale=scale, block_size=geometry.block_size
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +47,17 @@ def tier(client_daemon: DaemonProcess) -> Any:
     rtol=st.sampled_from((0.0, 0.02, 0.2)),
     relative_to=st.sampled_from(("values", "output")),
     policy=st.sampled_from(("budget", "coverage")),
+    scale=st.sampled_from((None, 0.3, -0.1)),
     sharpness=st.sampled_from((1.0, 8.0)),
     seed=st.integers(0, 1 << 30),
 )
 @settings(max_examples=25)
 def test_every_reply_keeps_the_promise(
     tier: Tier, dtype: str, head_dim: int, heads: tuple[int, int], block_size: int, tokens: int, n: int, rtol: float,
-    relative_to: Any, policy: Any, sharpness: float, seed: int,
+    relative_to: Any, policy: Any, scale: float | None, sharpness: float, seed: int,
 ) -> None:  # fmt: skip
     num_q_heads, num_kv_heads = heads
-    geometry = Geometry(1, num_q_heads, num_kv_heads, head_dim, dtype, block_size=block_size)
+    geometry = Geometry(1, num_q_heads, num_kv_heads, head_dim, dtype, scale, block_size)
     random = torch.Generator().manual_seed(seed)
 
     def draw(heads: int, count: int, scale: float = 1.0) -> torch.Tensor:

@@ -63,11 +63,11 @@ def test_a_tensor_that_wants_gradients_is_read_all_the_same() -> None:
 @pytest.mark.parametrize(
     ("tensor", "dtype", "said"),
     [
-        (np.zeros((1, 1)), "float32", "x is float64; the session's geometry says float32"),
+        (np.zeros((1, 1)), "float32", "x is numpy float64; the session's geometry says float32"),
         (torch.zeros(1, 1), "bfloat16", "x is float32; the session's geometry says bfloat16"),
-        (np.zeros((1, 1), np.float16), "bfloat16", "x is float16; .* bfloat16"),
+        (np.zeros((1, 1), np.float16), "bfloat16", r"x is float16; .* bfloat16 \(as a numpy array: its bits, uint16\)"),
         (np.zeros((1, 1), np.uint16), "float16", "x is bfloat16; .* float16"),
-        (np.zeros((1, 1), np.int32), "float32", "x is int32"),
+        (np.zeros((1, 1), np.int32), "float32", "x is numpy int32"),
         ([[0.0]], "float32", "x is a list; allowed: torch tensors and numpy arrays"),
         (None, "float32", "x is a NoneType"),
     ],

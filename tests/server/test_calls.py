@@ -67,7 +67,9 @@ async def bench(folder: Path, **settings: Any) -> AsyncIterator[Bench]:
     loaded = load(sizes | {"listen": f"unix://{folder}/t.sock"} | settings)
     engine = HeldEngine(loaded.engine())
     daemon = Daemon(loaded, engine)
-    async with grpc.aio.insecure_channel(await daemon.start()) as channel:
+    target = daemon.bind()
+    await daemon.start()
+    async with grpc.aio.insecure_channel(target) as channel:
         stub: Any = tierd_pb2_grpc.TierStub(channel)
         worker = (await stub.Handshake(pb.HandshakeRequest(protocol=1))).worker
         stream = stub.Decode(metadata=(("tierd-worker", worker),))

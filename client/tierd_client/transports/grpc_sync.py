@@ -70,8 +70,7 @@ class GrpcTransport:
     def close(self) -> None:
         self._pairing.lose(DaemonUnavailable("it was closed here"))
         self._outbox.put(None)  # the end of our half; the daemon ends its own when the sessions are closed
-        if threading.current_thread() is not self._reader:
-            self._reader.join(CLOSE_TIMEOUT_S)
+        self._reader.join(CLOSE_TIMEOUT_S)
         self._channel.close()
 
 

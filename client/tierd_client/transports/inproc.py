@@ -36,7 +36,6 @@ class _OwnEngine:
 
     def end(self) -> None:
         if self._closing.acquire(blocking=False):
-            self._engine.close_worker(self.welcome.worker)
             self._engine.close()
 
 
