@@ -7,7 +7,7 @@ from numba import prange
 
 from tierd_kernels.arrays import Doubles, Flags, Ints, Singles
 from tierd_kernels.bound.annotations import Annotations, Bound
-from tierd_kernels.bound.reference import GROUP_TOKENS, THETA
+from tierd_kernels.bound.reference import GROUP_TOKENS, LOW_ROUNDING, THETA
 from tierd_kernels.bound.statistics import (
     D_NORM,
     DELTA,
@@ -175,7 +175,7 @@ def bounds(
         lost = num_tokens * 2.0**-124 * (top_norm + o)
         skip += lost * math.exp(delta_max)
         rounding = gamma_block * arithmetic + 8.0 * U32 * o + underflow_H[h] + error_i[i]
-        denominator = 1.0 - low + raised
+        denominator = 1.0 - low * LOW_ROUNDING + raised
         stretch = (1.0 + THETA) * SAFETY / denominator if denominator > 2.0**-20 else math.inf
         total = (key + value + skip + rounding) * stretch
         if not any_skipped:

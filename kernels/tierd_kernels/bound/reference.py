@@ -29,6 +29,9 @@ from tierd_kernels.numerics import SAFETY, U32, Array, gamma, phi, psi
 GROUP_TOKENS = 1024
 # The masses of the bound are sums in FP32 of the very weights that the value pass uses.
 THETA = 16.0 * U32
+# What the denominator loses is a sum of such masses, each off by 60 u at most, and is subtracted from 1: no factor on the result
+# would cover that.
+LOW_ROUNDING = 1.0 + 2.0**-17
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def _evaluate(
         np.where(live, w.rho_Rb * annotations.amplitude_Hb[head], 0.0), axis=1
     ) + 8.0 * U32 * output_norm_R + annotations.underflow_H[head] + output_error_R
 
-    denominator = 1.0 - np.sum(low, axis=1) + np.sum(np.where(skipped, w.mass_Rb * np.exp(-delta_all), 0.0), axis=1)
+    denominator = 1.0 - np.sum(low, axis=1) * LOW_ROUNDING + np.sum(np.where(skipped, w.mass_Rb * np.exp(-delta_all), 0.0), axis=1)
     stretch = np.where(denominator > 2.0**-20, (1.0 + THETA) * SAFETY / denominator, np.inf)
     total = (key + value + skip + arithmetic) * stretch
     tilt = np.tanh(delta_max) * (top_norm + output_norm_R + value + arithmetic)
