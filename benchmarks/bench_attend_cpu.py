@@ -77,17 +77,16 @@ def store(k: Output, v: Output, q: Output, skipping: bool) -> Cache:
 
 
 def draw(tokens: int, concentrated: bool, seed: int = 0) -> tuple[Output, Output, Output]:
-    """FP16 k, v, q. Diffuse: all Gaussian. Concentrated: a sixteenth of the tokens point along the queries, in runs of 64, and hold
-    most of the mass, as recent or retrieved passages do."""
+    """FP16 k, v, q. Diffuse: all Gaussian. Concentrated: the queries of a KV head look the same way, and a sixteenth of the keys, in
+    runs of 64 tokens, lie there and hold all but a thousandth of the mass, as recent or retrieved passages do."""
     rng = np.random.default_rng(seed)
     k, v = rng.standard_normal((2, HEADS, tokens, D))
     q = rng.standard_normal((HEADS, GROUP, D))
     if concentrated:
-        lead = q.mean(axis=1, keepdims=True) * 2.0
-        chosen = np.zeros(tokens, np.bool_)
+        lead = rng.standard_normal((HEADS, 1, D))
+        q = lead + 0.5 * q
         for start in rng.choice(tokens // 64, tokens // 1024, replace=False):
-            chosen[start * 64 : start * 64 + 64] = True
-        k += np.where(chosen[None, :, None], 1.0, 0.0) * lead * 1.5
+            k[:, start * 64 : start * 64 + 64] += 0.9 * lead
     return k.astype(np.float16), v.astype(np.float16), q.reshape(HEADS * GROUP, 1, D).astype(np.float16)
 
 

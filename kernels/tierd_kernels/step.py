@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from tierd_kernels.attend.cpu import attend as value_pass
 from tierd_kernels.bound.annotations import Bound
-from tierd_kernels.bound.cpu import certify_top, evaluate, largest_shares
+from tierd_kernels.bound.cpu import certify_top, evaluate, kept_mass, largest_shares
 from tierd_kernels.bound.reference import GROUP_TOKENS, block_factors
 from tierd_kernels.bound.statistics import DELTA, MAX_SCORE, NUM_STATISTICS, SUM, SUM_ERROR, SUM_NORM
 from tierd_kernels.call import Call, Result
@@ -114,7 +114,8 @@ class Step:
         )  # fmt: skip
 
     def _measure(self, rows: Rows) -> None:
-        """Brings the rows' weights to their common scale; needed after scores or kept blocks have changed."""
+        """Brings the rows' weights to their common scale; needed after scores have changed. Skipping changes nothing: the heaviest
+        block stays, so the kept mass is still at least that of the block with the largest score, which is at least 1."""
         self.factor[rows] = block_factors(self.statistics[MAX_SCORE, rows], self.statistics[SUM, rows], self.keep[rows])
 
     def _rank(self, rows: Rows) -> None:
@@ -124,18 +125,20 @@ class Step:
 
     def _attend(self, rows: Rows) -> tuple[Bound, Array]:
         """The value pass over the rows, then their bounds and budgets from what was used."""
-        self._measure(rows)
-        used = self.space.zeros("used", self.factor.shape, np.float64)
-        used[rows] = np.where(self.keep[rows], self.factor[rows], 0.0)
+        keep = self.keep
+        if len(rows) < len(keep):
+            keep = np.zeros_like(keep)
+            keep[rows] = self.keep[rows]
         value_pass(
             self.layout.as_array, *self.memory, self.visible_R, self.hot_offsets, self.original_offsets,
-            self.call.value_locations, self.value_exact.reshape(self.blocks_of_head), used.reshape(self.blocks_of_head),
-            self.weights, self.partial,
+            self.call.value_locations, self.value_exact.reshape(self.blocks_of_head), keep.reshape(self.blocks_of_head),
+            self.factor.reshape(self.blocks_of_head), self.weights, self.partial,
         )  # fmt: skip
+        mass = np.empty(len(rows))
+        kept_mass(self.statistics, self.factor, self.keep, rows, mass)
         unit = self.unit_R[rows, None]
         with np.errstate(all="ignore"):
-            mass = np.einsum("rb,rb->r", used[rows], self.statistics[SUM, rows])[:, None]
-            grouped = self.partial.reshape(len(self.done), -1, self.d)[rows] / (mass * unit)[..., None]
+            grouped = self.partial.reshape(len(self.done), -1, self.d)[rows] / (mass[:, None] * unit)[..., None]
             stored = self._write(rows, grouped.sum(axis=1))
             self.group_dot[rows] = np.einsum("rgd,rd->rg", grouped, stored)
         bound = self._evaluate(rows, self.output_norm[rows], self.output_error[rows], self.group_dot[rows])
@@ -192,7 +195,6 @@ class Step:
             if not len(rows):
                 return
             self.keep[rows] = self.statistics[SUM, rows] > 0
-            self._measure(rows)
             norm, error, dot = self.output_norm[rows], self.output_error[rows], self.group_dot[rows]
             keys, values, reachable = cheapest_within(
                 (bound.key_Rb, bound.value_Rb),
@@ -211,7 +213,6 @@ class Step:
         self.fields["paper_key_bound"][rows] = 2.0 * top_norm * tail
         error = self.view.value_error_max(self.layout, self.memory, self.hot_offsets)[head] * self.unit_R[rows, None]
         self._promote(rows, keys, rho * error > policy.v_tol)
-        self._measure(rows)
         self._rank(rows)
         self._settle(rows[self.ranked[rows]])
 
@@ -223,6 +224,7 @@ class Step:
         self.value_exact[rows] |= values & stored
         if np.any(todo):
             self._score(todo)
+            self._measure(rows)
 
     def _settle(self, rows: Rows) -> tuple[Rows, Bound, Array]:
         """Attends; rows within budget are done. Returns those that are not, with their bounds and budgets."""

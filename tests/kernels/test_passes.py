@@ -53,10 +53,11 @@ def test_weights_statistics_and_values(geometry: tuple[int, int, int, str, int, 
     )  # fmt: skip
     flat = statistics.reshape(NUM_STATISTICS, -1, blocks)
     factor = block_factors(flat[MAX_SCORE], flat[SUM], np.ones((heads * rows, blocks), np.bool_))
-    factor = factor.reshape(heads, rows, blocks) * (rng.random((heads, rows, blocks)) < 0.8)
+    factor, keep = factor.reshape(heads, rows, blocks), rng.random((heads, rows, blocks)) < 0.8
+    keep &= factor > 0
     partial = np.full((heads, rows, 1, d), np.nan)
     attend_cpu.attend(
-        layout.as_array, *cache.memory, visible, cache.hot, cache.originals, values, exact[1], factor, weights, partial
+        layout.as_array, *cache.memory, visible, cache.hot, cache.originals, values, exact[1], keep, factor, weights, partial
     )  # fmt: skip
 
     K, V = widen(cache.keys, layout.dtype), widen(cache.values, layout.dtype)
@@ -94,8 +95,8 @@ def test_weights_statistics_and_values(geometry: tuple[int, int, int, str, int, 
                 np.testing.assert_allclose(weights[h, r, at][:count], w, rtol=2 * np.expm1(2 * eps), atol=1e-37)
                 assert (weights[h, r, b * B + count : (b + 1) * B] == 0).all()
         seen = weights[h, :, :tokens].astype(np.float64)
-        wanted_sum = attend_reference.attend(np.nan_to_num(seen), factor[h], used[h], B)
-        room = 1e-5 * attend_reference.attend(np.nan_to_num(seen), factor[h], np.abs(used[h]), B) + 1e-30
+        wanted_sum = attend_reference.attend(np.nan_to_num(seen), factor[h] * keep[h], used[h], B)
+        room = 1e-5 * attend_reference.attend(np.nan_to_num(seen), factor[h] * keep[h], np.abs(used[h]), B) + 1e-30
         assert (np.abs(partial[h] - wanted_sum) <= room).all()
 
 

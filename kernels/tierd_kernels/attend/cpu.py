@@ -34,12 +34,13 @@ def read_values(lay: Ints, hot: Bytes, record: int, scales: Singles, offsets: Si
 @compiled(parallel=True)
 def attend(
     lay: Ints, memory_hot: Bytes, memory_scratch: Bytes, memory_originals: Bytes, visible_R: Ints, hot_offsets: Ints,
-    original_offsets: Ints, value_locations: Ints, value_exact_HRb: Flags, factor_HRb: Doubles, weights_HRt: Singles,
-    partial_HRGd: Doubles
+    original_offsets: Ints, value_locations: Ints, value_exact_HRb: Flags, keep_HRb: Flags, factor_HRb: Doubles,
+    weights_HRt: Singles, partial_HRGd: Doubles
 ) -> None:  # fmt: skip
     """Sums of factor * weight * value per group of 1024 tokens: partial_HRGd float64 [Hkv, R, groups, d], R a multiple of ROW_TILE.
 
-    `factor_HRb` float64 carries a block's weights to the row's scale; a block that all rows of a tile give zero is not read.
+    `factor_HRb` float64 carries a block's weights to the row's scale; a block that no row keeps is not read, and a row that keeps none
+    gets zeros.
     `value_exact_HRb` marks the blocks whose values are read in original precision for that row.
     """
     heads, rows, groups, d = partial_HRGd.shape
@@ -55,21 +56,28 @@ def attend(
         exact = np.empty(B * d, np.float32)
         coded = np.empty(B * d, np.float32)
         factors = np.empty(ROW_TILE, np.float64)
+        first, last = group * per_group, min((group + 1) * per_group, num_blocks)
+        needed = np.zeros(per_group + PREFETCH_BLOCKS, np.bool_)
         for r in range(rows):
             partial_HRGd[h, r, group, :] = 0.0
-        for b in range(group * per_group, min((group + 1) * per_group, num_blocks)):
+            for b in range(first, last):
+                needed[b - first] |= keep_HRb[h, r, b]
+        for b in range(first, last):
+            if needed[b - first + PREFETCH_BLOCKS] and b + PREFETCH_BLOCKS < full:
+                later = hot_offsets[b + PREFETCH_BLOCKS] + h * lay[5]
+                prefetch(memory_hot, later + lay[7], lay[12] - lay[7])
+            if not needed[b - first]:
+                continue
             raw = b >= full
             record = 0
             if b < full:
                 record = int(hot_offsets[b] + h * lay[5])
-                if b + PREFETCH_BLOCKS < full:
-                    prefetch(memory_hot, hot_offsets[b + PREFETCH_BLOCKS] + h * lay[5] + lay[7], lay[12] - lay[7])
                 raw = (memory_hot[record + lay[15] : record + lay[15] + 4].view(np.uint32)[0] & RAW_VALUES) != 0
             have_exact = have_coded = False
             for start in range(0, rows, ROW_TILE):
                 any_exact = any_coded = False
                 for r in range(start, start + ROW_TILE):
-                    if factor_HRb[h, r, b] > 0.0:
+                    if keep_HRb[h, r, b]:
                         if raw or value_exact_HRb[h, r, b]:
                             any_exact = True
                         else:
@@ -96,6 +104,6 @@ def attend(
                     if any_exact if use_exact else any_coded:
                         for i in range(ROW_TILE):
                             own = (raw or value_exact_HRb[h, start + i, b]) == use_exact
-                            factors[i] = factor_HRb[h, start + i, b] if own else 0.0
+                            factors[i] = factor_HRb[h, start + i, b] if own and keep_HRb[h, start + i, b] else 0.0
                         values = exact if use_exact else coded
                         weigh_values(values, B, d, weights, at, stride, factors, partial, out_at, groups * d)

@@ -222,6 +222,17 @@ def certify_top(statistics_sRb: Singles, factor_Rb: Doubles, rows_i: Ints, certi
         certified_i[i] = certified
 
 
+@compiled(parallel=True, reassociate=True)
+def kept_mass(statistics_sRb: Singles, factor_Rb: Doubles, keep_Rb: Flags, rows_i: Ints, mass_i: Doubles) -> None:
+    """The rows' sums of weights over kept blocks."""
+    for i in prange(len(rows_i)):
+        r = rows_i[i]
+        total = 0.0
+        for b in range(keep_Rb.shape[1]):
+            total += factor_Rb[r, b] * statistics_sRb[SUM, r, b] if keep_Rb[r, b] else 0.0
+        mass_i[i] = total
+
+
 @compiled(parallel=True)
 def largest_shares(key_ib: Doubles, value_ib: Doubles, budget_i: Doubles, head_i: Ints, out_kbH: Singles) -> None:
     """Raises out_kbH float32 [2, blocks, Hkv] to the blocks' shares of the budget, the largest over the rows of a head."""
