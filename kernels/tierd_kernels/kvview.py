@@ -51,10 +51,11 @@ def gather_notes(lay: Ints, hot: Bytes, hot_offsets: Ints, notes_aHb: Singles, r
 @dataclass(frozen=True)
 class KVView:
     """Per KV head H and block b: `unit_H`, a power of two at least as large as any ||V_t||, in which all value norms are counted;
-    `key_norm_max_H`, at least any ||K_t||."""
+    `key_norm_max_H`, at least any ||K_t||; `raw_values_Hb`, full blocks whose values were never quantised."""
 
     unit_H: Array
     key_norm_max_H: Array
+    raw_values_Hb: NDArray[np.bool_]
     value_spectral_Hb: Array
     amplitude_Hb: Array
     value_norm_max_Hb: Array
@@ -101,7 +102,7 @@ class KVView:
         # A product weight * value below FP32's smallest normal is off by 2^-150 at most, and the kept weights sum to 1 or more.
         underflow = num_tokens * layout.head_dim**0.5 * 2.0**-149 / unit
         return KVView(
-            unit, key_norm.max(axis=1), np.concatenate([spectral, pad], axis=1), amplitude, value_norm,
+            unit, key_norm.max(axis=1), raw, np.concatenate([spectral, pad], axis=1), amplitude, value_norm,
             norms[0], norms[1], underflow, num_tokens, layout.block_size,
         )  # fmt: skip
 

@@ -131,8 +131,8 @@ class Step:
             keep[rows] = self.keep[rows]
         value_pass(
             self.layout.as_array, *self.memory, self.visible_R, self.hot_offsets, self.original_offsets,
-            self.call.value_locations, self.value_exact.reshape(self.blocks_of_head), keep.reshape(self.blocks_of_head),
-            self.factor.reshape(self.blocks_of_head), self.weights, self.partial,
+            self.call.value_locations, self.view.raw_values_Hb, self.value_exact.reshape(self.blocks_of_head),
+            keep.reshape(self.blocks_of_head), self.factor.reshape(self.blocks_of_head), self.weights, self.partial,
         )  # fmt: skip
         mass = np.empty(len(rows))
         kept_mass(self.statistics, self.factor, self.keep, rows, mass)

@@ -9,7 +9,7 @@ from tierd_kernels.attend import cpu as attend_cpu
 from tierd_kernels.attend import reference as attend_reference
 from tierd_kernels.bound.reference import block_factors
 from tierd_kernels.bound.statistics import DELTA, EPSILON, MAX_SCORE, NUM_STATISTICS, SUM
-from tierd_kernels.kvview import widen
+from tierd_kernels.kvview import KVView, widen
 from tierd_kernels.layout import DTYPE_CODE, Layout
 from tierd_kernels.quantise.reference import decode, dequantise_values
 from tierd_kernels.score import cpu as score_cpu
@@ -56,8 +56,10 @@ def test_weights_statistics_and_values(geometry: tuple[int, int, int, str, int, 
     factor, keep = factor.reshape(heads, rows, blocks), rng.random((heads, rows, blocks)) < 0.8
     keep &= factor > 0
     partial = np.full((heads, rows, 1, d), np.nan)
+    view = KVView.of(layout, cache.memory, cache.hot, cache.originals, tokens, (cache.groups[0], cache.groups[1]))
     attend_cpu.attend(
-        layout.as_array, *cache.memory, visible, cache.hot, cache.originals, values, exact[1], keep, factor, weights, partial
+        layout.as_array, *cache.memory, visible, cache.hot, cache.originals, values, view.raw_values_Hb, exact[1], keep, factor,
+        weights, partial,
     )  # fmt: skip
 
     K, V = widen(cache.keys, layout.dtype), widen(cache.values, layout.dtype)

@@ -9,7 +9,6 @@ from numba import prange
 from tierd_kernels.arrays import Bytes, Doubles, Flags, Ints, Singles
 from tierd_kernels.bound.reference import GROUP_TOKENS
 from tierd_kernels.floats import compiled, widen
-from tierd_kernels.layout import RAW_VALUES
 from tierd_kernels.vector import LANES, PREFETCH_BLOCKS, ROW_TILE, prefetch, weigh_values, widen_halves, widen_values
 
 
@@ -34,14 +33,15 @@ def read_values(lay: Ints, hot: Bytes, record: int, scales: Singles, offsets: Si
 @compiled(parallel=True)
 def attend(
     lay: Ints, memory_hot: Bytes, memory_scratch: Bytes, memory_originals: Bytes, visible_R: Ints, hot_offsets: Ints,
-    original_offsets: Ints, value_locations: Ints, value_exact_HRb: Flags, keep_HRb: Flags, factor_HRb: Doubles,
+    original_offsets: Ints, value_locations: Ints, raw_Hb: Flags, value_exact_HRb: Flags, keep_HRb: Flags, factor_HRb: Doubles,
     weights_HRt: Singles, partial_HRGd: Doubles
 ) -> None:  # fmt: skip
     """Sums of factor * weight * value per group of 1024 tokens: partial_HRGd float64 [Hkv, R, groups, d], R a multiple of ROW_TILE.
 
     `factor_HRb` float64 carries a block's weights to the row's scale; a block that no row keeps is not read, and a row that keeps none
     gets zeros.
-    `value_exact_HRb` marks the blocks whose values are read in original precision for that row.
+    `raw_Hb` marks full blocks whose values were never quantised (the flags themselves lie in a cache line of their own, which cost a
+    fifth of the pass), `value_exact_HRb` the blocks whose values are read in original precision for that row.
     """
     heads, rows, groups, d = partial_HRGd.shape
     B = lay[2]
@@ -68,11 +68,8 @@ def attend(
                 prefetch(memory_hot, later + lay[7], lay[12] - lay[7])
             if not needed[b - first]:
                 continue
-            raw = b >= full
-            record = 0
-            if b < full:
-                record = int(hot_offsets[b] + h * lay[5])
-                raw = (memory_hot[record + lay[15] : record + lay[15] + 4].view(np.uint32)[0] & RAW_VALUES) != 0
+            raw = b >= full or raw_Hb[h, b]
+            record = int(hot_offsets[b] + h * lay[5]) if b < full else 0
             have_exact = have_coded = False
             for start in range(0, rows, ROW_TILE):
                 any_exact = any_coded = False
