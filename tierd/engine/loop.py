@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import Any, cast
 
 import numpy as np
+from tierd_kernels import registry
 
 from tierd.clock import Clock, SystemClock
 from tierd.commands import (
@@ -47,7 +48,7 @@ IDLE_TICK_S = 1.0  # how often an idle engine looks for leases that ran out
 
 
 class Engine:
-    """All sessions and pools of one daemon. `kernels` None: those of the CPU backend. `seed`: of the canaries' draw.
+    """All sessions and pools of one daemon. `kernels` None: those of the configured backend. `seed`: of the canaries' draw.
 
     Without `start` there are no threads: `run_once` does everything on the caller's.
     """
@@ -59,7 +60,7 @@ class Engine:
         self.epoch = new_epoch()
         self.counters = Counters()
         self._clock = clock or SystemClock()
-        kernels = kernels or _cpu_kernels()
+        kernels = kernels or cast(Kernels, registry.load(config.backend))
         self.residency = Residency(Arenas(config.hot_bytes, config.scratch_bytes, config.originals_bytes))
         self._leases = Leases(self._clock, config.lease_s or None)
         self.sessions = Sessions(config, self.residency, kernels, self._leases)
@@ -249,9 +250,3 @@ class Engine:
         jobs, self._jobs, self._busy, self._num_rows = self._jobs, [], set(), 0
         return jobs
 
-
-def _cpu_kernels() -> Kernels:
-    """Imported late: compiling them takes a while, and tests bring their own."""
-    from tierd_kernels import ladder
-
-    return cast(Kernels, ladder)
