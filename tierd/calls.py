@@ -56,8 +56,7 @@ class Calls:
         future = self._engine.submit(operation.command)
         try:
             await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            future.cancel()
+        except asyncio.CancelledError:  # which also takes the command out of the queue, if the engine has not begun it
             future.add_done_callback(lambda done: self._take_back(operation, done))
             raise
         self._metrics.observe(operation.command, future)

@@ -156,6 +156,19 @@ async def test_the_end_of_a_stream_closes_sessions_and_forgets_requests(folder: 
         assert "does not know the worker" in str(caught.value.details())
 
 
+async def test_a_full_queue_still_takes_the_closing_of_a_worker(folder: Path) -> None:
+    async with bench(folder, queue_max=1) as b:
+        await b.turn(asyncio.ensure_future(b.call("OpenSession", open_request())))
+        waiting = b.call("OpenSession", open_request())
+        await b.until(lambda status: status["queue"] == 1)
+        b.stream.cancel()
+        async with asyncio.timeout(10.0):
+            await b.until(lambda status: status["queue"] == 2)
+        b.engine.run_once()
+        await waiting
+        assert b.engine.status()["sessions"] == 0
+
+
 async def test_a_call_that_expires_in_the_queue_is_not_carried_out(folder: Path) -> None:
     async with bench(folder) as b:
         with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -17,7 +17,7 @@ WAIT_S = 120.0
 
 @pytest.fixture
 def tier() -> Iterator[InProcess]:
-    tier = InProcess({name.replace("-", "_"): value for name, value in SMALL.items()})
+    tier = InProcess({name.replace("-", "_"): value for name, value in SMALL.items()} | {"append_bytes_max": 1 << 20})
     tier.start()
     yield tier
     tier.close()
@@ -58,7 +58,7 @@ def test_what_is_wrong_fails_the_future(tier: InProcess) -> None:
     assert failure(tier.submit(open_request(), worker, -1.0)).code == "invalid_argument"
     session = tier.submit(open_request(), worker, None).result(WAIT_S).session_id
     part = list(chunks(session, numbers(1, KV_HEADS, 40), numbers(1, KV_HEADS, 40), size=20))[:1]
-    for _ in range(1000):  # far more than the quota, were it not given back
+    for _ in range(60):  # of 40 KiB each: more than the quota, were it not given back
         assert "announced 40" in str(failure(tier.append(part, worker, None)))
     with pytest.raises(InvalidArgument, match="protocol 2"):
         tier.handshake(pb.HandshakeRequest(protocol=2))
