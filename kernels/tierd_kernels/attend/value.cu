@@ -1,0 +1,139 @@
+// Value pass: a split's sum of weights times values, per tile of rows.
+//
+// Sixteen channels are the M of mma.m16n8k16 and sixteen tokens its K. A value is code * scale + offset, rounded once to FP16
+// (`E_out` has that rounding); the weights, times 2^14, are the B operand as FP16 high and low parts: columns part * 4 + row.
+// Codes lie in fragment order, scales and offsets by token pairs as lanes want them: no conversion, no shuffle.
+constexpr int VALUE_STAGES = 4;  // at 131,072 tokens: 3 42 us, 4 40, 6 42
+constexpr float WEIGHT_SCALE = 16384.f;
+
+// (w & mask) | magic in one instruction, which the compiler makes two of where mask and magic are constants.
+__device__ __forceinline__ u32 either(u32 w, u32 mask, u32 magic) {
+  u32 x;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(x) : "r"(w), "r"(mask), "r"(magic));
+  return x;
+}
+// Two codes, as FP16 with `bias` added, to values.
+__device__ __forceinline__ u32 dequantise(u32 biased, __half2 bias, u32 scale, u32 offset) {
+  return as_bits(__hfma2(__hsub2(as_half2(biased), bias), as_half2(scale), as_half2(offset)));
+}
+
+// Two neighbouring tokens' weights as high or low FP16 parts (`low` is 0 or 1).
+__device__ __forceinline__ u32 part(float x, float y, float low) {
+  float2 high = __half22float2(__floats2half2_rn(x, y));
+  return as_bits(__floats2half2_rn(fmaf(-low, high.x, x), fmaf(-low, high.y, y)));
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *calls, int heads, int group) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const Call &call = calls[blockIdx.z];
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4;
+  const int tiles = (group * call.n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
+  if (blockIdx.x >= heads * tiles || split > call.splits) return;
+  const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = h * tiles + tile;
+  __shared__ float tops[WARPS][ROW_TILE];
+  const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE;
+  const int splits = call.splits + (call.tokens > call.full * BLOCK);
+  constexpr int STAGE_BYTES = (VALUE_BYTES + WEIGHT_FLOATS * 4 + 127) & ~127;  // a tile of tokens
+  unsigned char *stage = shared + warp * VALUE_STAGES * STAGE_BYTES;
+  __shared__ u64 bars[WARPS][VALUE_STAGES];
+  const bool tail = split == call.splits;
+  const int each = call.per / WARPS, first = split * call.per + warp * each, count = tail ? 0 : max(0, min(each, call.full - first));
+  if (lane < VALUE_STAGES) barrier_init(&bars[warp][lane]);
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  __syncwarp();
+  const i64 offset = lane < count ? call.hot[first + lane] : 0;
+  const float *weights = call.weights + ((i64)base * (call.full + 1) + first) * TILES * WEIGHT_FLOATS;
+  const unsigned char *pool = call.pool + (i64)h * RECORD_BYTES + SCORE_BYTES;
+  const u64 policy = stream_policy();
+  auto issue = [&](int i, int s) {
+    i64 at = __shfl_sync(~0u, offset, i / TILES) + i % TILES * VALUE_BYTES;
+    if (lane == 0) {
+      barrier_expect(&bars[warp][s], VALUE_BYTES + WEIGHT_FLOATS * 4);
+      bulk_stream(stage + s * STAGE_BYTES, pool + at, VALUE_BYTES, &bars[warp][s], policy);
+      bulk_copy(stage + s * STAGE_BYTES + VALUE_BYTES, weights + i * WEIGHT_FLOATS, WEIGHT_FLOATS * 4, &bars[warp][s]);
+    }
+  };
+  const int items = count * TILES;
+  for (int i = 0; i < min(items, VALUE_STAGES); i++) issue(i, i);
+
+  float largest = -INFINITY;  // the rows' largest score
+  for (int i = threadIdx.x / ROW_TILE; i < splits; i += WARPS * LANES / ROW_TILE)
+    largest = fmaxf(largest, partials[(i64)i * PARTIALS * ROW_TILE + SPLIT_TOP * ROW_TILE + threadIdx.x % ROW_TILE]);
+#pragma unroll
+  for (int bit = 4; bit < 32; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
+  if (lane < ROW_TILE) tops[warp][lane] = largest;
+  __syncthreads();
+  const int row = r & 3;
+  float top = tops[0][row];
+#pragma unroll
+  for (int w = 1; w < WARPS; w++) top = fmaxf(top, tops[w][row]);
+  float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
+
+  if (tail) {
+    const int count = call.tokens - call.full * BLOCK;
+    if (!count) return;
+    const unsigned char *values = call.originals + call.original[call.full] + (i64)(heads + h) * ORIGINAL_BYTES;
+    float top = fmaxf(fmaxf(tops[0][warp], tops[1][warp]), fmaxf(tops[2][warp], tops[3][warp]));
+    const float *w = call.weights + ((i64)base * (call.full + 1) + call.full) * TILES * WEIGHT_FLOATS;
+    float factor = exp2_approx(w[TOPS_AT + warp] - top);
+    for (int i = lane; i < D; i += LANES) {
+      float sum = 0.f;
+      for (int t = 0; t < count; t++) sum = fmaf(w[t / TILE * WEIGHT_FLOATS + warp * TILE + t % TILE] * factor, as_float(values, t * D + i), sum);
+      sums[warp * D + i] = sum;
+    }
+    return;
+  }
+
+  float acc[VALUE_TILES][4];
+#pragma unroll
+  for (int m = 0; m < VALUE_TILES; m++)
+#pragma unroll
+    for (int k = 0; k < 4; k++) acc[m][k] = 0.f;
+  const float low = r < 4 ? 0.f : 1.f;
+  const __half2 thousand = __half2half2(__ushort_as_half(0x6400)), sixty = __half2half2(__ushort_as_half(0x5400));  // 1024 and 64
+  int now = 0;
+  u32 parity = 0;
+  for (int i = 0; i < items; i++) {
+    const u32 record = shared_at(stage) + now * STAGE_BYTES, w = record + VALUE_BYTES + row * TILE * 4 + 8 * c;
+    barrier_wait(&bars[warp][now], parity);
+    const float factor = exp2_approx(__uint_as_float(shared32(record + VALUE_BYTES + (TOPS_AT + row) * 4)) - top) * WEIGHT_SCALE;
+    const uint2 x = shared64(w), y = shared64(w + 32);
+    const u32 b0 = part(__uint_as_float(x.x) * factor, __uint_as_float(x.y) * factor, low);
+    const u32 b1 = part(__uint_as_float(y.x) * factor, __uint_as_float(y.y) * factor, low);
+    const u32 codes = record + lane * 4, scales = record + VALUE_SCALES_AT + c * 16;
+#pragma unroll
+    for (int m = 0; m < VALUE_TILES; m++) {
+      const u32 code = shared32(codes + m * LANES * 4), upper = code >> 8;
+      const uint4 s = shared128(scales + m * 16 / GROUP * 64);  // scales of tokens (2c, 2c+1), (2c+8, 2c+9), then their offsets
+      const u32 a0 = dequantise(either(code, 0x000f000fu, 0x64006400u), thousand, s.x, s.z);
+      const u32 a1 = dequantise(either(upper, 0x000f000fu, 0x64006400u), thousand, s.x, s.z);
+      const u32 a2 = dequantise(either(code, 0x00f000f0u, 0x54005400u), sixty, s.y, s.w);
+      const u32 a3 = dequantise(either(upper, 0x00f000f0u, 0x54005400u), sixty, s.y, s.w);
+      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+          : "+f"(acc[m][0]), "+f"(acc[m][1]), "+f"(acc[m][2]), "+f"(acc[m][3])
+          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+    }
+    __syncwarp();
+    if (i + VALUE_STAGES < items) issue(i + VALUE_STAGES, now);
+    now = now + 1 == VALUE_STAGES ? 0 : now + 1;
+    parity ^= now == 0;
+  }
+  __syncthreads();
+
+  float *out = (float *)shared + warp * ROW_TILE * D;  // all warps are done with their stages
+#pragma unroll
+  for (int m = 0; m < VALUE_TILES; m++) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      float x = acc[m][k] + __shfl_xor_sync(~0u, acc[m][k], 2);  // high and low parts: columns n and n + 4
+      if (c < 2) out[(2 * c + (k & 1)) * D + m * 16 + r + (k >> 1) * 8] = x;
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < ROW_TILE * D; i += WARPS * LANES) {
+    float x = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) x += ((const float *)shared)[w * ROW_TILE * D + i];
+    sums[i] = x * (1.f / WEIGHT_SCALE);
+  }
+}

@@ -1,0 +1,147 @@
+// Puts a row together: the output from the splits' sums, its norms, and the bound of CERTIFICATE.md, "The bound".
+// One thread block a row, and a lane a group of 1024 tokens.
+constexpr float SAFETY = 1.f + 1.f / 1024, THETA = 3e-5f, LOW_ROUNDING = 1.f + 1.f / 16384, NORM_RETURN = 1.f / (1.f + 1.f / 128) - 1.f / 16384;
+constexpr float LEAST = 0x1p-40f;  // in units: over FP32 sums that underflow
+// One MMA over 17 aligned and truncated addends loses at most 34 u of their absolute sum (a self-test at start holds the device to
+// it); TILE tokens an MMA, 32 MMAs at most into one accumulator (a warp's blocks of a split). Two FP16 parts of a weight: 2^-22. Warps and splits: 16 additions.
+constexpr float VALUE_ROUNDING = (32 * 34 + 4 + 24) * U32F;
+
+constexpr int FINISH_WARPS = 16, THREADS = FINISH_WARPS * LANES, SLICES = THREADS / D, GROUP_TOKENS = 1024;
+constexpr float ROOM = 1.f + 1e-5f;  // FP32 sums of at most a thousand positive terms
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int bit = 16; bit; bit >>= 1) x += __shfl_xor_sync(~0u, x, bit);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int bit = 16; bit; bit >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, bit));
+  return x;
+}
+
+__device__ __forceinline__ double store(void *p, i64 i, double x) {
+  if (DTYPE == 0) return __half2float(((__half *)p)[i] = __double2half(x));
+  if (DTYPE == 1) return __bfloat162float(((__nv_bfloat16 *)p)[i] = __double2bfloat16(x));
+  return ((float *)p)[i] = (float)x;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, int heads, int group) {
+  const Call &call = calls[blockIdx.z];
+  const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  const int h = blockIdx.y, index = blockIdx.x, tile = index / ROW_TILE, row = index % ROW_TILE;
+  if (index >= rows) return;
+  __shared__ double slices[SLICES][D];
+  __shared__ float stored[D], norms[2][FINISH_WARPS], dots[SPLITS_MAX];
+  const int full = call.full, per = call.per, tokens = call.tokens, unit = call.unit[h];
+  const int splits = call.splits + (tokens > full * BLOCK), base = h * tiles + tile;
+  const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE + row;
+  const float *sums = call.sums + ((i64)base * (call.splits + 1) * ROW_TILE + row) * D;
+  extern __shared__ float own[];  // the row's partials, [splits][PARTIALS]
+#pragma unroll 4
+  for (int i = threadIdx.x; i < splits * PARTIALS; i += THREADS) own[i] = partials[i * ROW_TILE];
+  auto part = [&](int i, int k) { return own[i * PARTIALS + k]; };
+
+  // Every warp finds the row's largest score and its mass by itself: no barrier.
+  const int channel = threadIdx.x % D, slice = threadIdx.x / D;
+  double wide = 0.;
+  if (slice < SLICES) {
+#pragma unroll 8
+    for (int s = slice; s < splits; s += SLICES) wide += sums[(i64)s * ROW_TILE * D + channel];
+    slices[slice][channel] = wide;
+  }
+  __syncthreads();
+  float top = -INFINITY, mass = 0.f;
+#pragma unroll 4
+  for (int i = lane; i < splits; i += LANES) top = fmaxf(top, part(i, SPLIT_TOP));
+  top = warp_max(top);
+#pragma unroll 4
+  for (int i = lane; i < splits; i += LANES) mass += exp2_approx(part(i, SPLIT_TOP) - top) * part(i, MASS);
+  mass = warp_sum(mass);
+
+  float norm2 = 0.f, error2 = 0.f;
+  const i64 at = ((i64)(h * group + index / call.n) * call.n + index % call.n) * D;
+  if (slice == 0) {
+    for (int s = 1; s < SLICES; s++) wide += slices[s][channel];
+    wide /= mass;
+    const double y = store(call.output, at + channel, wide);
+    const float scaled = (float)(y * unit_factor(unit)), off = (float)((y - wide) * unit_factor(unit));
+    stored[channel] = scaled;
+    norm2 = scaled * scaled, error2 = off * off;
+  }
+  norm2 = warp_sum(norm2), error2 = warp_sum(error2);
+  if (lane == 0) norms[0][warp] = norm2, norms[1][warp] = error2;
+  __syncthreads();
+  norm2 = warp_sum(lane < FINISH_WARPS ? norms[0][lane] : 0.f), error2 = warp_sum(lane < FINISH_WARPS ? norms[1][lane] : 0.f);
+  const float o = sqrtf(norm2) * ROOM + LEAST, rounding = sqrtf(error2) * ROOM + LEAST;
+  constexpr int AHEAD = 4;  // splits whose loads are under way together
+  for (int first = warp; first < splits; first += FINISH_WARPS * AHEAD) {
+    float dot[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) {
+      const int s = first + k * FINISH_WARPS;
+      dot[k] = 0.f;
+#pragma unroll
+      for (int i = 0; i < D; i += LANES)
+        if (s < splits && i + lane < D) dot[k] += sums[(i64)s * ROW_TILE * D + i + lane] * stored[i + lane];
+    }
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) {
+      dot[k] = warp_sum(dot[k]);
+      if (lane == 0 && first + k * FINISH_WARPS < splits) dots[first + k * FINISH_WARPS] = dot[k] * unit_factor(unit) / mass;
+    }
+  }
+  __syncthreads();
+  if (warp) return;
+
+  // A lane takes a group of 1024 tokens, or the groups of a larger split; the trailing block is a group of its own.
+  const int together = max(1, GROUP_TOKENS / (per * BLOCK)), spanned = max(1, per * BLOCK / GROUP_TOKENS), groups = (call.splits + together - 1) / together + (splits > call.splits);
+  float key = 0.f, value = 0.f, low = 0.f, norm = 0.f, failed = 0.f, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
+  for (int k = lane; k < groups; k += LANES) {
+    const bool trailing = k * together >= call.splits;
+    const int first = trailing ? call.splits : k * together, last = trailing ? splits : min(first + together, call.splits);
+    float t1 = 0.f, g = 0.f, spread = 0.f, used = 0.f, error = 0.f, amplitude = 0.f, squares = 0.f, coded = 0.f, a2 = 0.f, rho = 0.f, dot = 0.f;
+    for (int i = first; i < last; i++) {
+      const float f = exp2_approx(part(i, SPLIT_TOP) - top) / mass;
+      t1 += f * part(i, T1), g += f * part(i, MASS_ERROR), spread += f * part(i, SPREAD), used += f * part(i, USED);
+      error += f * part(i, ERROR2), amplitude += f * part(i, AMPLITUDE), squares += f * part(i, KEY_SQUARES) * f;
+      coded += f * part(i, VALUE), a2 += f * part(i, SQUARES) * f, rho += f * part(i, MASS), dot += dots[i];
+      low += f * part(i, LOW), norm += f * part(i, NORM), failed += f * part(i, ERROR);
+      delta_max = fmaxf(delta_max, part(i, DELTA_MAX)), norm_top = fmaxf(norm_top, part(i, NORM_TOP));
+      amplitude_top = fmaxf(amplitude_top, part(i, AMPLITUDE_TOP));
+    }
+    const bool complete = !trailing && (k + 1) * spanned * GROUP_TOKENS <= full * BLOCK;
+    float group_value = complete ? 0.f : INFINITY, group_error = group_value;  // of several groups: the root of their squares' sum
+    for (int i = k * spanned; i < (k + 1) * spanned && complete; i++) {
+      const float x = call.group_values[i * heads + h] * unit_factor(unit), y = call.group_errors[i * heads + h] * unit_factor(unit);
+      group_value += x * x, group_error += y * y;
+    }
+    group_value = sqrtf(group_value) * ROOM + LEAST, group_error = sqrtf(group_error) * ROOM + LEAST;
+    const float slack = 4.f * (VALUE_ROUNDING + THETA) * (used + rho * o * o + 2.f * o * amplitude) + LEAST;
+    const float width = sqrtf(fmaxf(used - 2.f * dot + rho * o * o, 0.f) + slack);
+    float best = t1 + g * o, other = (width + sqrtf(error)) * sqrtf(spread);
+    best = other < best ? other : best;
+    other = group_value * sqrtf(squares) + o * g;
+    key += other < best ? other : best;
+    other = group_error * sqrtf(a2);
+    value += other < coded ? other : coded;
+  }
+  key = warp_sum(key) * ROOM, value = warp_sum(value) * ROOM, low = warp_sum(low), norm = warp_sum(norm), failed = warp_sum(failed) * ROOM;
+  delta_max = warp_max(delta_max), norm_top = warp_max(norm_top), amplitude_top = warp_max(amplitude_top);
+  if (lane) return;
+  // Weights that counted as zero; low parts of weights, off by 2^-25 in units of 2^-14.
+  const float lost = tokens * 0x1p-123f * (norm_top + o);
+  float arithmetic = VALUE_ROUNDING * (norm * ROOM + failed) + THETA * o + rounding + LEAST + tokens * (0x1p-39f * amplitude_top);
+  const float skip = lost * expf(delta_max), denominator = 1.f - low * LOW_ROUNDING;
+  float stretch = denominator > 1e-4f ? (1.f + THETA) * SAFETY / denominator : INFINITY, total = (key + value + skip + arithmetic) * stretch;
+  const float tilt = tanhf(delta_max) * ROOM * (norm_top + o + value + arithmetic);
+  const float capped = (tilt + value + 2.f * lost + arithmetic) * ((1.f + THETA) * SAFETY);
+  if (!(total <= capped)) total = capped, key = tilt, stretch = (1.f + THETA) * SAFETY;
+  // Infinite or NaN wherever something was, whatever comparisons made of it.
+  if (!(failed < INFINITY) || !(total < INFINITY) || !(mass > 0.f)) total = INFINITY;
+  const float vbar = fmaxf(norm * NORM_RETURN - 2.f * NORM_FLOOR, 0.f), size = 1.f / unit_factor(unit);
+  const float budget = (call.atol * unit_factor(unit) + call.rtol * (call.relative_to_output ? o : vbar)) * (1.f - 2e-5f);
+  const float fields[FIELDS] = {total * size,      budget * size, key * stretch * size, value * stretch * size, arithmetic * stretch * size,
+                                norm * NORM_RETURN * size, o * size,      total * size};
+  for (int k = 0; k < FIELDS; k++) call.fields[((i64)k * heads + h) * rows + index] = fields[k];
+}

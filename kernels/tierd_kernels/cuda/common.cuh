@@ -1,0 +1,152 @@
+// Shared by all kernels of the CUDA backend. A build fixes D (head dimension), BLOCK (tokens of a block), GROUP (channels of a value
+// group) and DTYPE (originals: 0 FP16, 1 BF16, 2 FP32); record.py has the same offsets.
+//
+// Lanes of a warp are named as the MMA instructions name them: r = lane / 4, c = lane % 4. A tile of rows is ROW_TILE query rows of
+// one KV head; a split is the run of blocks that one thread block handles.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#ifdef __CUDACC_RTC__  // which has no math.h
+#define INFINITY __int_as_float(0x7f800000)
+#define NAN __int_as_float(0x7fffffff)
+#endif
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+constexpr int SPLITS_MAX = 2048, ROW_TILE = 4, WARPS = 4, LANES = 32, TILE = 16;
+constexpr int KEY_STEPS = (D + 31) / 32, KEY_DIM = 32 * KEY_STEPS;  // channels of the score MMA, padded with zeros
+constexpr int TILES = BLOCK / TILE, VALUE_TILES = D / 16, VALUE_GROUPS = (D + GROUP - 1) / GROUP;
+
+constexpr int KEY_SCALE_AT = BLOCK * KEY_DIM, KEY_OFFSET_AT = KEY_SCALE_AT + 2 * KEY_DIM, NORMS_AT = KEY_OFFSET_AT + 2 * KEY_DIM;
+constexpr int NOTES_AT = NORMS_AT + 4 * BLOCK, SCORE_BYTES = NOTES_AT + 64;
+constexpr int VALUE_SCALES_AT = 8 * D, VALUE_BYTES = VALUE_SCALES_AT + 64 * VALUE_GROUPS;  // of a tile
+constexpr int RECORD_BYTES = SCORE_BYTES + TILES * VALUE_BYTES;
+constexpr int ITEM = DTYPE == 2 ? 4 : 2, ORIGINAL_BYTES = BLOCK * D * ITEM;
+enum { H, RK, SK, SV, AMP, C1, VALUE_NORM_MAX, KEY_NORM_MAX, OFFSET_NORM, FLAGS };
+constexpr u32 RAW_KEYS = 1, RAW_VALUES = 2;
+
+// What the score pass leaves of a tile of rows and a tile of tokens: weights [ROW_TILE][TILE], then the rows' largest scores of the
+// whole block, in log2 units.
+constexpr int TOPS_AT = ROW_TILE * TILE, WEIGHT_FLOATS = TOPS_AT + ROW_TILE;
+// Statistics of a tile of rows and a block: [STATISTICS][ROW_TILE], see bound/statistics.py, then the block's sV, amp and largest norm; TOP
+// is the largest score in log2 units.
+enum { SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, SUM_SQUARE_USED, SUM_SQUARE_ERROR, TOP, DELTA, D_NORM, EPSILON, STATISTICS };
+constexpr int BLOCK_NOTES = STATISTICS * ROW_TILE, STATISTIC_FLOATS = BLOCK_NOTES + 4;
+// Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE].
+enum { MASS, LOW, T1, MASS_ERROR, SPREAD, USED, ERROR2, AMPLITUDE, KEY_SQUARES, VALUE, SQUARES, NORM, SPLIT_TOP, DELTA_MAX, NORM_TOP, ERROR, AMPLITUDE_TOP, PARTIALS };
+
+constexpr float U32F = 5.9604644775390625e-8f;
+constexpr float NORM_FLOOR = 8.8817841970012523e-16f;  // 2^-50: squares stay far from underflow, and the bound only grows
+constexpr float LOG2_MIN = -124.f;                     // a weight below 2^-124 of its block's largest counts as zero
+
+// One session and layer. Offsets are bytes: hot [full] in the device pool, original [blocks] in the host pool, locations [full][Hkv]
+// into scratch, or ~offset of the record among the originals.
+struct Call {
+  const unsigned char *pool, *scratch, *originals;
+  const void *q;  // raw [Hq][n][D]
+  void *output;   // raw [Hq][n][D]
+  const i64 *hot, *original, *key_at, *value_at;
+  const int *unit;                                 // [Hkv], within [-120, 120]: norms are counted in units of 2^unit
+  const float *group_values, *group_errors;        // [groups][Hkv]: SV and SR of complete groups of 1024 tokens
+  float *weights, *statistics, *partials, *sums;   // by tile of rows: [full + 1 blocks] (weights: of TILES each), [splits + 1]
+  float *fields;                                   // [FIELDS][Hkv * rows]
+  int n, tokens, full, splits, per;                // per: blocks of a split
+  int relative_to_output;
+  float scale, rtol, atol, pad;
+};
+
+enum { BOUND, BUDGET, KEY_ERROR, VALUE_ERROR, ARITH_ERROR, VALUE_NORM, OUTPUT_NORM, CANDIDATE, FIELDS };
+
+__device__ __forceinline__ float as_float(const void *p, i64 i) {
+  if (DTYPE == 0) return __half2float(((const __half *)p)[i]);
+  if (DTYPE == 1) return __bfloat162float(((const __nv_bfloat16 *)p)[i]);
+  return ((const float *)p)[i];
+}
+
+__device__ __forceinline__ u32 shared_at(const void *p) { return (u32)__cvta_generic_to_shared(p); }
+
+// A bulk copy from global to shared memory, completing on a barrier (one arrival, then bytes).
+__device__ __forceinline__ void barrier_init(u64 *bar) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_at(bar)) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u64 *bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_at(bar)), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void bulk_copy(void *to, const void *from, u32 bytes, u64 *bar) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_at(to)),
+               "l"(from), "r"(bytes), "r"(shared_at(bar))
+               : "memory");
+}
+// Records are read once a step: they leave the L2 first, so that weights and statistics stay in it.
+__device__ __forceinline__ u64 stream_policy() {
+  u64 policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void bulk_stream(void *to, const void *from, u32 bytes, u64 *bar, u64 policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                   shared_at(to)),
+               "l"(from), "r"(bytes), "r"(shared_at(bar)), "l"(policy)
+               : "memory");
+}
+// Shared memory by its own addresses: a constant offset is then part of the instruction, where the compiler would work it out anew.
+__device__ __forceinline__ u32 shared32(u32 at) {
+  u32 x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at));
+  return x;
+}
+__device__ __forceinline__ uint2 shared64(u32 at) {
+  uint2 x;
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(at));
+  return x;
+}
+__device__ __forceinline__ uint4 shared128(u32 at) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
+  return x;
+}
+__device__ __forceinline__ void barrier_wait(u64 *bar, u32 parity) {
+  asm volatile(
+      "{\n .reg .pred done;\n again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @!done bra again;\n}" ::"r"(
+          shared_at(bar)),
+      "r"(parity)
+      : "memory");
+}
+
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Sums eight values over the eight lanes of equal c, each to a lane of its own: lane r returns the sum of value r. Seven shuffles
+// where eight butterflies would take twenty-four.
+__device__ __forceinline__ float fold8(float (&v)[8], int lane) {
+#pragma unroll
+  for (int half = 4, bit = 16; half; half >>= 1, bit >>= 1) {
+    bool upper = lane & bit;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (i < half) {
+        float keep = upper ? v[i + half] : v[i], give = upper ? v[i] : v[i + half];
+        v[i] = keep + __shfl_xor_sync(~0u, give, bit);
+      }
+  }
+  return v[0];
+}
+
+// x 2^-e in two steps: e may lie outside FP32's exponents where x does not.
+__device__ __forceinline__ float downscale(float x, int e) { return ldexpf(ldexpf(x, -(e / 2)), -(e - e / 2)); }
+// 2^-unit, for a unit within [-120, 120]. Norms that no such unit brings near 1 leave a bound that is too large to certify anything.
+__device__ __forceinline__ float unit_factor(int unit) { return __int_as_float((127 - unit) << 23); }
+// Off by 2^-22 at most; far cheaper than the rounded one.
+__device__ __forceinline__ float sqrt_approx(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ u32 as_bits(__half2 x) { return *(u32 *)&x; }
+__device__ __forceinline__ __half2 as_half2(u32 x) { return *(__half2 *)&x; }
+
+__device__ __forceinline__ float half_bits(u32 w, int upper) { return __half2float(__ushort_as_half((unsigned short)(upper ? w >> 16 : w))); }

@@ -1,0 +1,35 @@
+"""The CUDA sources, their build options and the shared memory of their launches. Needs no GPU."""
+
+from pathlib import Path
+
+from tierd_kernels.cuda.record import TILE, Record
+from tierd_kernels.layout import DTYPE_CODE, Layout
+
+FOLDER = Path(__file__).parent.parent
+SOURCES = {"score": "score/score.cu", "value": "attend/value.cu", "finish": "bound/finish.cu", "quantise": "quantise/quantise.cu"}
+SHARED_MAX = 227 * 1024  # of a thread block, static and dynamic, from compute capability 9.0 on
+# As in the sources.
+WARPS, LANES, ROW_TILE, FINISH_THREADS = 4, 32, 4, 512
+SCORE_STAGES, VALUE_STAGES = 2, 4
+STATISTIC_FLOATS, PARTIALS, SPLITS_MAX = 48, 17, 2048
+TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
+
+
+def source(layout: Layout, kernel: str) -> tuple[str, tuple[str, ...]]:
+    """CUDA C++ of one kernel of `SOURCES`, and the options that fix the layout."""
+    text = (FOLDER / "cuda/common.cuh").read_text() + (FOLDER / SOURCES[kernel]).read_text()
+    sizes = {"D": layout.head_dim, "BLOCK": layout.block_size, "GROUP": layout.value_group, "DTYPE": DTYPE_CODE[layout.dtype]}
+    return text, ("--std=c++17", *(f"-D{name}={value}" for name, value in sizes.items()))
+
+
+def shared_bytes(layout: Layout, kernel: str) -> int:
+    """Dynamic shared memory of a kernel's thread block, at most."""
+    record, rows = Record(layout), layout.block_size * (layout.head_dim + 1)
+    if kernel == "score":  # a warp's records under way; the trailing block's keys or values in FP32
+        return max(WARPS * SCORE_STAGES * record.score_bytes, 4 * rows)
+    if kernel == "value":  # tiles of tokens with their weights under way; a warp's sums
+        tile = -(-(record.value_bytes + 4 * TILE_WEIGHT_FLOATS) // 128) * 128
+        return WARPS * max(VALUE_STAGES * tile, 4 * ROW_TILE * layout.head_dim)
+    if kernel == "finish":  # the row's partials
+        return 4 * SPLITS_MAX * PARTIALS
+    return 8 * rows + max(16 * layout.block_size**2, 4 * rows)  # residuals in double; their Gram matrices, or the originals in FP32

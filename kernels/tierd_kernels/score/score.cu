@@ -1,0 +1,442 @@
+// Score pass: weights 2^(s - top) of every token, statistics of every block, and the splits' sums of the bound.
+//
+// One warp takes a block after the other; the score part of a record arrives in shared memory by bulk copies, SCORE_STAGES ahead. Codes are
+// the A operand of mma.m16n8k32.s8 as stored; B holds q times the block's scale, in units of its largest entry / 32512, as two int8
+// limbs: columns 2 * row + limb. A lane prepares the four channels of each step that its limb names, for both limbs, and gives the
+// other limb's bytes to its neighbour. int32 sums are exact, D <= 512. What depends on a block's scales and offsets alone, q . offset
+// and the norms of q * scale, comes from MMAs over sixteen blocks at once: 40 instructions a block where sums by lanes took 110.
+constexpr int SCORE_STAGES = 2;  // at 131,072 tokens: 2 67 us, 3 66, 4 70; two blocks at once in a warp 73, five or six blocks resident 72 to 87
+constexpr float LIMB_MAX = 32512.f;
+constexpr float EXP_ERROR = 2.0e-7f;                                // ex2.approx.ftz: 2^-22.5, and rounding of the difference's last bit
+constexpr float SCORE_ROUNDINGS = 8.f * U32F;                       // of a score and of score - top, in units of the largest score
+constexpr float PRODUCT_FLOOR = 7.5231638452626401e-37f;            // 2^-120: products below FP32's smallest normal
+constexpr float NORM_ROOM = 1.f + 6.103515625e-5f;                  // 2^-14: sixteen MMAs over positive terms, 34 u each, and the root
+// q . offset: parts of q, one MMA each, sums of 2 * KEY_STEPS of them; in units of ||q|| ||offset||, ||q|| >= 1/2.
+constexpr float OFFSET_ROUNDINGS = (34.f + 2.f * KEY_STEPS + 16.f + 24.f) * U32F;
+constexpr float BLOCK_ROOT = BLOCK == 16 ? 4.f : BLOCK == 32 ? 5.6568549f : 8.f;
+constexpr float STORE = 1.f + 9.5367431640625e-7f;                  // from above, over the FP32 arithmetic of Delta and D
+
+struct RowFacts { float scale, q_norm; int seen; };
+
+// q of row `row` of the tile, the channels of this lane (8 c + 4 limb of each step), scaled by a power of two into [-1, 1].
+__device__ __forceinline__ RowFacts load_query(const Call &call, int h, int group, int row, int c, int limb, float (&q)[KEY_STEPS * 4]) {
+  bool real = row < group * call.n;
+  int head = real ? row / call.n : 0, token = real ? row % call.n : 0;
+  const i64 at = ((i64)(h * group + head) * call.n + token) * D;
+  float top = 0.f, norm = 0.f;
+#pragma unroll
+  for (int j = 0; j < KEY_STEPS; j++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      int channel = 32 * j + 8 * c + 4 * limb + i;
+      q[4 * j + i] = real && channel < D ? as_float(call.q, at + channel) : 0.f;
+      top = fmaxf(top, fabsf(q[4 * j + i]));
+    }
+#pragma unroll
+  for (int bit = 1; bit < 8; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
+  int e = top > 0.f ? ilogbf(top) + 1 : 0;
+#pragma unroll
+  for (int i = 0; i < KEY_STEPS * 4; i++) {
+    q[i] = downscale(q[i], e);
+    norm = fmaf(q[i], q[i], norm);
+  }
+#pragma unroll
+  for (int bit = 1; bit < 8; bit <<= 1) norm += __shfl_xor_sync(~0u, norm, bit);
+  return {downscale(call.scale * 1.4426950408889634f, -e), sqrtf(norm) * STORE, real ? call.tokens - call.n + 1 + token : 0};
+}
+
+struct BlockFacts { float offset_dot, norm1, norm2; };  // q . offset, and ||q sigma||_1, ||q sigma||_2 from above
+
+__device__ __forceinline__ void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
+}
+__device__ __forceinline__ u32 halves(float x, float y) { return as_bits(__floats2half2_rn(x, y)); }
+// x, y >= 0 in FP16, not below: the factor is worth more than rounding, the sum more than a subnormal's.
+__device__ __forceinline__ u32 halves_above(float x, float y) { return halves(fmaf(x, 1.001f, 1.2e-7f), fmaf(y, 1.001f, 1.2e-7f)); }
+// (64 s)^2 in FP16, not below; infinite from s = 4 on.
+__device__ __forceinline__ u32 scale_squares(u32 s) {
+  const __half2 x = __hmul2(as_half2(s), __half2half2(__float2half(64.125f)));
+  return as_bits(__hmul2(x, x));
+}
+
+// The B operands of one step of `block_facts`: columns are rows of the tile, q in a high and a low FP16 part, and |q| and q^2 from above
+// in the high part's place. All warps of a thread block use the same: each prepares some of the steps.
+typedef uint2 Operands[KEY_STEPS][2][3][LANES];
+__device__ __forceinline__ void prepare_operands(Operands &operands, const float (&q)[KEY_STEPS * 4], int warp, int lane, int limb) {
+#pragma unroll
+  for (int j = 0; j < KEY_STEPS; j++) {
+    if (j % WARPS != warp) continue;
+    float x[8];  // this row's eight channels from 32 j + 8 c on
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      float other = __shfl_xor_sync(~0u, q[4 * j + i], 4);
+      x[i] = limb ? other : q[4 * j + i];
+      x[4 + i] = limb ? q[4 * j + i] : other;
+    }
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      u32 b[2], up[2], squares[2];
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float u = x[4 * k + 2 * i], v = x[4 * k + 2 * i + 1];
+        up[i] = limb ? 0u : halves_above(fabsf(u), fabsf(v));
+        squares[i] = limb ? 0u : halves_above(u * u, v * v);
+        u32 high = halves(u, v);
+        float2 back = __half22float2(as_half2(high));
+        b[i] = limb ? halves(u - back.x, v - back.y) : high;
+      }
+      operands[j][k][0][lane] = make_uint2(b[0], b[1]);
+      operands[j][k][1][lane] = make_uint2(up[0], up[1]);
+      operands[j][k][2][lane] = make_uint2(squares[0], squares[1]);
+    }
+  }
+}
+
+// Facts of blocks r and r + 8 of sixteen, for row c of the tile: rows of A are blocks.
+__device__ __forceinline__ void block_facts(const unsigned char *low, const unsigned char *high, const Operands &operands, int c, int lane,
+                                            BlockFacts (&facts)[2]) {
+  float dot[4] = {0.f, 0.f, 0.f, 0.f}, l1[4] = {0.f, 0.f, 0.f, 0.f}, l2[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+  for (int j = 0; j < KEY_STEPS; j++) {
+    const int at = 2 * (32 * j + 8 * c);
+    const uint4 s0 = *(const uint4 *)(low + KEY_SCALE_AT + at), s1 = *(const uint4 *)(high + KEY_SCALE_AT + at);
+    const uint4 z0 = *(const uint4 *)(low + KEY_OFFSET_AT + at), z1 = *(const uint4 *)(high + KEY_OFFSET_AT + at);
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const u32 a0 = k ? s0.z : s0.x, a1 = k ? s1.z : s1.x, a2 = k ? s0.w : s0.y, a3 = k ? s1.w : s1.y;
+      float part[4] = {0.f, 0.f, 0.f, 0.f};  // an accumulator of its own: one MMA's rounding, not that of a chain
+      mma_f16(part, k ? z0.z : z0.x, k ? z1.z : z1.x, k ? z0.w : z0.y, k ? z1.w : z1.y, operands[j][k][0][lane]);
+      mma_f16(l1, a0, a1, a2, a3, operands[j][k][1][lane]);
+      mma_f16(l2, scale_squares(a0), scale_squares(a1), scale_squares(a2), scale_squares(a3), operands[j][k][2][lane]);
+#pragma unroll
+      for (int i = 0; i < 4; i++) dot[i] += part[i];
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    const float norm1 = l1[2 * k] * NORM_ROOM;  // no norm is above it, where a square was infinite
+    facts[k] = {dot[2 * k] + dot[2 * k + 1], norm1, fminf(sqrt_approx(l2[2 * k]) * (NORM_ROOM / 64.f), norm1)};
+  }
+}
+
+// Statistics of a tile of rows and one block from its weights: lane (r, c) returns sum r of row c.
+struct Sums {
+  float v[8];
+  __device__ __forceinline__ Sums() {
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] = 0.f;
+  }
+  __device__ __forceinline__ void add(float w, float nu, float eta) {
+    float normed = w * nu, failed = w * eta, used = nu + eta;
+    v[SUM] += w;
+    v[SUM_SQUARES] = fmaf(w, w, v[SUM_SQUARES]);
+    v[SUM_NORM] += normed;
+    v[SUM_SQUARES_NORM] = fmaf(normed, normed, v[SUM_SQUARES_NORM]);
+    v[SUM_ERROR] += failed;
+    v[SUM_SQUARE_USED] = fmaf(w * used, used, v[SUM_SQUARE_USED]);
+    v[SUM_SQUARE_ERROR] = fmaf(failed, eta, v[SUM_SQUARE_ERROR]);
+  }
+};
+
+// (e^x - 1 - x) / x^2 from above and 1 - e^-x from above, for 0 <= x; bound/cpu.py::series says why.
+__device__ __forceinline__ void series(float delta, float x, float &psi, float &fall) {
+  if (delta <= 0.5f) {
+    psi = 0.5f + delta * (1.f / 6 + delta * (1.f / 24 + delta * (1.f / 120 + delta * (1.f / 720 + delta * (1.f / 5040 + delta * (1.07f / 40320))))));
+    fall = x * (1.f - x * (0.5f - x * (1.f / 6 - x * (1.f / 24 - x * (1.f / 120)))));
+  } else {
+    psi = (expm1f(delta) - delta) / (delta * delta);
+    fall = -expm1f(-x);
+  }
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int bit = 1; bit < 32; bit <<= 1) x += __shfl_xor_sync(~0u, x, bit);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int bit = 1; bit < 32; bit <<= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, bit));
+  return x;
+}
+
+// The trailing block, from its originals: a split of its own, one warp a row. Scores in double.
+__device__ __noinline__ void score_tail(const Call *at_call, int heads, int group, int h, int tile, int tiles, float *x) {
+  const Call &call = *at_call;
+  const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, count = call.tokens - call.full * BLOCK, unit = call.unit[h];
+  const unsigned char *keys = call.originals + call.original[call.full] + (i64)h * ORIGINAL_BYTES, *values = keys + (i64)heads * ORIGINAL_BYTES;
+  const int index = tile * ROW_TILE + row;
+  const bool real = index < group * call.n;
+  const int head = real ? index / call.n : 0, token = real ? index % call.n : 0;
+  const i64 at = ((i64)(h * group + head) * call.n + token) * D;
+  const int seen = real ? call.tokens - call.n + 1 + token - call.full * BLOCK : 0;
+  float s[(BLOCK + 31) / 32], largest = -INFINITY, norms[(BLOCK + 31) / 32];
+  for (int k = 0; k < (BLOCK + 31) / 32; k++) s[k] = -INFINITY, norms[k] = 0.f;
+  for (int part = 0; part < 2; part++) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < count * D; i += WARPS * LANES) x[i / D * (D + 1) + i % D] = as_float(part ? values : keys, i);
+    __syncthreads();
+    for (int k = 0; k < (BLOCK + 31) / 32; k++) {
+      int t = k * 32 + lane;
+      if (t >= count) continue;
+      double sum = 0.;
+      for (int i = 0; i < D; i++) {
+        double y = x[t * (D + 1) + i];
+        sum += y * (part ? y : (double)as_float(call.q, at + i));
+      }
+      if (part) norms[k] = fmaxf((float)(ldexp(sqrt(sum), -unit) * (1. + 1e-6)), NORM_FLOOR);
+      else if (t < seen) s[k] = (float)(sum * call.scale * 1.4426950408889634);
+    }
+  }
+  float magnitude = 0.f;
+  for (int k = 0; k < (BLOCK + 31) / 32; k++) {
+    largest = fmaxf(largest, s[k]);
+    if (k * 32 + lane < seen) magnitude = fmaxf(magnitude, fabsf(s[k]));
+  }
+  largest = warp_max(largest);
+  magnitude = warp_max(magnitude);
+  const i64 block = (i64)(h * tiles + tile) * (call.full + 1) + call.full;
+  float *weights = call.weights + block * TILES * WEIGHT_FLOATS, *statistics = call.statistics + block * STATISTIC_FLOATS + row;
+  Sums sum;
+  float norm_top = 0.f;
+  for (int k = 0; k < (BLOCK + 31) / 32; k++) {
+    float y = s[k] - largest, w = y >= LOG2_MIN ? exp2_approx(y) : 0.f;
+    const int token = k * 32 + lane;
+    if (token < BLOCK) weights[token / TILE * WEIGHT_FLOATS + row * TILE + token % TILE] = w;
+    if (k * 32 + lane < seen) norm_top = fmaxf(norm_top, norms[k]);
+    sum.add(w, norms[k], 0.f);
+  }
+  norm_top = warp_max(norm_top);
+#pragma unroll
+  for (int k = 0; k < TOP; k++) sum.v[k] = warp_sum(sum.v[k]);
+  if (lane) return;
+  const float eps = (SCORE_ROUNDINGS * magnitude + EXP_ERROR) * STORE, d = BLOCK_ROOT * eps * STORE;
+  for (int k = 0; k < TILES; k++) weights[k * WEIGHT_FLOATS + TOPS_AT + row] = largest;
+  for (int k = 0; k < TOP; k++) statistics[k * ROW_TILE] = sum.v[k];
+  statistics[TOP * ROW_TILE] = largest;
+  statistics[DELTA * ROW_TILE] = statistics[EPSILON * ROW_TILE] = eps;
+  statistics[D_NORM * ROW_TILE] = d;
+  const float mass = sum.v[SUM], phi = 1.f + eps, a2 = sqrtf(sum.v[SUM_SQUARES]), g = phi * mass * eps, c = phi * a2 * eps;
+  const float parts[PARTIALS] = {mass, mass * eps, phi * eps * sum.v[SUM_NORM], g, phi * phi * mass * eps * eps, sum.v[SUM_SQUARE_USED], 0.f,
+                                 mass * norm_top, c * c, 0.f, 0.f, sum.v[SUM_NORM], largest, eps, norm_top, 0.f * (eps + sum.v[SUM_NORM] + mass), norm_top};
+  float *out = call.partials + ((i64)(h * tiles + tile) * (call.splits + 1) + call.splits) * PARTIALS * ROW_TILE + row;
+  for (int k = 0; k < PARTIALS; k++) out[k * ROW_TILE] = parts[k];
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) score(const Call *calls, int heads, int group) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  const Call &call = calls[blockIdx.z];
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4, limb = r & 1;
+  const int tiles = (group * call.n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
+  if (blockIdx.x >= heads * tiles || split > call.splits) return;
+  const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles;
+  if (split == call.splits) {
+    if (call.tokens > call.full * BLOCK) score_tail(calls + blockIdx.z, heads, group, h, tile, tiles, (float *)shared);
+    return;
+  }
+  unsigned char *stage = shared + warp * SCORE_STAGES * SCORE_BYTES;
+  __shared__ u64 bars[WARPS][SCORE_STAGES];
+  __shared__ float tops[WARPS][ROW_TILE], sums[WARPS][PARTIALS][ROW_TILE];
+
+  const int full = call.full, each = call.per / WARPS, first = split * call.per + warp * each, count = max(0, min(each, full - first));
+  const unsigned char *pool = call.pool + (i64)h * RECORD_BYTES;
+  if (lane < SCORE_STAGES) barrier_init(&bars[warp][lane]);
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  __syncwarp();
+  const i64 offset = lane < count ? call.hot[first + lane] : 0;
+  const u64 policy = stream_policy();
+  auto issue = [&](int i, int s) {
+    i64 at = __shfl_sync(~0u, offset, i);
+    if (lane == 0) {
+      barrier_expect(&bars[warp][s], SCORE_BYTES);
+      bulk_stream(stage + s * SCORE_BYTES, pool + at, SCORE_BYTES, &bars[warp][s], policy);
+    }
+  };
+  for (int i = 0; i < min(count, SCORE_STAGES); i++) issue(i, i);
+
+  // All scales and offsets of this warp's blocks are wanted soon, sixteen blocks at once: towards the L2 with them.
+  for (int i = 0; i < count; i += TILE / 2) {
+    const i64 at = __shfl_sync(~0u, offset, min(i + r, count - 1));
+    for (int line = c; line < 4 * KEY_DIM / 128; line += 4) asm volatile("prefetch.global.L2 [%0];" ::"l"(pool + at + KEY_SCALE_AT + 128 * line));
+  }
+  float q[KEY_STEPS * 4];
+  const RowFacts mine = load_query(call, h, group, tile * ROW_TILE + (r >> 1), c, limb, q);
+  __shared__ Operands operands;
+  prepare_operands(operands, q, warp, lane, limb);
+  __syncthreads();
+  // Facts of row c, which is the row of the scores that a lane holds; lane 8 c has r / 2 = c.
+  const float scale = __shfl_sync(~0u, mine.scale, 8 * c), q_norm = __shfl_sync(~0u, mine.q_norm, 8 * c);
+  const int seen = __shfl_sync(~0u, mine.seen, 8 * c);
+  const float unit = unit_factor(call.unit[h]);
+  const float size = fabsf(scale) * 0.69314724f;  // |softmax scale| in natural units, rounded up
+  const u32 keep_bytes = limb ? 0x5410 : 0x7632, give_bytes = limb ? 0x7632 : 0x5410;
+  const u32 keep_flip = limb ? 0x80808080u : 0u, give_flip = limb ? 0u : 0x80808080u;  // a low limb is stored + 128
+  const i64 place = (i64)(h * tiles + tile) * (full + 1) + first;
+  float *weights = call.weights + place * TILES * WEIGHT_FLOATS, *statistics = call.statistics + place * STATISTIC_FLOATS;
+
+  int now = 0;
+  u32 parity = 0;
+  for (int start = 0; start < count; start += TILE) {
+    BlockFacts facts[2];
+    {
+      i64 low = __shfl_sync(~0u, offset, min(start + r, count - 1)), high = __shfl_sync(~0u, offset, min(start + r + 8, count - 1));
+      block_facts(pool + low, pool + high, operands, c, lane, facts);
+    }
+    const int stop = min(count - start, TILE);
+    for (int k = 0; k < stop; k++) {
+      const u32 record = shared_at(stage) + now * SCORE_BYTES;
+      barrier_wait(&bars[warp][now], parity);
+      float a[KEY_STEPS * 4], tops4[4] = {1e-30f, 0.f, 0.f, 0.f};
+#pragma unroll
+      for (int j = 0; j < KEY_STEPS; j++) {
+        const uint2 s = shared64(record + KEY_SCALE_AT + 64 * j + 16 * c + 8 * limb);
+        const float2 x = __half22float2(as_half2(s.x)), y = __half22float2(as_half2(s.y));
+        const float scales[4] = {x.x, x.y, y.x, y.y};
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          a[4 * j + e] = q[4 * j + e] * scales[e];
+          tops4[e] = fmaxf(tops4[e], fabsf(a[4 * j + e]));
+        }
+      }
+      float top = fmaxf(fmaxf(tops4[0], tops4[1]), fmaxf(tops4[2], tops4[3]));
+#pragma unroll
+      for (int bit = 1; bit < 8; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
+      const float inverse = __fdividef(LIMB_MAX, top);
+      u32 b[KEY_STEPS * 2];
+#pragma unroll
+      for (int j = 0; j < KEY_STEPS; j++) {
+        u32 v[4];  // low 16 bits: limb value + 128, so that byte 1 is the high limb and byte 0 the low limb + 128
+#pragma unroll
+        for (int e = 0; e < 4; e++) v[e] = __float_as_uint(fmaf(a[4 * j + e], inverse, 12582912.f + 128.f));
+        u32 x = __byte_perm(v[0], v[1], 0x5140), y = __byte_perm(v[2], v[3], 0x5140);
+        u32 own = __byte_perm(x, y, keep_bytes) ^ keep_flip, other = __byte_perm(x, y, give_bytes) ^ give_flip;
+        other = __shfl_xor_sync(~0u, other, 4);
+        b[2 * j] = limb ? other : own;
+        b[2 * j + 1] = limb ? own : other;
+      }
+      const int from = 4 * (k & 7) + c;  // the lane that holds this block's facts
+      const float step = __shfl_sync(~0u, top, 8 * c) * (1.f / LIMB_MAX);
+      const float offset_dot = __shfl_sync(~0u, k < 8 ? facts[0].offset_dot : facts[1].offset_dot, from);
+      const float norm1 = __shfl_sync(~0u, k < 8 ? facts[0].norm1 : facts[1].norm1, from);
+      const float norm2 = __shfl_sync(~0u, k < 8 ? facts[0].norm2 : facts[1].norm2, from);
+      float s[2 * TILES], largest = -INFINITY;
+#pragma unroll
+      for (int t = 0; t < TILES; t++) {
+        int d[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // two chains: half the latency
+#pragma unroll
+        for (int j = 0; j < KEY_STEPS; j++) {
+          const uint4 x = shared128(record + (t * KEY_STEPS + j) * LANES * 16 + lane * 16);
+          asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+              : "+r"(d[j & 1][0]), "+r"(d[j & 1][1]), "+r"(d[j & 1][2]), "+r"(d[j & 1][3])
+              : "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(b[2 * j]), "r"(b[2 * j + 1]));
+        }
+        const int left = seen - (first + start + k) * BLOCK - t * TILE - r;  // of the row's tokens, from this one on
+        const float x = fmaf((float)((d[0][0] + d[1][0]) * 256 + d[0][1] + d[1][1]), step, offset_dot) * scale;
+        const float y = fmaf((float)((d[0][2] + d[1][2]) * 256 + d[0][3] + d[1][3]), step, offset_dot) * scale;
+        s[2 * t] = left > 0 ? x : -INFINITY;
+        s[2 * t + 1] = left > 8 ? y : -INFINITY;
+        largest = fmaxf(largest, fmaxf(s[2 * t], s[2 * t + 1]));
+      }
+#pragma unroll
+      for (int bit = 4; bit < 32; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
+      Sums sum;
+#pragma unroll
+      for (int t = 0; t < 2 * TILES; t++) {
+        const u32 both = shared32(record + NORMS_AT + ((t / 2) * TILE + (t & 1) * 8) * 4 + r * 4);
+        const float x = s[t] - largest, nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR);
+        const float eta = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
+        const float w = x >= LOG2_MIN ? exp2_approx(x) : 0.f;  // x is NaN where the row sees nothing: zero too
+        sum.add(w, nu, eta);
+        weights[(t / 2) * WEIGHT_FLOATS + c * TILE + (t & 1) * 8 + r] = w;
+      }
+      float mass = fold8(sum.v, lane);
+      if (r == TOP) mass = largest;
+      auto notes = [&](int n) { return __uint_as_float(shared32(record + NOTES_AT + 4 * n)); };
+      const float eps = size * (norm1 * (128.f * (16.f * U32F + SCORE_ROUNDINGS)) + notes(C1) * step * (0.5f * (1.f + 64.f * U32F)) +
+                                q_norm * notes(OFFSET_NORM) * (OFFSET_ROUNDINGS + SCORE_ROUNDINGS) + PRODUCT_FLOOR) + EXP_ERROR;
+      const float delta = (size * fminf(notes(H) * norm1, notes(RK) * norm2) + eps) * STORE;
+      const float d_norm = (size * notes(SK) * norm2 + BLOCK_ROOT * eps) * STORE;
+      float second = r == 3 ? notes(c == 0 ? SV : c == 1 ? AMP : VALUE_NORM_MAX) * unit : delta;
+      second = r == 1 ? d_norm : second, second = r == 2 ? eps * STORE : second;
+      statistics[lane] = mass;
+      if (r < 4) statistics[LANES + lane] = second;
+      else if (r < 4 + TILES) weights[(r - 4) * WEIGHT_FLOATS + TOPS_AT + c] = largest;
+      statistics += STATISTIC_FLOATS, weights += TILES * WEIGHT_FLOATS;
+      __syncwarp();
+      if (start + k + SCORE_STAGES < count) issue(start + k + SCORE_STAGES, now);
+      now = now + 1 == SCORE_STAGES ? 0 : now + 1;
+      parity ^= now == 0;
+    }
+  }
+  __syncthreads();
+
+  // The split's sums, relative to its largest score: thread (block, row), rows fastest.
+  const int pairs = max(0, min(call.per, full - split * call.per)) * ROW_TILE, row = threadIdx.x % ROW_TILE;
+  float reference = -INFINITY;
+  const float *of_split = call.statistics + ((i64)(h * tiles + tile) * (full + 1) + split * call.per) * STATISTIC_FLOATS;
+  auto pair_at = [&](int p) { return of_split + (p / ROW_TILE) * STATISTIC_FLOATS + row; };
+#pragma unroll 4
+  for (int p = threadIdx.x; p < pairs; p += WARPS * LANES) reference = fmaxf(reference, pair_at(p)[TOP * ROW_TILE]);
+#pragma unroll
+  for (int bit = 4; bit < 32; bit <<= 1) reference = fmaxf(reference, __shfl_xor_sync(~0u, reference, bit));
+  if (r == 0) tops[warp][c] = reference;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) reference = fmaxf(reference, tops[w][row]);
+  float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
+  for (int p = threadIdx.x; p < pairs; p += WARPS * LANES) {
+    const float *x = pair_at(p);
+    auto stat = [&](int k) { return x[k * ROW_TILE]; };
+    if (!(stat(SUM) > 0.f)) continue;
+    float here = exp2_approx(stat(TOP) - reference), delta = stat(DELTA), d = stat(D_NORM);
+    float rho = here * stat(SUM), a2 = here * sqrt_approx(stat(SUM_SQUARES)), cross = a2 * d;
+    const float *annotations = x - row + BLOCK_NOTES;
+    float amp = annotations[1], nu = annotations[2], psi, fall;
+    series(delta, rho > 0.f ? fminf(delta, cross / rho) : 0.f, psi, fall);
+    float phi = 1.f + delta * psi, norm = here * stat(SUM_NORM), norm2 = here * sqrt_approx(stat(SUM_SQUARES_NORM));
+    float error = here * stat(SUM_ERROR), other = a2 * annotations[0], c_b = phi * fminf(here * d, a2 * delta);
+    p0[MASS] += rho;
+    p0[LOW] += rho * fall;
+    p0[T1] += phi * fminf(delta * norm, d * norm2);
+    p0[MASS_ERROR] += fminf(phi * fminf(rho * delta, cross), cross + psi * here * d * d);
+    p0[SPREAD] += phi * phi * fminf(fminf(rho * delta * delta, here * d * d), delta * cross);
+    p0[USED] += here * stat(SUM_SQUARE_USED);
+    p0[ERROR2] += here * stat(SUM_SQUARE_ERROR);
+    p0[AMPLITUDE] += rho * fmaxf(amp, nu);
+    p1[KEY_SQUARES - 8] += c_b * c_b;
+    p1[VALUE - 8] += other < error ? other : error;
+    p1[SQUARES - 8] += a2 * a2;
+    p1[NORM - 8] += norm;
+    // Minimum and maximum drop a NaN and comparisons hide it: zero times everything brings it, and infinity, to light.
+    p1[ERROR - 8] += error + 0.f * (delta + d + norm + error + rho);
+    delta_max = fmaxf(delta_max, delta);
+    norm_top = fmaxf(norm_top, nu);
+    amplitude_top = fmaxf(amplitude_top, fmaxf(amp, nu));
+  }
+#pragma unroll
+  for (int bit = 4; bit < 32; bit <<= 1) {
+    delta_max = fmaxf(delta_max, __shfl_xor_sync(~0u, delta_max, bit));
+    norm_top = fmaxf(norm_top, __shfl_xor_sync(~0u, norm_top, bit));
+    amplitude_top = fmaxf(amplitude_top, __shfl_xor_sync(~0u, amplitude_top, bit));
+  }
+  float low = fold8(p0, lane), high = fold8(p1, lane);
+  if (r == SPLIT_TOP - 8) high = reference;
+  if (r == DELTA_MAX - 8) high = delta_max;
+  if (r == NORM_TOP - 8) high = norm_top;
+  sums[warp][r][c] = low;
+  sums[warp][8 + r][c] = high;
+  if (r == 0) sums[warp][AMPLITUDE_TOP][c] = amplitude_top;
+  __syncthreads();
+  if (threadIdx.x < PARTIALS * ROW_TILE) {
+    int k = threadIdx.x / ROW_TILE;
+    float x = sums[0][k][row];
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) {
+      float y = sums[w][k][row];
+      x = k == SPLIT_TOP || k == DELTA_MAX || k == NORM_TOP || k == AMPLITUDE_TOP ? fmaxf(x, y) : x + y;
+    }
+    call.partials[((i64)(h * tiles + tile) * (call.splits + 1) + split) * PARTIALS * ROW_TILE + threadIdx.x] = x;
+  }
+}
