@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,28 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         **{name: metadata.version(name) for name in PACKAGES},
+        **_device(),
     }
 
 
+def _device() -> dict[str, Any]:
+    """The GPU, its driver, clocks and compilers, where there is one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    names = ("name", "driver_version", "clocks.max.sm", "clocks.max.memory", "clocks.sm", "clocks.mem")
+    query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
+    values = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+    versions = {name: metadata.version(name) for name in ("cupy-cuda13x", "triton")}
+    return {"gpu": dict(zip(names, values, strict=True)), "cuda": torch.version.cuda, **versions}
+
+
 def machine_name() -> str:
-    """Short, for file names: the processor and its cores."""
+    """Short, for file names: the GPU, or the processor and its cores."""
+    gpu = _device().get("gpu")
+    if gpu:
+        return re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower())
     return re.sub(r"[^a-z0-9]+", "-", f"{_processor()} {os.cpu_count()} cores".lower()).strip("-")
 
 
