@@ -16,6 +16,7 @@ typedef long long i64;
 
 constexpr int SPLITS_MAX = 2048, ROW_TILE = 4, WARPS = 4, LANES = 32, TILE = 16;
 constexpr int KEY_STEPS = (D + 31) / 32, KEY_DIM = 32 * KEY_STEPS;  // channels of the score MMA, padded with zeros
+constexpr int SPLIT_BLOCKS = 2048 / BLOCK;  // at most
 constexpr int TILES = BLOCK / TILE, VALUE_TILES = D / 16, VALUE_GROUPS = (D + GROUP - 1) / GROUP;
 
 constexpr int KEY_SCALE_AT = BLOCK * KEY_DIM, KEY_OFFSET_AT = KEY_SCALE_AT + 2 * KEY_DIM, NORMS_AT = KEY_OFFSET_AT + 2 * KEY_DIM;

@@ -11,7 +11,7 @@ import cupy as cp
 import numpy as np
 
 from tierd_kernels.cuda.record import Record
-from tierd_kernels.cuda.sources import FINISH_THREADS, LANES, PARTIALS, WARPS, shared_bytes, source
+from tierd_kernels.cuda.sources import FINISH_THREADS, LANES, PARTIALS, QUANTISE_THREADS, WARPS, shared_bytes, source
 from tierd_kernels.layout import Layout
 
 SPLIT_TOKENS_MAX, RESIDENT = 2048, 4  # splits larger than that chain too many MMAs; thread blocks of a pass on one multiprocessor
@@ -43,7 +43,7 @@ class Kernels:
     def quantise(self, originals: int, hot: int, original_at: Any, hot_at: Any, norms: Any, stream: Any) -> None:
         """Writes the hot records of n full blocks; offsets int64 [n] on the device; norms float32 [n, Hkv], max ||V_t||."""
         args = (np.uint64(originals), np.uint64(hot), original_at, hot_at, norms, np.int32(self.layout.num_kv_heads))
-        self._launch("quantise", (len(hot_at), self.layout.num_kv_heads), WARPS * LANES, args, stream)
+        self._launch("quantise", (len(hot_at), self.layout.num_kv_heads), QUANTISE_THREADS, args, stream)
 
     def split_blocks(self, full: int, tiles: int, processors: int) -> int:
         """Blocks of a split: the fewest, a power of two times the warps, with which all splits are resident at once (131,072 tokens:

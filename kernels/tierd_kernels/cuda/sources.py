@@ -9,7 +9,7 @@ FOLDER = Path(__file__).parent.parent
 SOURCES = {"score": "score/score.cu", "value": "attend/value.cu", "finish": "bound/finish.cu", "quantise": "quantise/quantise.cu"}
 SHARED_MAX = 227 * 1024  # of a thread block, static and dynamic, from compute capability 9.0 on
 # As in the sources.
-WARPS, LANES, ROW_TILE, FINISH_THREADS = 4, 32, 4, 512
+WARPS, LANES, ROW_TILE, FINISH_THREADS, QUANTISE_THREADS = 4, 32, 4, 512, 512
 SCORE_STAGES, VALUE_STAGES = 2, 4
 STATISTIC_FLOATS, PARTIALS, SPLITS_MAX = 48, 17, 2048
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE

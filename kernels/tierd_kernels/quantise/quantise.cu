@@ -1,7 +1,7 @@
 // Codes, scales and annotations of full blocks: one thread block a block and KV head. Codes, scales and offsets are those of
 // quantise/reference.py bit for bit; a value is dequantised with one rounding to FP16, as the value pass does it, and all annotations
 // are measured from that, in double, rounded up.
-constexpr int THREADS = WARPS * LANES, ROW = D + 1;
+constexpr int QUANTISE_WARPS = 16, THREADS = QUANTISE_WARPS * LANES, ROW = D + 1;
 constexpr double SUM_ROOM = 1. + 1e-12, SPECTRAL_ROOM = 1. + 1e-9, LEAST_SCALE = 6.103515625e-05;  // 2^-14, FP16's smallest normal
 
 __device__ __forceinline__ float f32_above(double x) { return x < INFINITY ? __double2float_ru(x) : INFINITY; }
@@ -22,8 +22,11 @@ __device__ __forceinline__ double reduce(double x, bool largest, double *shared)
   __syncthreads();
   if (threadIdx.x % LANES == 0) shared[threadIdx.x / LANES] = x;
   __syncthreads();
-  x = shared[0];
-  for (int w = 1; w < WARPS; w++) x = largest ? (x != x || shared[w] != shared[w] ? NAN : fmax(x, shared[w])) : x + shared[w];
+  x = shared[threadIdx.x % QUANTISE_WARPS];
+  for (int bit = QUANTISE_WARPS / 2; bit; bit >>= 1) {
+    double y = __shfl_xor_sync(~0u, x, bit);
+    x = largest ? (x != x || y != y ? NAN : fmax(x, y)) : x + y;
+  }
   return x;
 }
 
@@ -32,9 +35,10 @@ __device__ double spectral_above(const double *x, double *a, double *b, double *
   __syncthreads();
   for (int k = threadIdx.x; k < BLOCK * BLOCK; k += THREADS) {
     const double *p = x + k / BLOCK * ROW, *q = x + k % BLOCK * ROW;
-    double sum = 0.;
-    for (int i = 0; i < D; i++) sum += p[i] * q[i];
-    a[k] = sum;
+    double sum[4] = {0., 0., 0., 0.};  // four chains, a quarter of the latency
+    for (int i = 0; i < D; i += 4)
+      for (int j = 0; j < 4; j++) sum[j] += p[i + j] * q[i + j];
+    a[k] = sum[0] + sum[1] + (sum[2] + sum[3]);
   }
   __syncthreads();
   double trace = reduce(threadIdx.x < BLOCK ? a[threadIdx.x * (BLOCK + 1)] : 0., false, shared);
@@ -54,12 +58,18 @@ __device__ double spectral_above(const double *x, double *a, double *b, double *
   return sqrt(trace * fmin(1., pow(reduce(total, false, shared), 0.125))) * SPECTRAL_ROOM;
 }
 
-// Norm of row threadIdx.x of x, rounded up; 0 for threads beyond.
-__device__ __forceinline__ double row_norm(const double *x) {
-  double sum = 0.;
-  if (threadIdx.x < BLOCK)
-    for (int i = 0; i < D; i++) sum += x[threadIdx.x * ROW + i] * x[threadIdx.x * ROW + i];
-  return sqrt(sum) * SUM_ROOM;
+// Norms of the rows of x [BLOCK][ROW], rounded up, to `norms`; returns the largest. A warp takes a row.
+__device__ double row_norms(const double *x, double *norms, double *shared) {
+  double largest = 0.;
+  for (int t = threadIdx.x / LANES; t < BLOCK; t += QUANTISE_WARPS) {
+    double sum = 0.;
+    for (int i = threadIdx.x % LANES; i < D; i += LANES) sum += x[t * ROW + i] * x[t * ROW + i];
+    for (int bit = 16; bit; bit >>= 1) sum += __shfl_xor_sync(~0u, sum, bit);
+    sum = sqrt(sum) * SUM_ROOM;
+    if (threadIdx.x % LANES == 0) norms[t] = sum;
+    largest = sum != sum || largest != largest ? NAN : fmax(largest, sum);
+  }
+  return reduce(largest, true, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -67,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   extern __shared__ __align__(128) unsigned char shared[];
   double *x = (double *)shared, *a = x + BLOCK * ROW, *b = a + BLOCK * BLOCK;
   float *raw = (float *)a;  // [BLOCK][ROW], done with before `a` and `b` are used
-  __shared__ double scratch[WARPS];
+  __shared__ double scratch[QUANTISE_WARPS], norms[2][BLOCK];
   __shared__ float notes[16];
   __shared__ __half scales[BLOCK * VALUE_GROUPS > KEY_DIM ? BLOCK * VALUE_GROUPS : KEY_DIM], offsets[BLOCK * VALUE_GROUPS > KEY_DIM ? BLOCK * VALUE_GROUPS : KEY_DIM];
   const int h = blockIdx.y, t = threadIdx.x;
@@ -76,10 +86,16 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   u32 flags = 0;
   if (t < 16) notes[t] = INFINITY;
 
+  // Values are asked for at once with the keys: both come over the host link.
+  constexpr int EACH = (BLOCK * D + THREADS - 1) / THREADS;
+  float ahead[EACH];
+#pragma unroll
+  for (int i = 0; i < EACH; i++) ahead[i] = i * THREADS + t < BLOCK * D ? as_float(values, i * THREADS + t) : 0.f;
+
   // Keys: a scale and an offset per channel.
   for (int i = t; i < BLOCK * D; i += THREADS) x[i / D * ROW + i % D] = raw[i / D * ROW + i % D] = as_float(keys, i);
   __syncthreads();
-  double key_norm = reduce(row_norm(x), true, scratch), wrong = 0., offset2 = 0.;
+  double key_norm = row_norms(x, norms[0], scratch), wrong = 0., offset2 = 0.;
   for (int c = t; c < KEY_DIM; c += THREADS) {
     __half scale = __double2half(0.), offset = scale;
     if (c < D) {
@@ -121,11 +137,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   __syncthreads();
   if (usable) {
-    if (t < BLOCK)
-      for (int i = 0; i < D; i++) code_sum += raw[t * ROW + i];
+    for (int k = t / LANES; k < BLOCK; k += QUANTISE_WARPS) {
+      double sum = 0.;
+      for (int i = t % LANES; i < D; i += LANES) sum += raw[k * ROW + i];
+      for (int bit = 16; bit; bit >>= 1) sum += __shfl_xor_sync(~0u, sum, bit);
+      code_sum = fmax(code_sum, sum);
+    }
     code_sum = reduce(code_sum, true, scratch);
     largest = reduce(largest, true, scratch);
-    double norm = reduce(row_norm(x), true, scratch), spectral = spectral_above(x, a, b, scratch);
+    double norm = row_norms(x, norms[0], scratch), spectral = spectral_above(x, a, b, scratch);
     if (t == 0) {
       notes[H] = f32_above(largest * SUM_ROOM), notes[RK] = f32_above(norm), notes[SK] = f32_above(spectral);
       notes[C1] = (float)code_sum, notes[OFFSET_NORM] = f32_above(sqrt(offset2) * SUM_ROOM);
@@ -135,9 +155,13 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __syncthreads();
 
   // Values: a scale and an offset per token and group of channels.
-  for (int i = t; i < BLOCK * D; i += THREADS) x[i / D * ROW + i % D] = raw[i / D * ROW + i % D] = as_float(values, i);
+#pragma unroll
+  for (int k = 0; k < EACH; k++) {
+    const int i = k * THREADS + t;
+    if (i < BLOCK * D) x[i / D * ROW + i % D] = raw[i / D * ROW + i % D] = ahead[k];
+  }
   __syncthreads();
-  const double norm = row_norm(x), value_norm = reduce(norm, true, scratch);
+  const double value_norm = row_norms(x, norms[0], scratch);
   wrong = 0.;
   for (int k = t; k < BLOCK * VALUE_GROUPS; k += THREADS) {
     int token = k / VALUE_GROUPS, first = k % VALUE_GROUPS * GROUP, last = min(first + GROUP, D);
@@ -174,20 +198,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     ((u32 *)(record + SCORE_BYTES + step / VALUE_TILES * VALUE_BYTES))[step % VALUE_TILES * LANES + lane] = packed;
   }
   __syncthreads();
-  double error = INFINITY;
   if (usable) {
-    error = row_norm(x);
+    row_norms(x, norms[1], scratch);
     double spectral = spectral_above(x, a, b, scratch), amplitude = 0.;
     if (t < BLOCK) {
-      for (int i = 0; i < D; i++) {
-        double most = 15. * __half2float(scales[t * VALUE_GROUPS + i / GROUP]) + fabs((double)__half2float(offsets[t * VALUE_GROUPS + i / GROUP]));
-        amplitude += most * most;
+      for (int k = 0; k < VALUE_GROUPS; k++) {
+        double most = 15. * __half2float(scales[t * VALUE_GROUPS + k]) + fabs((double)__half2float(offsets[t * VALUE_GROUPS + k]));
+        amplitude += most * most * min(GROUP, D - k * GROUP);
       }
     }
     amplitude = reduce(sqrt(amplitude) * SUM_ROOM, true, scratch);
     if (t == 0) notes[SV] = f32_above(spectral), notes[AMP] = f32_above(amplitude * (1. + 1. / 1024));  // a value is rounded to FP16
   }
-  if (t < BLOCK) ((u32 *)(record + NORMS_AT))[t] = bf16_above(norm) | bf16_above(error) << 16;
+  if (t < BLOCK) ((u32 *)(record + NORMS_AT))[t] = bf16_above(norms[0][t]) | bf16_above(usable ? norms[1][t] : INFINITY) << 16;
   if (t == 0) {
     notes[VALUE_NORM_MAX] = norms_out[blockIdx.x * heads + h] = f32_above(value_norm);
     notes[FLAGS] = __uint_as_float(flags);

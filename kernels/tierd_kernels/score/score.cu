@@ -45,7 +45,9 @@ __device__ __forceinline__ RowFacts load_query(const Call &call, int h, int grou
   return {downscale(call.scale * 1.4426950408889634f, -e), sqrtf(norm) * STORE, real ? call.tokens - call.n + 1 + token : 0};
 }
 
-struct BlockFacts { float offset_dot, norm1, norm2; };  // q . offset, and ||q sigma||_1, ||q sigma||_2 from above
+// Of a block and row, ready for the scores: q . offset, and Delta, D and eps but for the limbs' part of eps.
+struct __align__(16) BlockFacts { float offset_dot, delta, d_norm, eps; };
+struct RowSize { float size, q_norm, unit; };  // |softmax scale| as `load_query` has it, in natural units; ||q||; 2^-unit
 
 __device__ __forceinline__ void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
@@ -96,7 +98,7 @@ __device__ __forceinline__ void prepare_operands(Operands &operands, const float
 
 // Facts of blocks r and r + 8 of sixteen, for row c of the tile: rows of A are blocks.
 __device__ __forceinline__ void block_facts(const unsigned char *low, const unsigned char *high, const Operands &operands, int c, int lane,
-                                            BlockFacts (&facts)[2]) {
+                                            const RowSize &row, BlockFacts (&facts)[2], float (&notes)[2]) {
   float dot[4] = {0.f, 0.f, 0.f, 0.f}, l1[4] = {0.f, 0.f, 0.f, 0.f}, l2[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int j = 0; j < KEY_STEPS; j++) {
@@ -116,8 +118,15 @@ __device__ __forceinline__ void block_facts(const unsigned char *low, const unsi
   }
 #pragma unroll
   for (int k = 0; k < 2; k++) {
+    const float *note = (const float *)((k ? high : low) + NOTES_AT);
     const float norm1 = l1[2 * k] * NORM_ROOM;  // no norm is above it, where a square was infinite
-    facts[k] = {dot[2 * k] + dot[2 * k + 1], norm1, fminf(sqrt_approx(l2[2 * k]) * (NORM_ROOM / 64.f), norm1)};
+    const float norm2 = fminf(sqrt_approx(l2[2 * k]) * (NORM_ROOM / 64.f), norm1);
+    facts[k].offset_dot = dot[2 * k] + dot[2 * k + 1];
+    facts[k].delta = row.size * fminf(note[H] * norm1, note[RK] * norm2);
+    facts[k].d_norm = row.size * note[SK] * norm2;
+    facts[k].eps = row.size * (norm1 * (128.f * (16.f * U32F + SCORE_ROUNDINGS)) +
+                               row.q_norm * note[OFFSET_NORM] * (OFFSET_ROUNDINGS + SCORE_ROUNDINGS) + PRODUCT_FLOOR) + EXP_ERROR;
+    notes[k] = note[c == 0 ? SV : c == 1 ? AMP : VALUE_NORM_MAX] * row.unit;
   }
 }
 
@@ -256,11 +265,6 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   };
   for (int i = 0; i < min(count, SCORE_STAGES); i++) issue(i, i);
 
-  // All scales and offsets of this warp's blocks are wanted soon, sixteen blocks at once: towards the L2 with them.
-  for (int i = 0; i < count; i += TILE / 2) {
-    const i64 at = __shfl_sync(~0u, offset, min(i + r, count - 1));
-    for (int line = c; line < 4 * KEY_DIM / 128; line += 4) asm volatile("prefetch.global.L2 [%0];" ::"l"(pool + at + KEY_SCALE_AT + 128 * line));
-  }
   float q[KEY_STEPS * 4];
   const RowFacts mine = load_query(call, h, group, tile * ROW_TILE + (r >> 1), c, limb, q);
   __shared__ Operands operands;
@@ -276,127 +280,132 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   const i64 place = (i64)(h * tiles + tile) * (full + 1) + first;
   float *weights = call.weights + place * TILES * WEIGHT_FLOATS, *statistics = call.statistics + place * STATISTIC_FLOATS;
 
+  __shared__ BlockFacts facts_of[WARPS][TILE][ROW_TILE];
+  BlockFacts(*facts)[ROW_TILE] = facts_of[warp];
   int now = 0;
   u32 parity = 0;
-  for (int start = 0; start < count; start += TILE) {
-    BlockFacts facts[2];
-    {
-      i64 low = __shfl_sync(~0u, offset, min(start + r, count - 1)), high = __shfl_sync(~0u, offset, min(start + r + 8, count - 1));
-      block_facts(pool + low, pool + high, operands, c, lane, facts);
-    }
-    const int stop = min(count - start, TILE);
-    for (int k = 0; k < stop; k++) {
-      const u32 record = shared_at(stage) + now * SCORE_BYTES;
-      barrier_wait(&bars[warp][now], parity);
-      float a[KEY_STEPS * 4], tops4[4] = {1e-30f, 0.f, 0.f, 0.f};
+  float highest = -INFINITY;
+  for (int i = 0; i < count; i++) {
+    if (i % TILE == 0) {
+      const i64 low = __shfl_sync(~0u, offset, min(i + r, count - 1)), high = __shfl_sync(~0u, offset, min(i + r + 8, count - 1));
+      BlockFacts found[2];
+      float notes[2];
+      block_facts(pool + low, pool + high, operands, c, lane, {size, q_norm, unit}, found, notes);
 #pragma unroll
-      for (int j = 0; j < KEY_STEPS; j++) {
-        const uint2 s = shared64(record + KEY_SCALE_AT + 64 * j + 16 * c + 8 * limb);
-        const float2 x = __half22float2(as_half2(s.x)), y = __half22float2(as_half2(s.y));
-        const float scales[4] = {x.x, x.y, y.x, y.y};
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          a[4 * j + e] = q[4 * j + e] * scales[e];
-          tops4[e] = fmaxf(tops4[e], fabsf(a[4 * j + e]));
-        }
+      for (int k = 0; k < 2; k++) {
+        facts[r + 8 * k][c] = found[k];
+        if (i + r + 8 * k < count) statistics[(r + 8 * k) * STATISTIC_FLOATS + BLOCK_NOTES + c] = notes[k];
       }
-      float top = fmaxf(fmaxf(tops4[0], tops4[1]), fmaxf(tops4[2], tops4[3]));
-#pragma unroll
-      for (int bit = 1; bit < 8; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
-      const float inverse = __fdividef(LIMB_MAX, top);
-      u32 b[KEY_STEPS * 2];
-#pragma unroll
-      for (int j = 0; j < KEY_STEPS; j++) {
-        u32 v[4];  // low 16 bits: limb value + 128, so that byte 1 is the high limb and byte 0 the low limb + 128
-#pragma unroll
-        for (int e = 0; e < 4; e++) v[e] = __float_as_uint(fmaf(a[4 * j + e], inverse, 12582912.f + 128.f));
-        u32 x = __byte_perm(v[0], v[1], 0x5140), y = __byte_perm(v[2], v[3], 0x5140);
-        u32 own = __byte_perm(x, y, keep_bytes) ^ keep_flip, other = __byte_perm(x, y, give_bytes) ^ give_flip;
-        other = __shfl_xor_sync(~0u, other, 4);
-        b[2 * j] = limb ? other : own;
-        b[2 * j + 1] = limb ? own : other;
-      }
-      const int from = 4 * (k & 7) + c;  // the lane that holds this block's facts
-      const float step = __shfl_sync(~0u, top, 8 * c) * (1.f / LIMB_MAX);
-      const float offset_dot = __shfl_sync(~0u, k < 8 ? facts[0].offset_dot : facts[1].offset_dot, from);
-      const float norm1 = __shfl_sync(~0u, k < 8 ? facts[0].norm1 : facts[1].norm1, from);
-      const float norm2 = __shfl_sync(~0u, k < 8 ? facts[0].norm2 : facts[1].norm2, from);
-      float s[2 * TILES], largest = -INFINITY;
-#pragma unroll
-      for (int t = 0; t < TILES; t++) {
-        int d[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // two chains: half the latency
-#pragma unroll
-        for (int j = 0; j < KEY_STEPS; j++) {
-          const uint4 x = shared128(record + (t * KEY_STEPS + j) * LANES * 16 + lane * 16);
-          asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-              : "+r"(d[j & 1][0]), "+r"(d[j & 1][1]), "+r"(d[j & 1][2]), "+r"(d[j & 1][3])
-              : "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(b[2 * j]), "r"(b[2 * j + 1]));
-        }
-        const int left = seen - (first + start + k) * BLOCK - t * TILE - r;  // of the row's tokens, from this one on
-        const float x = fmaf((float)((d[0][0] + d[1][0]) * 256 + d[0][1] + d[1][1]), step, offset_dot) * scale;
-        const float y = fmaf((float)((d[0][2] + d[1][2]) * 256 + d[0][3] + d[1][3]), step, offset_dot) * scale;
-        s[2 * t] = left > 0 ? x : -INFINITY;
-        s[2 * t + 1] = left > 8 ? y : -INFINITY;
-        largest = fmaxf(largest, fmaxf(s[2 * t], s[2 * t + 1]));
-      }
-#pragma unroll
-      for (int bit = 4; bit < 32; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
-      Sums sum;
-#pragma unroll
-      for (int t = 0; t < 2 * TILES; t++) {
-        const u32 both = shared32(record + NORMS_AT + ((t / 2) * TILE + (t & 1) * 8) * 4 + r * 4);
-        const float x = s[t] - largest, nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR);
-        const float eta = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
-        const float w = x >= LOG2_MIN ? exp2_approx(x) : 0.f;  // x is NaN where the row sees nothing: zero too
-        sum.add(w, nu, eta);
-        weights[(t / 2) * WEIGHT_FLOATS + c * TILE + (t & 1) * 8 + r] = w;
-      }
-      float mass = fold8(sum.v, lane);
-      if (r == TOP) mass = largest;
-      auto notes = [&](int n) { return __uint_as_float(shared32(record + NOTES_AT + 4 * n)); };
-      const float eps = size * (norm1 * (128.f * (16.f * U32F + SCORE_ROUNDINGS)) + notes(C1) * step * (0.5f * (1.f + 64.f * U32F)) +
-                                q_norm * notes(OFFSET_NORM) * (OFFSET_ROUNDINGS + SCORE_ROUNDINGS) + PRODUCT_FLOOR) + EXP_ERROR;
-      const float delta = (size * fminf(notes(H) * norm1, notes(RK) * norm2) + eps) * STORE;
-      const float d_norm = (size * notes(SK) * norm2 + BLOCK_ROOT * eps) * STORE;
-      float second = r == 3 ? notes(c == 0 ? SV : c == 1 ? AMP : VALUE_NORM_MAX) * unit : delta;
-      second = r == 1 ? d_norm : second, second = r == 2 ? eps * STORE : second;
-      statistics[lane] = mass;
-      if (r < 4) statistics[LANES + lane] = second;
-      else if (r < 4 + TILES) weights[(r - 4) * WEIGHT_FLOATS + TOPS_AT + c] = largest;
-      statistics += STATISTIC_FLOATS, weights += TILES * WEIGHT_FLOATS;
       __syncwarp();
-      if (start + k + SCORE_STAGES < count) issue(start + k + SCORE_STAGES, now);
-      now = now + 1 == SCORE_STAGES ? 0 : now + 1;
-      parity ^= now == 0;
     }
+    const u32 record = shared_at(stage) + now * SCORE_BYTES;
+    barrier_wait(&bars[warp][now], parity);
+    float a[KEY_STEPS * 4], tops4[4] = {1e-30f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int j = 0; j < KEY_STEPS; j++) {
+      const uint2 s = shared64(record + KEY_SCALE_AT + 64 * j + 16 * c + 8 * limb);
+      const float2 x = __half22float2(as_half2(s.x)), y = __half22float2(as_half2(s.y));
+      const float scales[4] = {x.x, x.y, y.x, y.y};
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        a[4 * j + e] = q[4 * j + e] * scales[e];
+        tops4[e] = fmaxf(tops4[e], fabsf(a[4 * j + e]));
+      }
+    }
+    float top = fmaxf(fmaxf(tops4[0], tops4[1]), fmaxf(tops4[2], tops4[3]));
+#pragma unroll
+    for (int bit = 1; bit < 8; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
+    const float inverse = __fdividef(LIMB_MAX, top);
+    u32 b[KEY_STEPS * 2];
+#pragma unroll
+    for (int j = 0; j < KEY_STEPS; j++) {
+      u32 v[4];  // low 16 bits: limb value + 128, so that byte 1 is the high limb and byte 0 the low limb + 128
+#pragma unroll
+      for (int e = 0; e < 4; e++) v[e] = __float_as_uint(fmaf(a[4 * j + e], inverse, 12582912.f + 128.f));
+      u32 x = __byte_perm(v[0], v[1], 0x5140), y = __byte_perm(v[2], v[3], 0x5140);
+      u32 own = __byte_perm(x, y, keep_bytes) ^ keep_flip, other = __byte_perm(x, y, give_bytes) ^ give_flip;
+      other = __shfl_xor_sync(~0u, other, 4);
+      b[2 * j] = limb ? other : own;
+      b[2 * j + 1] = limb ? own : other;
+    }
+    const BlockFacts fact = facts[i % TILE][c];
+    const float step = __shfl_sync(~0u, top, 8 * c) * (1.f / LIMB_MAX);
+    float s[2 * TILES], largest = -INFINITY;
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+      int d[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // two chains: half the latency
+#pragma unroll
+      for (int j = 0; j < KEY_STEPS; j++) {
+        const uint4 x = shared128(record + (t * KEY_STEPS + j) * LANES * 16 + lane * 16);
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+            : "+r"(d[j & 1][0]), "+r"(d[j & 1][1]), "+r"(d[j & 1][2]), "+r"(d[j & 1][3])
+            : "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(b[2 * j]), "r"(b[2 * j + 1]));
+      }
+      const int left = seen - (first + i) * BLOCK - t * TILE - r;  // of the row's tokens, from this one on
+      const float x = fmaf((float)((d[0][0] + d[1][0]) * 256 + d[0][1] + d[1][1]), step, fact.offset_dot) * scale;
+      const float y = fmaf((float)((d[0][2] + d[1][2]) * 256 + d[0][3] + d[1][3]), step, fact.offset_dot) * scale;
+      s[2 * t] = left > 0 ? x : -INFINITY;
+      s[2 * t + 1] = left > 8 ? y : -INFINITY;
+      largest = fmaxf(largest, fmaxf(s[2 * t], s[2 * t + 1]));
+    }
+#pragma unroll
+    for (int bit = 4; bit < 32; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
+    Sums sum;
+#pragma unroll
+    for (int t = 0; t < 2 * TILES; t++) {
+      const u32 both = shared32(record + NORMS_AT + ((t / 2) * TILE + (t & 1) * 8) * 4 + r * 4);
+      const float x = s[t] - largest, nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR);
+      const float eta = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
+      const float w = x >= LOG2_MIN ? exp2_approx(x) : 0.f;  // x is NaN where the row sees nothing: zero too
+      sum.add(w, nu, eta);
+      weights[(t / 2) * WEIGHT_FLOATS + c * TILE + (t & 1) * 8 + r] = w;
+    }
+    float mass = fold8(sum.v, lane);
+    if (r == TOP) mass = largest;
+    highest = fmaxf(highest, largest);
+    const float c1 = __uint_as_float(shared32(record + NOTES_AT + 4 * C1));
+    const float eps = fmaf(c1 * step, size * (0.5f * (1.f + 64.f * U32F)), fact.eps);
+    float second = r == 0 ? fact.delta + eps : r == 1 ? fmaf(BLOCK_ROOT, eps, fact.d_norm) : eps;
+    statistics[lane] = mass;
+    if (r < 3) statistics[LANES + lane] = second * STORE;
+    else if (r >= 4 && r < 4 + TILES) weights[(r - 4) * WEIGHT_FLOATS + TOPS_AT + c] = largest;
+    statistics += STATISTIC_FLOATS, weights += TILES * WEIGHT_FLOATS;
+    __syncwarp();
+    if (i + SCORE_STAGES < count) issue(i + SCORE_STAGES, now);
+    now = now + 1 == SCORE_STAGES ? 0 : now + 1;
+    parity ^= now == 0;
   }
+  if (r == 0) tops[warp][c] = highest;
   __syncthreads();
 
-  // The split's sums, relative to its largest score: thread (block, row), rows fastest.
+  // The split's sums, relative to its largest score: thread (block, row), rows fastest. What a thread reads is on its way at once.
   const int pairs = max(0, min(call.per, full - split * call.per)) * ROW_TILE, row = threadIdx.x % ROW_TILE;
-  float reference = -INFINITY;
   const float *of_split = call.statistics + ((i64)(h * tiles + tile) * (full + 1) + split * call.per) * STATISTIC_FLOATS;
-  auto pair_at = [&](int p) { return of_split + (p / ROW_TILE) * STATISTIC_FLOATS + row; };
-#pragma unroll 4
-  for (int p = threadIdx.x; p < pairs; p += WARPS * LANES) reference = fmaxf(reference, pair_at(p)[TOP * ROW_TILE]);
+  float reference = tops[0][row];
 #pragma unroll
-  for (int bit = 4; bit < 32; bit <<= 1) reference = fmaxf(reference, __shfl_xor_sync(~0u, reference, bit));
-  if (r == 0) tops[warp][c] = reference;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) reference = fmaxf(reference, tops[w][row]);
+  for (int w = 1; w < WARPS; w++) reference = fmaxf(reference, tops[w][row]);
   float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
-  for (int p = threadIdx.x; p < pairs; p += WARPS * LANES) {
-    const float *x = pair_at(p);
-    auto stat = [&](int k) { return x[k * ROW_TILE]; };
+  constexpr int ROUNDS = (SPLIT_BLOCKS * ROW_TILE + WARPS * LANES - 1) / (WARPS * LANES);
+  float read[ROUNDS][STATISTICS + 3];
+#pragma unroll
+  for (int i = 0; i < ROUNDS; i++) {
+    const int p = threadIdx.x + i * WARPS * LANES;
+    const float *x = of_split + (p / ROW_TILE) * STATISTIC_FLOATS;
+#pragma unroll
+    for (int k = 0; k < STATISTICS + 3; k++) {
+      if (k != EPSILON) read[i][k] = p < pairs ? x[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS] : 0.f;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < ROUNDS; i++) {
+    auto stat = [&](int k) { return read[i][k]; };
     if (!(stat(SUM) > 0.f)) continue;
     float here = exp2_approx(stat(TOP) - reference), delta = stat(DELTA), d = stat(D_NORM);
     float rho = here * stat(SUM), a2 = here * sqrt_approx(stat(SUM_SQUARES)), cross = a2 * d;
-    const float *annotations = x - row + BLOCK_NOTES;
-    float amp = annotations[1], nu = annotations[2], psi, fall;
+    float amp = stat(STATISTICS + 1), nu = stat(STATISTICS + 2), psi, fall;
     series(delta, rho > 0.f ? fminf(delta, cross / rho) : 0.f, psi, fall);
     float phi = 1.f + delta * psi, norm = here * stat(SUM_NORM), norm2 = here * sqrt_approx(stat(SUM_SQUARES_NORM));
-    float error = here * stat(SUM_ERROR), other = a2 * annotations[0], c_b = phi * fminf(here * d, a2 * delta);
+    float error = here * stat(SUM_ERROR), other = a2 * stat(STATISTICS), c_b = phi * fminf(here * d, a2 * delta);
     p0[MASS] += rho;
     p0[LOW] += rho * fall;
     p0[T1] += phi * fminf(delta * norm, d * norm2);
