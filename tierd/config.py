@@ -16,6 +16,7 @@ from tierd.errors import InvalidArgument
 
 GIB = 1 << 30
 MIB = 1 << 20
+CORES = len(os.sched_getaffinity(0))
 DAY_S = 86400.0  # no wait is longer: threads cannot wait for ever by number
 
 
@@ -34,6 +35,7 @@ class EngineConfig:
     canary_share: float = 1e-3  # part of the full blocks re-scored from originals in each call
     lease_s: float = 0.0  # a session without a call for this long is closed; 0: never
     migrations_max: int = 256  # records copied to the scratch cache between two launches
+    threads: int = 0  # of the CPU backend's kernels; 0: one a core
 
 
 class Settings(BaseSettings):
@@ -53,6 +55,7 @@ class Settings(BaseSettings):
     canary_share: float = Field(1e-3, ge=0.0, le=1.0, description="share of blocks re-scored from originals in each call")
     lease_s: float = Field(0.0, ge=0.0, le=DAY_S, description="close a session unused for this long, seconds (0: never)")
     migrations_max: int = Field(256, ge=0, description="records copied to the scratch cache between two launches")
+    threads: int = Field(0, ge=0, le=CORES, description="threads of the CPU backend's kernels (0: one a core)")
     message_bytes_max: int = Field(64 * MIB, ge=64 << 10, le=(1 << 31) - 1, description="one message, bytes")
     append_bytes_max: int = Field(2 * GIB, ge=MIB, description="appends being received at once, all workers, bytes")
     workers_max: int = Field(64, ge=1, description="workers connected at once")

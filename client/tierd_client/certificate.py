@@ -36,7 +36,7 @@ class Certificate:
     candidate_bound: Numbers
     """The bound before anything was promoted."""
     rung: Counts
-    """How far up the ladder the head went: 0 quantised only, 3 exact."""
+    """How far up the ladder the head went: 0 quantised only, 1 original keys, 2 original values too, 3 exact, 4 exact like all heads."""
     exact: Flags
     """Computed densely from the originals: `bound` is arithmetic alone."""
     value_norm: Numbers

@@ -7,6 +7,7 @@ budget, then rung 3. Nothing leaves here with a bound above its budget unless th
 
 import threading
 
+import numba
 import numpy as np
 
 from tierd_kernels.call import Call, Result
@@ -34,6 +35,11 @@ def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) 
     return answers
 
 
+def limit_threads(count: int) -> None:
+    """Kernels that the calling thread launches from now on run on `count` threads. Raises ValueError for more than there are cores."""
+    numba.set_num_threads(count)
+
+
 def _attend(layout: Layout, memory: Memory, call: Call, num_q_heads: int, space: Workspace) -> Result:
     heads, n, d = call.q.shape
     if heads != num_q_heads or num_q_heads % layout.num_kv_heads or d != layout.head_dim or not 1 <= n <= call.num_tokens:
@@ -53,4 +59,4 @@ def _attend(layout: Layout, memory: Memory, call: Call, num_q_heads: int, space:
         parts[0].canary_failures,
     )
 
-__all__ = ["Call", "Result", "attend", "group_norms", "quantise_blocks"]
+__all__ = ["Call", "Result", "attend", "group_norms", "limit_threads", "quantise_blocks"]

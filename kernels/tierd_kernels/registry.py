@@ -1,4 +1,4 @@
-"""The backends: each is a module with `attend`, `quantise_blocks` and `group_norms`, as `ladder` has them."""
+"""The backends: each is a module with `attend`, `quantise_blocks`, `group_norms` and `limit_threads`, as `ladder` has them."""
 
 import importlib
 from types import ModuleType

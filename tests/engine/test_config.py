@@ -58,6 +58,8 @@ def test_settings_do_not_change() -> None:
         ("canary_share", float("nan"), "canary_share: Input should be"),
         ("lease_s", -1.0, "lease_s: Input should be greater than or equal to 0"),
         ("migrations_max", -1, "migrations_max: Input should be greater than or equal to 0"),
+        ("threads", -1, "threads: Input should be greater than or equal to 0"),
+        ("threads", 1 << 20, "threads: Input should be less than or equal to"),
         ("message_bytes_max", 10, "message_bytes_max: Input should be greater than or equal to 65536"),
         ("message_bytes_max", 1 << 31, "message_bytes_max: Input should be less than or equal to 2147483647"),
         ("append_bytes_max", 1 << 20, "settings: Value error, append_bytes_max 1048576 is below message_bytes_max 67108864"),

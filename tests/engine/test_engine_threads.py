@@ -1,10 +1,11 @@
 """The engine on its own thread. Events order what must be ordered; nothing waits for time to pass."""
 
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from engine_calls import GEOMETRY, LOOSE, Bench
+from engine_calls import CONFIG, GEOMETRY, LOOSE, Bench
 from fake_kernels import attention
 from tierd_kernels.policy import Budget
 
@@ -27,6 +28,17 @@ class HeldBench(Bench):
     def _hold(self) -> None:
         self.entered.set()
         assert self.let_go.wait(WAIT_S)
+
+
+def test_the_engines_thread_limits_the_kernels_and_no_other() -> None:
+    bench, callers = Bench(replace(CONFIG, threads=1)), []
+    bench.kernels.limit_threads = lambda count: callers.append((threading.current_thread().name, count))
+    bench.engine.run_once()
+    assert not callers
+    bench.engine.start()
+    bench.engine.submit(Status(worker="w")).result(WAIT_S)
+    bench.engine.stop(WAIT_S)
+    assert callers == [("tierd-engine", 1)]
 
 
 def no_threads_left() -> bool:

@@ -11,8 +11,8 @@ from daemon_process import DaemonProcess
 from models import ARCHITECTURES, build, left_padded, prompt
 from precision import check_logits
 from tierd_client import DaemonUnavailable, InvalidArgument, Tier, Tolerance, connect
-from tierd_client.hf import TierdCache
-from transformers import DynamicCache, PreTrainedModel
+from tierd_client.hf import TierdCache, UnsupportedModel
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 EXACT = Tolerance(rtol=0.0)
 
@@ -30,6 +30,18 @@ def llama() -> PreTrainedModel:
 
 def greedy(model: PreTrainedModel, ids: torch.Tensor, cache: Any, new: int = 24, **options: Any) -> torch.Tensor:
     return model.generate(ids, past_key_values=cache, max_new_tokens=new, do_sample=False, **options)
+
+
+def test_a_head_dimension_that_no_kernel_takes_is_named(tier: Tier) -> None:
+    config = AutoConfig.for_model(
+        "llama", hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=32, num_hidden_layers=1, intermediate_size=64,
+        vocab_size=32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.set_attn_implementation("tierd")
+    refused = pytest.raises(UnsupportedModel, match=r"geometry: .*head_dim is 32")
+    with TierdCache(tier, config, tolerance=EXACT, max_tokens=64) as cache, refused:
+        greedy(model, torch.ones(1, 4, dtype=torch.long), cache, new=2)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

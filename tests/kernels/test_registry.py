@@ -17,5 +17,5 @@ def test_an_unknown_backend_is_named() -> None:
 
 @pytest.mark.parametrize("name", registry.MODULES)
 def test_every_backend_has_what_the_engine_calls(name: str) -> None:
-    assert all(callable(getattr(registry.load(name), op)) for op in ("attend", "quantise_blocks", "group_norms"))
+    assert all(callable(getattr(registry.load(name), op)) for op in ("attend", "quantise_blocks", "group_norms", "limit_threads"))
     assert Settings(backend=name).backend == name  # type: ignore[arg-type]

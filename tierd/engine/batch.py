@@ -30,6 +30,10 @@ class Kernels(Quantiser, Protocol):
         """One answer, or the exception that explains its absence, per call."""
         ...
 
+    def limit_threads(self, count: int) -> None:
+        """Launches of the calling thread use `count` threads from now on."""
+        ...
+
 
 @dataclass(eq=False)
 class Work:

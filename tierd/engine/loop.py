@@ -62,6 +62,7 @@ class Engine:
         self._clock = clock or SystemClock()
         kernels = kernels or cast(Kernels, registry.load(config.backend))
         self.residency = Residency(Arenas(config.hot_bytes, config.scratch_bytes, config.originals_bytes))
+        self._kernels = kernels
         self._leases = Leases(self._clock, config.lease_s or None)
         self.sessions = Sessions(config, self.residency, kernels, self._leases)
         self._batch = Batch(self.residency, kernels, self.sessions.by_id, self.counters, config.canary_share, seed)
@@ -183,6 +184,8 @@ class Engine:
             assert (counts == table.references).all(), "reference counts do not match what sessions hold"
 
     def _run(self) -> None:
+        if self.config.threads:
+            self._kernels.limit_threads(self.config.threads)
         while True:
             with self._wake:
                 if not self._queue and not self._stopping:
