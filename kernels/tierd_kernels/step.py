@@ -88,7 +88,8 @@ class Step:
 
     def run(self) -> Result:
         """Climbs until every row is certified or exact. Raises ScoreOverflow."""
-        reach = np.abs(self.scale_HR) * np.maximum(np.linalg.norm(self.q_HRd, axis=2) * self.view.key_norm_max_H[:, None], 1.0)
+        with np.errstate(invalid="ignore"):  # zero times infinity: such a row does not fit either
+            reach = np.abs(self.scale_HR) * np.maximum(np.linalg.norm(self.q_HRd, axis=2) * self.view.key_norm_max_H[:, None], 1.0)
         fits = (reach < FP32_SCORE_MAX).reshape(-1) & ~self.done
         failures: list[tuple[int, int]] = []
         if (self.call.rtol > 0 or self.call.atol > 0) and np.any(fits):
@@ -210,9 +211,11 @@ class Step:
         keys, tail = coverage_keys(rho, self.statistics[DELTA, rows].max(axis=1).astype(np.float64), self.keep[rows], policy)
         head = self.annotations.head_R[rows]
         top_norm = np.max(self.view.value_norm_max_Hb, axis=1)[head] * self.unit_R[rows]
-        self.fields["paper_key_bound"][rows] = 2.0 * top_norm * tail
         error = self.view.value_error_max(self.layout, self.memory, self.hot_offsets)[head] * self.unit_R[rows, None]
-        self._promote(rows, keys, rho * error > policy.v_tol)
+        with np.errstate(invalid="ignore"):  # zero times infinity: the paper's bound says nothing, a block without mass stays
+            self.fields["paper_key_bound"][rows] = 2.0 * top_norm * tail
+            values = rho * error > policy.v_tol
+        self._promote(rows, keys, values)
         self._rank(rows)
         self._settle(rows[self.ranked[rows]])
 

@@ -86,6 +86,33 @@ def test_every_reply_is_certified_or_exact(
         assert result.certificate["exact"].all()
 
 
+@given(
+    exponents=st.tuples(st.integers(-44, 38), st.integers(-44, 38), st.integers(-44, 38)),
+    scale=st.sampled_from((0.125, -1.0, 0.0, 1e-300, 1e-30, 1e30)),
+    dtype=st.sampled_from(("float16", "bfloat16", "float32")),
+    still=st.booleans(),
+    tokens=st.integers(1, 150),
+    rtol=st.sampled_from((0.0, 0.3)),
+    policy=st.sampled_from((Budget(), Budget(skip_share=0.5, require_rank=True), Coverage())),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=400, deadline=None)
+def test_numbers_of_any_size_are_answered_or_refused_by_name(
+    exponents: tuple[int, int, int], scale: float, dtype: str, still: bool, tokens: int, rtol: float, policy: Policy, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    k, v, q = (rng.standard_normal(shape) * 10.0**e for shape, e in zip(((1, tokens, 64),) * 2 + ((2, 1, 64),), exponents, strict=True))
+    if still:
+        v[:] = 0.0
+    k, v, q = raw(k, dtype), raw(v, dtype), raw(q, dtype)
+    cache = store(Layout(1, 64, 16, 16, dtype), k, v)
+    try:
+        result = answer(cache, q, rtol, policy, softmax_scale=scale)
+    except ScoreOverflow:
+        return
+    check_reply(k, v, q, result.output, result.certificate, rtol, 0.0, softmax_scale=scale)
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_products_that_underflow_are_in_the_bound(seed: int) -> None:
     """Values so small that weight * value is subnormal in FP32: the error is no longer relative to anything."""
