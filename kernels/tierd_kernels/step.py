@@ -8,10 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.attend.cpu import attend as value_pass
+from tierd_kernels.attend.cpu import group_dots, means
 from tierd_kernels.bound.annotations import Bound
-from tierd_kernels.bound.cpu import certify_top, evaluate, kept_mass, largest_shares
-from tierd_kernels.bound.reference import GROUP_TOKENS, block_factors
-from tierd_kernels.bound.statistics import DELTA, MAX_SCORE, NUM_STATISTICS, SUM, SUM_ERROR, SUM_NORM
+from tierd_kernels.bound.cpu import certify_top, evaluate, kept_mass, largest_shares, weigh
+from tierd_kernels.bound.reference import GROUP_TOKENS
+from tierd_kernels.bound.statistics import DELTA, NUM_STATISTICS, SUM
 from tierd_kernels.call import Call, Result
 from tierd_kernels.canary import canary_failures
 from tierd_kernels.dense.cpu import dense
@@ -78,7 +79,7 @@ class Step:
         self.key_exact = np.zeros((all_rows, self.num_blocks), np.bool_)
         self.value_exact, self.keep = self.key_exact.copy(), self.key_exact.copy()
         self.contributions = np.zeros((2, len(call.hot_offsets), self.heads), np.float32)
-        self.exact = np.zeros(all_rows, np.bool_)
+        self.exact, self.promoted = np.zeros(all_rows, np.bool_), False
         self.done = np.tile(np.arange(self.rows) >= self.used, self.heads)
         self.ranked = np.zeros(all_rows, np.bool_)
         names = ["bound", "budget", "key_error", "value_error", "skip_error", "arith_error", "value_norm", "output_norm"]
@@ -114,10 +115,13 @@ class Step:
             self.statistics.reshape(NUM_STATISTICS, *self.blocks_of_head),
         )  # fmt: skip
 
-    def _measure(self, rows: Rows) -> None:
+    def _measure(self, rows: Rows, everything: bool = False) -> tuple[Array, Array, Array]:
         """Brings the rows' weights to their common scale; needed after scores have changed. Skipping changes nothing: the heaviest
-        block stays, so the kept mass is still at least that of the block with the largest score, which is at least 1."""
-        self.factor[rows] = block_factors(self.statistics[MAX_SCORE, rows], self.statistics[SUM, rows], self.keep[rows])
+        block stays, so the kept mass is still at least that of the block with the largest score, which is at least 1. Returns the rows'
+        masses, and their sums with nu and with eta."""
+        mass, norm, error = np.empty((3, len(rows)))
+        weigh(self.statistics, rows, everything, self.keep, self.factor, mass, norm, error)
+        return mass, norm, error
 
     def _rank(self, rows: Rows) -> None:
         certified = np.empty(len(rows), np.bool_)
@@ -137,11 +141,11 @@ class Step:
         )  # fmt: skip
         mass = np.empty(len(rows))
         kept_mass(self.statistics, self.factor, self.keep, rows, mass)
-        unit = self.unit_R[rows, None]
+        unit = self.unit_R[rows]
         with np.errstate(all="ignore"):
-            grouped = self.partial.reshape(len(self.done), -1, self.d)[rows] / (mass[:, None] * unit)[..., None]
-            stored = self._write(rows, grouped.sum(axis=1))
-            self.group_dot[rows] = np.einsum("rgd,rd->rg", grouped, stored)
+            partial, divisor, wide = self.partial.reshape(len(self.done), -1, self.d), mass * unit, np.empty((len(rows), self.d))
+            means(partial, rows, divisor, wide)
+            group_dots(partial, rows, divisor, self._write(rows, wide), self.group_dot)
         bound = self._evaluate(rows, self.output_norm[rows], self.output_error[rows], self.group_dot[rows])
         return bound, self._budgets(rows, bound, self.output_norm[rows])
 
@@ -172,11 +176,9 @@ class Step:
 
     def _candidate(self, rows: Rows) -> Rows:
         """Candidate bounds and shares of the budget; returns the rows that may be certified at all."""
-        self.keep[rows] = self.statistics[SUM, rows] > 0
-        self._measure(rows)
+        mass, norm, error = self._measure(rows, everything=True)
         with np.errstate(all="ignore"):
-            mass, *norms = (np.einsum("rb,rb->r", self.factor[rows], self.statistics[i, rows]) for i in (SUM, SUM_NORM, SUM_ERROR))
-            upper = (norms[0] + norms[1]) / mass * SAFETY  # ||O|| is at most Vbar and the value errors
+            upper = (norm + error) / mass * SAFETY  # ||O|| is at most Vbar and the value errors
         bound = self._evaluate(rows, upper, np.zeros(len(rows)), None)
         self.fields["candidate_bound"][rows] = bound.total * self.unit_R[rows]
         self._rank(rows)
@@ -223,6 +225,7 @@ class Step:
         stored = np.arange(self.num_blocks) < self.full  # the trailing block is original already
         todo = np.zeros_like(self.key_exact)
         todo[rows] = keys & stored & ~self.key_exact[rows]
+        self.promoted = True
         self.key_exact |= todo
         self.value_exact[rows] |= values & stored
         if np.any(todo):
@@ -292,7 +295,12 @@ class Step:
         use = np.flatnonzero(np.tile(np.arange(self.rows) < self.used, self.heads))
         exact, keep, by_head = self.exact[use], self.keep[use], (self.heads, self.used, self.full)
         counts, reads, host = [], [], np.where(exact, 2 * self.num_tokens * self.d * self.layout.itemsize, 0)
-        for promoted, locations in ((self.key_exact[use], self.call.key_locations), (self.value_exact[use], self.call.value_locations)):
+        for mask, locations in ((self.key_exact, self.call.key_locations), (self.value_exact, self.call.value_locations)):
+            if not self.promoted and not np.any(exact):  # half a millisecond at 32,768 tokens
+                counts.append(np.zeros(len(use), np.int64))
+                reads.append(np.zeros((len(self.call.hot_offsets), self.heads), np.bool_))
+                continue
+            promoted = mask[use]
             counts.append(promoted.sum(axis=1))
             stored = promoted[:, : self.full].reshape(by_head)
             # Rows that were answered exactly read every original; what they promoted on the way up was read as well.

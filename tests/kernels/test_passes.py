@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from kernels_cache import Cache, raw, store
 from tierd_kernels.attend import cpu as attend_cpu
 from tierd_kernels.attend import reference as attend_reference
+from tierd_kernels.attend.cpu import group_dots, means
+from tierd_kernels.bound.cpu import weigh
 from tierd_kernels.bound.reference import block_factors
-from tierd_kernels.bound.statistics import DELTA, EPSILON, MAX_SCORE, NUM_STATISTICS, SUM
+from tierd_kernels.bound.statistics import DELTA, EPSILON, MAX_SCORE, NUM_STATISTICS, SUM, SUM_ERROR, SUM_NORM
 from tierd_kernels.kvview import KVView, widen
 from tierd_kernels.layout import DTYPE_CODE, Layout
 from tierd_kernels.quantise.reference import decode, dequantise_values
@@ -124,6 +126,41 @@ def test_skipped_blocks_are_the_cheapest_that_fit(seed: int, blocks: int, share:
     assert (np.sum(cost * ~keep, axis=1) <= allowance * (1 + 1e-5)).all()
     assert keep[rows, np.argmax(mass, axis=1)].all()
     assert np.abs(np.sum(wanted, axis=1) - np.sum(~keep, axis=1)).max() <= 1  # the threshold may round a tie away
+
+
+@pytest.mark.parametrize("everything", [False, True])
+@given(seed=st.integers(0, 2**32 - 1), blocks=st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_factors_and_masses_are_the_references(everything: bool, seed: int, blocks: int) -> None:
+    rng, rows = np.random.default_rng(seed), np.array([2, 0])
+    statistics = rng.uniform(0.5, 16, (NUM_STATISTICS, 3, blocks)).astype(np.float32)
+    statistics[MAX_SCORE] = rng.normal(0, 30, (3, blocks))
+    statistics[SUM][rng.random((3, blocks)) < 0.3] = 0.0
+    statistics[:, :, 0] = 1.0
+    keep = rng.random((3, blocks)) < 0.6
+    keep[:, 0] = True
+    wanted_keep = statistics[SUM] > 0 if everything else keep & (statistics[SUM] > 0)
+    keep &= statistics[SUM] > 0
+    factor, sums = np.full((3, blocks), np.nan), np.empty((3, 2))
+    weigh(statistics, rows, everything, keep, factor, *sums)
+    wanted = block_factors(statistics[MAX_SCORE, rows], statistics[SUM, rows], wanted_keep[rows])
+    assert np.array_equal(keep[rows], wanted_keep[rows]) and np.isnan(factor[1]).all()
+    assert np.allclose(factor[rows], wanted, rtol=1e-14, atol=0)
+    for got, k in zip(sums, (SUM, SUM_NORM, SUM_ERROR), strict=True):
+        assert np.allclose(got, np.sum(wanted * statistics[k, rows], axis=1), rtol=1e-13)
+
+
+@given(seed=st.integers(0, 2**32 - 1), groups=st.integers(1, 5), d=st.sampled_from((64, 80)))
+@settings(max_examples=20, deadline=None)
+def test_outputs_and_their_dots_are_sums_over_groups(seed: int, groups: int, d: int) -> None:
+    rng, rows = np.random.default_rng(seed), np.array([3, 1])
+    partial, divisor, out = rng.standard_normal((4, groups, d)), rng.uniform(0.1, 9, 2), np.full((2, d), np.nan)
+    means(partial, rows, divisor, out)
+    assert np.allclose(out, partial[rows].sum(axis=1) / divisor[:, None], rtol=1e-13, atol=1e-14)
+    dots = np.full((4, groups), np.nan)
+    group_dots(partial, rows, divisor, out, dots)
+    assert np.allclose(dots[rows], np.einsum("rgd,rd->rg", partial[rows], out) / divisor[:, None], rtol=1e-12, atol=1e-12)
+    assert np.isnan(dots[[0, 2]]).all()
 
 
 @pytest.mark.parametrize("count", [1, 5, 16])

@@ -104,3 +104,24 @@ def attend(
                             factors[i] = factor_HRb[h, start + i, b] if own and keep_HRb[h, start + i, b] else 0.0
                         values = exact if use_exact else coded
                         weigh_values(values, B, d, weights, at, stride, factors, partial, out_at, groups * d)
+
+
+@compiled(parallel=True)
+def means(partial_RGd: Doubles, rows_i: Ints, divisor_i: Doubles, out_id: Doubles) -> None:
+    """The rows' outputs: sums of their groups' partial sums, over the divisor."""
+    for i in prange(len(rows_i)):
+        out_id[i] = 0.0
+        for group in range(partial_RGd.shape[1]):
+            out_id[i] += partial_RGd[rows_i[i], group]
+        out_id[i] /= divisor_i[i]
+
+
+@compiled(parallel=True, reassociate=True)
+def group_dots(partial_RGd: Doubles, rows_i: Ints, divisor_i: Doubles, output_id: Doubles, dot_RG: Doubles) -> None:
+    """o_G . O of the rows `rows_i` into dot_RG."""
+    for i in prange(len(rows_i)):
+        for group in range(partial_RGd.shape[1]):
+            dot = 0.0
+            for c in range(output_id.shape[1]):
+                dot += partial_RGd[rows_i[i], group, c] * output_id[i, c]
+            dot_RG[rows_i[i], group] = dot / divisor_i[i]

@@ -53,6 +53,33 @@ def series(delta_b: Doubles, x_b: Doubles, psi_b: Doubles, fall_b: Doubles) -> N
 
 
 @compiled(parallel=True, reassociate=True)
+def weigh(
+    statistics_sRb: Singles, rows_i: Ints, everything: bool, keep_Rb: Flags, factor_Rb: Doubles, mass_i: Doubles, norm_i: Doubles,
+    error_i: Doubles
+) -> None:  # fmt: skip
+    """As `bound.reference.block_factors` for the rows `rows_i`, and the rows' sums of SUM, SUM_NORM and SUM_ERROR by those factors, skipped
+    blocks included. `everything`: every block that a row sees is kept from now on."""
+    num_blocks = statistics_sRb.shape[2]
+    for i in prange(len(rows_i)):
+        r = rows_i[i]
+        total, top_b, factor, keep = statistics_sRb[SUM, r], statistics_sRb[MAX_SCORE, r], factor_Rb[r], keep_Rb[r]
+        norm, error = statistics_sRb[SUM_NORM, r], statistics_sRb[SUM_ERROR, r]
+        top = -math.inf
+        for b in range(num_blocks):
+            if everything:
+                keep[b] = total[b] > 0.0
+            top = max(top, np.float64(top_b[b]) if keep[b] else -math.inf)
+        sums = np.zeros(3)
+        for b in range(num_blocks):
+            here = math.exp(np.float64(top_b[b]) - top) if total[b] > 0.0 else 0.0
+            factor[b] = here
+            sums[0] += here * total[b]
+            sums[1] += here * norm[b]
+            sums[2] += here * error[b]
+        mass_i[i], norm_i[i], error_i[i] = sums[0], sums[1], sums[2]
+
+
+@compiled(parallel=True, reassociate=True)
 def bounds(
     statistics_sRb: Singles, factor_Rb: Doubles, keep_Rb: Flags, value_exact_Rb: Flags, rows_i: Ints, head_R: Ints,
     promote_ib: Flags, fetch_ib: Flags, spectral_Hb: Doubles, amplitude_Hb: Doubles, norm_max_Hb: Doubles,
