@@ -31,6 +31,12 @@ def check_number(name: str, value: object, allowed: str, low: float = -math.inf,
         raise InvalidArgument(f"{name} is {value!r}; allowed: {allowed}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raises InvalidArgument unless `value` is a bool."""
+    if not isinstance(value, bool):
+        raise InvalidArgument(f"{name} is {value!r}; allowed: True, False")
+
+
 @dataclass(frozen=True)
 class Geometry:
     """Shape of one model's attention.
@@ -88,15 +94,16 @@ class Budget:
 
     def __post_init__(self) -> None:
         check_number("skip_share", self.skip_share, "0 <= skip_share < 1", 0.0, math.nextafter(1.0, 0.0))
-        if not isinstance(self.require_rank, bool):
-            raise InvalidArgument(f"require_rank is {self.require_rank!r}; allowed: True, False")
+        check_flag("require_rank", self.require_rank)
 
 
 @dataclass(frozen=True)
 class Coverage:
     """Promote the blocks that hold the share `tau_cov` of a head's attention mass, from `k_min` to `k_max` of them.
 
-    Above `key_bound_max`, the key bound of this policy, the set doubles once; values promote above `v_tol`, a norm.
+    Above `key_bound_max`, the key bound of this policy, the set doubles once; values promote above `v_tol`, a norm. A head is computed
+    exactly where its heaviest block is not certain, and, with `boundary_check`, where the promoted blocks do not certainly outweigh
+    all others.
     """
 
     tau_cov: float = 0.995
@@ -104,6 +111,7 @@ class Coverage:
     k_max: int = 128
     key_bound_max: float = 0.02
     v_tol: float = 0.05
+    boundary_check: bool = True
 
     def __post_init__(self) -> None:
         check_number("tau_cov", self.tau_cov, "0 < tau_cov <= 1", math.nextafter(0.0, 1.0), 1.0)
@@ -111,6 +119,7 @@ class Coverage:
         check_count("k_min", self.k_min, 0, self.k_max)
         for name in ("key_bound_max", "v_tol"):
             check_number(name, getattr(self, name), "a finite number of at least 0", low=0.0)
+        check_flag("boundary_check", self.boundary_check)
 
 
 Policy = Budget | Coverage

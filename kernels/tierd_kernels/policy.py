@@ -19,13 +19,15 @@ class Budget:
 @dataclass(frozen=True)
 class Coverage:
     """The policy of the paper (arXiv 2605.20868): promotion by attention mass. Shares are fractions of the head's mass, `k_*` counts
-    of blocks, `key_bound_max` the paper's key bound above which the promoted set doubles once, `v_tol` a norm."""
+    of blocks, `key_bound_max` the paper's key bound above which the promoted set doubles once, `v_tol` a norm. With
+    `boundary_check` a head whose promoted blocks cannot be certified to outweigh all others is computed exactly."""
 
     tau_cov: float = 0.995
     k_min: int = 2
     k_max: int = 128
     key_bound_max: float = 0.02
     v_tol: float = 0.05
+    boundary_check: bool = True
 
     def __post_init__(self) -> None:
         if not 0.0 < self.tau_cov <= 1.0:

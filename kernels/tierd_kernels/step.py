@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tierd_kernels.attend.cpu import attend as value_pass
 from tierd_kernels.attend.cpu import group_dots, means
 from tierd_kernels.bound.annotations import Bound
-from tierd_kernels.bound.cpu import certify_top, evaluate, kept_mass, largest_shares, weigh
+from tierd_kernels.bound.cpu import NO_FLAGS, certify_set, evaluate, kept_mass, largest_shares, weigh
 from tierd_kernels.bound.reference import GROUP_TOKENS
 from tierd_kernels.bound.statistics import DELTA, NUM_STATISTICS, SUM
 from tierd_kernels.call import Call, Result
@@ -125,7 +125,7 @@ class Step:
 
     def _rank(self, rows: Rows) -> None:
         certified = np.empty(len(rows), np.bool_)
-        certify_top(self.statistics, self.factor, rows, certified)
+        certify_set(self.statistics, self.factor, rows, NO_FLAGS, certified)
         self.ranked[rows] = certified
 
     def _attend(self, rows: Rows) -> tuple[Bound, Array]:
@@ -210,16 +210,21 @@ class Step:
     def _by_coverage(self, rows: Rows, policy: Coverage) -> None:
         rho = self.factor[rows] * self.statistics[SUM, rows]
         rho /= rho.sum(axis=1, keepdims=True)
-        keys, tail = coverage_keys(rho, self.statistics[DELTA, rows].max(axis=1).astype(np.float64), self.keep[rows], policy)
+        delta_max = self.statistics[DELTA, rows].max(axis=1).astype(np.float64)
         head = self.annotations.head_R[rows]
-        top_norm = np.max(self.view.value_norm_max_Hb, axis=1)[head] * self.unit_R[rows]
+        norm_max = np.max(self.view.value_norm_max_Hb, axis=1)[head] * self.unit_R[rows]
         error = self.view.value_error_max(self.layout, self.memory, self.hot_offsets)[head] * self.unit_R[rows, None]
         with np.errstate(invalid="ignore"):  # zero times infinity: the paper's bound says nothing, a block without mass stays
-            self.fields["paper_key_bound"][rows] = 2.0 * top_norm * tail
+            keys, self.fields["paper_key_bound"][rows] = coverage_keys(rho, delta_max, norm_max, self.keep[rows], policy)
             values = rho * error > policy.v_tol
         self._promote(rows, keys, values)
         self._rank(rows)
-        self._settle(rows[self.ranked[rows]])
+        sound = self.ranked[rows]
+        if policy.boundary_check:
+            apart = np.empty(len(rows), np.bool_)
+            certify_set(self.statistics, self.factor, rows, keys, apart)
+            sound &= apart
+        self._settle(rows[sound])
 
     def _promote(self, rows: Rows, keys: Mask, values: Mask) -> None:
         stored = np.arange(self.num_blocks) < self.full  # the trailing block is original already

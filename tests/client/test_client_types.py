@@ -76,6 +76,7 @@ def test_tolerances_are_checked(name: str, bad: Any) -> None:
         (Coverage, {"k_max": -1}),
         (Coverage, {"key_bound_max": math.nan}),
         (Coverage, {"v_tol": -1.0}),
+        (Coverage, {"boundary_check": 1}),
     ],
 )
 def test_policies_are_checked(kind: Any, change: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from tierd_kernels.bound import cpu, reference
 from tierd_kernels.bound.annotations import Annotations, Bound
-from tierd_kernels.bound.reference import block_factors, top_block_certified
+from tierd_kernels.bound.reference import block_factors, heaviest, set_certified
 from tierd_kernels.bound.statistics import MAX_SCORE, NUM_STATISTICS, SUM
 from tierd_kernels.numerics import phi, psi
 from tierd_kernels.score.reference import block_statistics
@@ -163,32 +163,90 @@ def test_rank_needs_a_gap() -> None:
     assert ranked(statistics).tolist() == [False, True]
 
 
-def ranked(statistics: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """What the compiled op says; it must not certify what the reference does not."""
+def ranked(statistics: NDArray[np.float32], inside: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+    """What the compiled op says of a set, or of the heaviest block; it must not certify what the reference does not."""
     rows, blocks = statistics.shape[1:]
     factor = block_factors(statistics[MAX_SCORE], statistics[SUM], np.ones((rows, blocks), np.bool_))
     certified = np.zeros(rows, np.bool_)
-    cpu.certify_top(statistics, factor, np.arange(rows), certified)
-    assert not (certified & ~top_block_certified(statistics)).any()
+    cpu.certify_set(statistics, factor, np.arange(rows), cpu.NO_FLAGS if inside is None else inside, certified)
+    assert not (certified & ~set_certified(statistics, heaviest(statistics) if inside is None else inside)).any()
     return certified
+
+
+def drawn_statistics(seed: int, blocks: int, reach: float, rows: int = 8) -> NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    scores, deltas = reach * rng.standard_normal((rows, blocks)), rng.uniform(0, 1.2, (rows, blocks))
+    return statistics_of([list(zip(*row, strict=True)) for row in zip(scores.tolist(), deltas.tolist(), strict=True)])
 
 
 @given(seed=st.integers(0, 2**31), blocks=st.integers(1, 40), reach=st.sampled_from((0.3, 2.0, 30.0)))
 @settings(max_examples=60, deadline=None)
 def test_ranking_agrees_with_the_reference(seed: int, blocks: int, reach: float) -> None:
-    rng = np.random.default_rng(seed)
-    scores, deltas = reach * rng.standard_normal((8, blocks)), rng.uniform(0, 1.2, (8, blocks))
-    statistics = statistics_of([list(zip(*row, strict=True)) for row in zip(scores.tolist(), deltas.tolist(), strict=True)])
-    agree = ranked(statistics) == top_block_certified(statistics)
+    statistics = drawn_statistics(seed, blocks, reach)
+    agree = ranked(statistics) == set_certified(statistics, heaviest(statistics))
     assert agree.mean() > 0.8  # the compiled op widens all blocks by the row's largest score
+    mask = heaviest(statistics)
+    np.testing.assert_array_equal(ranked(statistics), ranked(statistics, mask))
+
+
+@given(seed=st.integers(0, 2**31), blocks=st.integers(1, 40), reach=st.sampled_from((0.3, 2.0, 30.0)), share=st.floats(0, 1))
+@settings(max_examples=100, deadline=None)
+def test_a_set_is_certified_where_no_errors_within_the_bounds_can_break_it(seed: int, blocks: int, reach: float, share: float) -> None:
+    """All tokens of a block score alike and D allows Delta for each, so the truth's extremes are known: -Delta inside, +Delta outside."""
+    statistics = drawn_statistics(seed, blocks, reach)
+    mass, delta = statistics[MAX_SCORE] + np.log(B), statistics[8].astype(np.float64)
+    size = round(share * blocks)
+    inside = np.argsort(np.argsort(-mass, axis=1), axis=1) < size
+    least, most = np.where(inside, mass - delta, np.inf).min(axis=1), np.where(inside, -np.inf, mass + delta).max(axis=1)
+    got = ranked(statistics, inside)
+    assert not (got & (least <= most)).any()
+    room = 1e-3 if reach < 3 else 0.02
+    assert got[least > most + room].all()
+    if size in (0, blocks):
+        assert got.all()
+
+
+@given(seed=st.integers(0, 2**31), blocks=st.integers(2, 12), delta=st.sampled_from((1e-3, 0.1, 1.5)))
+@settings(max_examples=60, deadline=None)
+def test_no_attack_changes_a_certified_set(seed: int, blocks: int, delta: float) -> None:
+    """Uneven tokens, errors within both Delta and D: the set that was certified is the set under the moved scores."""
+    rng = np.random.default_rng(seed)
+    scores = rng.standard_normal((blocks, B)).astype(np.float32) * 2 + 3 * rng.standard_normal((blocks, 1)).astype(np.float32)
+    one, deltas = np.ones(B), delta * rng.random(blocks)
+    dnorms = deltas * rng.uniform(0.3, 1.0, blocks) * np.sqrt(B)
+    statistics = np.zeros((NUM_STATISTICS, 1, blocks), np.float32)
+    for b in range(blocks):
+        _, statistics[:, 0, b] = block_statistics(scores[b].astype(np.float64), one, one, deltas[b], dnorms[b], 0.0)
+    mass = np.log(np.exp(scores.astype(np.float64)).sum(axis=1))
+    for size in range(blocks + 1):
+        inside = np.argsort(np.argsort(-mass)) < size
+        if not ranked(statistics, inside[None])[0]:
+            continue
+        for attempt in range(8):
+            weights = np.exp(scores.astype(np.float64)) if attempt else np.ones((blocks, B))
+            shift = weights * rng.random((blocks, B)) if attempt > 1 else weights
+            shift *= (dnorms / np.linalg.norm(shift, axis=1))[:, None]
+            shift = np.clip(shift, 0.0, deltas[:, None]) * np.where(inside, -1.0, 1.0)[:, None]
+            moved = np.exp(scores + shift).sum(axis=1)
+            assert moved[inside].min(initial=np.inf) > moved[~inside].max(initial=0.0)
+
+
+def test_a_block_that_the_row_does_not_see_is_in_no_set() -> None:
+    statistics = statistics_of([[(2.0, 0.1), (0.0, 0.1), (9.0, np.inf)]])
+    statistics[:, :, 2] = 0.0
+    assert ranked(statistics, np.array([[True, False, False]])).all()
+    assert ranked(statistics, np.array([[True, True, False]])).all()
+    assert ranked(statistics, np.array([[True, False, True]])).all()
+    assert not ranked(statistics, np.array([[False, True, False]])).any()
 
 
 @pytest.mark.parametrize("broken", [np.inf, np.nan])
-def test_a_block_without_a_bound_leaves_nothing_ranked(broken: float) -> None:
-    statistics = statistics_of([[(5.0, 0.01), (-900.0, 0.01)]])
-    assert ranked(statistics).all()
-    statistics[8, 0, 1] = broken
-    statistics[9, 0, 1] = broken
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_a_block_without_a_bound_leaves_nothing_ranked(broken: float, block: int) -> None:
+    statistics, pair = statistics_of([[(5.0, 0.01), (4.0, 0.01), (-900.0, 0.01)]]), np.array([[True, True, False]])
+    assert ranked(statistics, pair).all()
+    statistics[8:10, 0, block] = broken
+    assert not ranked(statistics, pair).any()
     assert not ranked(statistics).any()
 
 

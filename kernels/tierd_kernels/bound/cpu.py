@@ -220,9 +220,10 @@ def bounds(
 
 
 @compiled(parallel=True, reassociate=True)
-def certify_top(statistics_sRb: Singles, factor_Rb: Doubles, rows_i: Ints, certified_i: Flags) -> None:
-    """As `bound.reference.top_block_certified`, over masses instead of their logarithms: no block may reach the heaviest one's least
-    possible mass. The widening of a log-mass, 2 u |lse| and the sums' rounding, is taken for the largest score of the row."""
+def certify_set(statistics_sRb: Singles, factor_Rb: Doubles, rows_i: Ints, inside_ib: Flags, certified_i: Flags) -> None:
+    """As `bound.reference.set_certified`, over masses instead of their logarithms: no block outside may reach the least possible mass
+    of one inside. `inside_ib` [rows, b], or [0, 0]: the heaviest block alone. The widening of a log-mass, 2 u |lse| and the sums'
+    rounding, is taken for the largest score of the row."""
     num_blocks = statistics_sRb.shape[2]
     for i in prange(len(rows_i)):
         r = rows_i[i]
@@ -240,12 +241,20 @@ def certify_top(statistics_sRb: Singles, factor_Rb: Doubles, rows_i: Ints, certi
             if mass > heaviest:
                 heaviest, best = mass, b
         series(delta_b, x_b, psi_b, fall_b)
+        inside_b = np.zeros(num_blocks, np.bool_)
+        inside_b[best] = True
+        if inside_ib.shape[0] > 0:
+            inside_b = inside_ib[i]
         widen = RANK_ROUNDING + 2.0 * U32 * (reach + 5.0)  # log 64 is below 5
-        least = heaviest * math.exp(-x_b[best] - 2.0 * widen)
+        least = math.inf
+        for b in range(num_blocks):
+            if inside_b[b] and stats[SUM, b] > 0.0:
+                low = factor[b] * stats[SUM, b] * math.exp(-x_b[b] - 2.0 * widen)
+                least = min(least, low) if low == low else -1.0  # of a NaN nothing lies below
         certified = True
         for b in range(num_blocks):
             most = factor[b] * stats[SUM, b] * (1.0 + (1.0 + delta_b[b] * psi_b[b]) * x_b[b])
-            certified = certified and (b == best or stats[SUM, b] <= 0.0 or most < least)
+            certified = certified and (inside_b[b] or stats[SUM, b] <= 0.0 or most < least)
         certified_i[i] = certified
 
 

@@ -186,8 +186,9 @@ def _evaluate(
     )
 
 
-def top_block_certified(statistics: Array) -> NDArray[np.bool_]:
-    """Whether the row's heaviest block is heaviest under exact scores too (CERTIFICATE.md, section "Ranking"), [R]."""
+def set_certified(statistics: Array, inside_Rb: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Whether every block of the set `inside_Rb` weighs more than every other one under exact scores too (CERTIFICATE.md, section
+    "Ranking"), [R]. True where no visible block is left outside."""
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         total = statistics[SUM]
         present = total > 0
@@ -195,10 +196,15 @@ def top_block_certified(statistics: Array) -> NDArray[np.bool_]:
         delta = statistics[DELTA]
         x = np.minimum(delta, np.sqrt(statistics[SUM_SQUARES]) * statistics[D_NORM] / np.where(present, total, 1.0))
         widen = gamma(80) + 4.0 * U32 + 2.0 * U32 * np.abs(np.where(present, lse, 0.0))
-        low = np.where(present, lse - x - widen, -np.inf)
-        high = np.where(present, lse + np.log1p(phi(delta) * x) + widen, -np.inf)
-    best = np.argmax(lse, axis=1)
-    rows = np.arange(len(best))
-    others = high.copy()
-    others[rows, best] = -np.inf
-    return np.asarray(low[rows, best] > np.max(others, axis=1))
+        low = np.where(present & inside_Rb, lse - x - widen, np.inf)
+        high = np.where(present & ~inside_Rb, lse + np.log1p(phi(delta) * x) + widen, -np.inf)
+    return np.asarray((np.min(low, axis=1) > np.max(high, axis=1)) | ~np.any(present & ~inside_Rb, axis=1))
+
+
+def heaviest(statistics: Array) -> NDArray[np.bool_]:
+    """The row's heaviest block as a set of one, [R, b]."""
+    with np.errstate(divide="ignore"):
+        lse = np.where(statistics[SUM] > 0, statistics[MAX_SCORE] + np.log(statistics[SUM]), -np.inf)
+    chosen = np.zeros(lse.shape, np.bool_)
+    chosen[np.arange(len(lse)), np.argmax(lse, axis=1)] = True
+    return chosen

@@ -46,21 +46,28 @@ def cheapest_within(
     return key_Rb > threshold, value_Rb > threshold, np.asarray(reachable)
 
 
-def coverage_keys(rho_Rb: Array, delta_max_R: Array, present_Rb: Mask, policy: Coverage) -> tuple[Mask, Array]:
-    """The paper's key promotion: blocks by falling mass until `tau_cov` of it, between `k_min` and `k_max` blocks, twice as many
-    where the paper's key bound stays above `key_bound_max`. Returns the mask and that bound (without the norm 2 Vmax)."""
+def coverage_keys(
+    rho_Rb: Array, delta_max_R: Array, norm_max_R: Array, present_Rb: Mask, policy: Coverage
+) -> tuple[Mask, Array]:
+    """The paper's key promotion (CERTIFICATE.md, section "Policies"): blocks by falling mass until `tau_cov` of it, between `k_min` and
+    `k_max` blocks, twice as many where the paper's key bound is above `key_bound_max`. Returns the mask and that bound for it, in
+    the units of `norm_max_R`, the largest norm of a value."""
     order = np.argsort(-rho_Rb, axis=1)
-    covered = np.cumsum(np.take_along_axis(rho_Rb, order, axis=1), axis=1)
+    falling = np.take_along_axis(rho_Rb, order, axis=1)
+    covered = np.cumsum(falling, axis=1)
+    beyond = np.pad(np.cumsum(falling[:, ::-1], axis=1)[:, ::-1], ((0, 0), (0, 1)))  # the mass from the k-th block on: 0 after all
     count = np.clip(1 + np.sum(covered < policy.tau_cov, axis=1), policy.k_min, policy.k_max)
     count = np.minimum(count, np.sum(present_Rb, axis=1))
 
-    def tail_bound(k: NDArray[np.int64]) -> Array:
-        tail = np.where(k > 0, 1.0 - np.take_along_axis(covered, np.maximum(k - 1, 0)[:, None], axis=1)[:, 0], 1.0)
+    def key_bound(k: NDArray[np.int64]) -> Array:
+        tail = np.take_along_axis(beyond, k[:, None], axis=1)[:, 0]
         with np.errstate(over="ignore", invalid="ignore"):
-            return np.asarray(np.exp(3 * delta_max_R) * np.maximum(tail, 0.0) * (2.0 * delta_max_R) * phi(2.0 * delta_max_R))
+            grown = 2.0 * norm_max_R * np.exp(3 * delta_max_R) * (2.0 * delta_max_R) * phi(2.0 * delta_max_R)
+            # Without a tail, or values, nothing is left to err, however much scores may.
+            return np.where((tail > 0.0) & (norm_max_R > 0.0), grown * tail, 0.0)
 
-    again = tail_bound(count) > policy.key_bound_max
+    again = key_bound(count) > policy.key_bound_max
     count = np.where(again, np.minimum(2 * count, np.sum(present_Rb, axis=1)), count)
     chosen = np.zeros_like(present_Rb)
     np.put_along_axis(chosen, order, np.arange(rho_Rb.shape[1])[None, :] < count[:, None], axis=1)
-    return chosen & present_Rb, tail_bound(count)
+    return chosen & present_Rb, key_bound(count)

@@ -108,18 +108,20 @@ class BudgetPolicy(_message.Message):
     def __init__(self, skip_share: _Optional[float] = ..., require_rank: _Optional[bool] = ...) -> None: ...
 
 class CoveragePolicy(_message.Message):
-    __slots__ = ("tau_cov", "k_min", "k_max", "key_bound_max", "v_tol")
+    __slots__ = ("tau_cov", "k_min", "k_max", "key_bound_max", "v_tol", "boundary_check")
     TAU_COV_FIELD_NUMBER: _ClassVar[int]
     K_MIN_FIELD_NUMBER: _ClassVar[int]
     K_MAX_FIELD_NUMBER: _ClassVar[int]
     KEY_BOUND_MAX_FIELD_NUMBER: _ClassVar[int]
     V_TOL_FIELD_NUMBER: _ClassVar[int]
+    BOUNDARY_CHECK_FIELD_NUMBER: _ClassVar[int]
     tau_cov: float
     k_min: int
     k_max: int
     key_bound_max: float
     v_tol: float
-    def __init__(self, tau_cov: _Optional[float] = ..., k_min: _Optional[int] = ..., k_max: _Optional[int] = ..., key_bound_max: _Optional[float] = ..., v_tol: _Optional[float] = ...) -> None: ...
+    boundary_check: bool
+    def __init__(self, tau_cov: _Optional[float] = ..., k_min: _Optional[int] = ..., k_max: _Optional[int] = ..., key_bound_max: _Optional[float] = ..., v_tol: _Optional[float] = ..., boundary_check: _Optional[bool] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
     __slots__ = ("geometry", "tolerance", "budget", "coverage", "max_tokens")
