@@ -23,8 +23,8 @@ class Quantiser(Protocol):
 
     def quantise_blocks(
         self, layout: Layout, memory: Memory, original_offsets: NDArray[np.int64], hot_offsets: NDArray[np.int64]
-    ) -> NDArray[np.float32]:
-        """Write hot records; returns the largest value norm [m, Hkv], rounded up."""
+    ) -> None:
+        """Write hot records."""
         ...
 
     def group_norms(
@@ -38,7 +38,6 @@ class Quantiser(Protocol):
 class LayerState:
     """`ids`: the blocks in order, a tail last if `length` is not a multiple of B. Group arrays are [G, Hkv]."""
 
-    value_norm_max: NDArray[np.float32]
     group_value_norms: NDArray[np.float32]
     group_error_norms: NDArray[np.float32]
     length: int = 0
@@ -51,7 +50,6 @@ class Savepoint:
 
     layer: int
     length: int
-    value_norm_max: NDArray[np.float32]
 
 
 class Session:
@@ -73,7 +71,7 @@ class Session:
         self._kernels = kernels
         heads = self.layout.num_kv_heads
         self.layers = [
-            LayerState(np.zeros(heads, np.float32), np.zeros((0, heads), np.float32), np.zeros((0, heads), np.float32))
+            LayerState(np.zeros((0, heads), np.float32), np.zeros((0, heads), np.float32))
             for _ in range(geometry.num_layers)
         ]
 
@@ -92,7 +90,7 @@ class Session:
         Raises CapacityExceeded, or CertificateUnavailable (an original of the group that gets complete is corrupt).
         """
         state, block_size = self.layers[layer], self.layout.block_size
-        saved = Savepoint(layer, state.length, state.value_norm_max)
+        saved = Savepoint(layer, state.length)
         end = state.length + k.shape[1]
         fresh = self.table.add_tails(-(-end // block_size) - len(state.ids))
         state.ids = np.concatenate([state.ids, fresh])
@@ -116,7 +114,6 @@ class Session:
             if self.table.hot_offset[tail] >= 0:
                 self._residency.reopen(self.table, tail)
         self._cut(state, saved.length)
-        state.value_norm_max = saved.value_norm_max
 
     def truncate(self, length: int) -> None:
         """Cut every longer layer to `length` tokens; a full block that is cut into becomes a tail from its originals.
@@ -139,8 +136,6 @@ class Session:
             if kept and self.table.hot_offset[state.ids[index]] >= 0:
                 self._residency.reopen(self.table, int(state.ids[index]))
             self._cut(state, length)
-            norms = self.table.value_norm[state.ids[:index]]
-            state.value_norm_max = norms.max(axis=0, initial=0.0).astype(np.float32)
 
     def fork(self, session_id: str) -> "Session":
         """A session with the same contents: full blocks shared, tails copied. Raises CapacityExceeded."""
@@ -160,7 +155,6 @@ class Session:
         for layer, (mine, theirs) in enumerate(zip(self.layers, child.layers, strict=True)):
             self._residency.retain(self.table, self.full_ids(layer))
             theirs.ids, theirs.length = mine.ids.copy(), mine.length
-            theirs.value_norm_max = mine.value_norm_max
             theirs.group_value_norms, theirs.group_error_norms = mine.group_value_norms, mine.group_error_norms
             if layer in tails:
                 self._copy_tail(int(mine.ids[-1]), tails[layer], mine.length % block_size)
@@ -177,7 +171,6 @@ class Session:
         blocks_per_group = GROUP_TOKENS // self.layout.block_size
         for state in self.layers:
             for index in np.flatnonzero(state.ids == block).tolist():
-                state.value_norm_max = np.maximum(state.value_norm_max, self.table.value_norm[block])
                 group = index // blocks_per_group
                 if group < len(state.group_value_norms):
                     values, errors = self._measure_group(state, group, NO_IDS)
@@ -200,11 +193,8 @@ class Session:
     def _seal(self, state: LayerState, filling: Ids) -> None:
         table = self.table
         memory = table.arenas.memory
-        norms = self._kernels.quantise_blocks(
-            self.layout, memory, table.original_offset[filling], table.hot_offset[filling]
-        )
-        table.seal(filling, norms)
-        state.value_norm_max = np.maximum(state.value_norm_max, norms.max(axis=0))
+        self._kernels.quantise_blocks(self.layout, memory, table.original_offset[filling], table.hot_offset[filling])
+        table.seal(filling)
         while len(state.group_value_norms) < state.length // GROUP_TOKENS:
             values, errors = self._measure_group(state, len(state.group_value_norms), filling)
             state.group_value_norms = np.concatenate([state.group_value_norms, values[None]])

@@ -15,7 +15,7 @@ class Call:
 
     q [Hq, n, d] in the originals' type; `num_tokens` what the newest query sees. Offsets are int64 bytes: `hot_offsets` of the full
     blocks, `original_offsets` of all (the trailing one last), `key_locations` and `value_locations` [full, Hkv]: a byte offset into
-    scratch, or ~offset of the record in the originals. `value_norm_max` float32 [Hkv] bounds ||V_t|| over full blocks. `group_*_norms`
+    scratch, or ~offset of the record in the originals. `group_*_norms`
     float32 [groups, Hkv]: spectral norms of complete groups of 1024 tokens. `canary_blocks`: full blocks to re-score from originals.
     """
 
@@ -26,7 +26,6 @@ class Call:
     original_offsets: NDArray[np.int64]
     key_locations: NDArray[np.int64]
     value_locations: NDArray[np.int64]
-    value_norm_max: NDArray[np.float32]
     group_value_norms: NDArray[np.float32]
     group_error_norms: NDArray[np.float32]
     rtol: float

@@ -31,11 +31,6 @@ def attention(k: Raw, v: Raw, q: Raw, scale: float, dtype: str) -> Raw:
     return narrow(weights @ values / weights.sum(axis=2, keepdims=True), dtype)
 
 
-def value_norms(v: Raw, dtype: str) -> Norms:
-    """Largest norm of a value, float32 [Hkv], of `v` [Hkv, N, d]."""
-    return np.asarray(np.linalg.norm(widen(v, dtype), axis=2).max(axis=1).astype(np.float32))
-
-
 def group_numbers(v: Raw, dtype: str) -> tuple[Norms, Norms]:
     """Two numbers per head that depend on every value of a group, `v` [Hkv, 1024, d]."""
     wide = widen(v, dtype)
@@ -61,17 +56,14 @@ class FakeKernels:
         self.launches: list[int] = []  # calls in each
         self.during: Callable[[], None] = lambda: None  # runs inside every attend
 
-    def quantise_blocks(self, layout: Layout, memory: Memory, original_offsets: Offsets, hot_offsets: Offsets) -> Norms:
-        norms = []
+    def quantise_blocks(self, layout: Layout, memory: Memory, original_offsets: Offsets, hot_offsets: Offsets) -> None:
         for original, hot in zip(original_offsets.tolist(), hot_offsets.tolist(), strict=True):
             for head in range(layout.num_kv_heads):
                 at = hot + head * layout.hot_record_bytes
                 memory.hot[at : at + layout.hot_record_bytes] = 0
                 memory.hot[at : at + 16] = self._tags(layout, memory, original, head)
-            norms.append(value_norms(_block(layout, memory, original)[VALUE], layout.dtype))
         if self.quantise_faults:
             raise self.quantise_faults.pop()
-        return np.array(norms, np.float32).reshape(-1, layout.num_kv_heads)
 
     def group_norms(
         self, layout: Layout, memory: Memory, original_offsets: Offsets, hot_offsets: Offsets

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from fake_kernels import GROUP, Norms, attention, group_numbers, value_norms
+from fake_kernels import GROUP, Norms, attention, group_numbers
 from numpy.typing import NDArray
 from tierd_kernels.layout import NUMPY_DTYPE
 
@@ -192,15 +192,13 @@ class Model:
         layer = session.layers[row.layer]
         return attention(layer.k, layer.v, row.q, session.geometry.scale, session.geometry.dtype)
 
-    def norms(self, name: str, layer: int) -> tuple[Norms, Norms, Norms]:
-        """(largest value norm of full blocks [Hkv], and the two numbers of every complete group [G, Hkv])."""
+    def norms(self, name: str, layer: int) -> tuple[Norms, Norms]:
+        """The two numbers of every complete group, [G, Hkv]."""
         session = self.sessions[name]
         geometry, v = session.geometry, session.layers[layer].v
-        full = v.shape[1] // geometry.block_size * geometry.block_size
-        zero = np.zeros(geometry.num_kv_heads, np.float32)
-        groups = [group_numbers(v[:, i * GROUP : (i + 1) * GROUP], geometry.dtype) for i in range(full // GROUP)]
+        groups = [group_numbers(v[:, i * GROUP : (i + 1) * GROUP], geometry.dtype) for i in range(v.shape[1] // GROUP)]
         first, second = (np.array([g[i] for g in groups], np.float32).reshape(-1, geometry.num_kv_heads) for i in (0, 1))
-        return value_norms(v[:, :full], geometry.dtype) if full else zero, first, second
+        return first, second
 
     def _add(self, name: str, session: SessionModel) -> None:
         assert name not in self.sessions

@@ -122,7 +122,7 @@ class Machine:
         for name, session in self.engine.sessions.by_id.items():
             assert session.lengths == self.model.sessions[name].lengths
             for layer, state in enumerate(session.layers):
-                have = state.value_norm_max, state.group_value_norms, state.group_error_norms
+                have = state.group_value_norms, state.group_error_norms
                 for mine, expected in zip(have, self.model.norms(name, layer), strict=True):
                     np.testing.assert_array_equal(mine, expected)
 

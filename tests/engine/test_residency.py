@@ -67,7 +67,7 @@ class Machine(RuleBasedStateMachine):
                 self.table.give_hot(ids(block))
             return
         self.table.give_hot(ids(block))
-        self.table.seal(ids(block), np.ones((1, 2), np.float32))
+        self.table.seal(ids(block))
         self.blocks[block].full = True
 
     @precondition(lambda self: self.which(full=True))
@@ -219,7 +219,7 @@ def test_the_integrity_check_notices(damage: str) -> None:
     table = residency.table(LAYOUT)
     block = int(table.add_tails(2)[0])
     table.give_hot(ids(block))
-    table.seal(ids(block), np.ones((1, 2), np.float32))
+    table.seal(ids(block))
     copy = residency.begin_copy(table, 0, block, 1, 0)
     residency.check_integrity()
     match damage:
@@ -242,7 +242,7 @@ def test_a_corrupt_record_is_named() -> None:
     table = residency.table(LAYOUT)
     block = int(table.add_tails(1)[0])
     table.give_hot(ids(block))
-    table.seal(ids(block), np.ones((1, 2), np.float32))
+    table.seal(ids(block))
     table.require_sound(block)
     residency.arenas.memory.originals[table.record_offset(1, block, 1) + 5] ^= 0x20
     with pytest.raises(CertificateUnavailable, match=f"values of block {block}, KV head 1"):

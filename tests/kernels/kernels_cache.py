@@ -23,7 +23,6 @@ class Cache:
     values: NDArray[Any]
     hot: NDArray[np.int64]
     originals: NDArray[np.int64]
-    norm_max: NDArray[np.float32]
     groups: list[NDArray[np.float32]]
 
     @property
@@ -41,7 +40,7 @@ class Cache:
         scale = more.pop("softmax_scale", self.layout.head_dim**-0.5)
         return ladder.Call(
             q=q, num_tokens=self.num_tokens, softmax_scale=scale, hot_offsets=self.hot, original_offsets=self.originals,
-            key_locations=key, value_locations=value, value_norm_max=self.norm_max, rtol=rtol, atol=more.pop("atol", 0.0),
+            key_locations=key, value_locations=value, rtol=rtol, atol=more.pop("atol", 0.0),
             policy=policy, **norms, **more,
         )  # fmt: skip
 
@@ -69,7 +68,7 @@ def store(layout: Layout, keys: NDArray[Any], values: NDArray[Any]) -> Cache:
         view[0, :, :count] = keys[:, b * B : b * B + count]
         view[1, :, :count] = values[:, b * B : b * B + count]
     hot = np.arange(full, dtype=np.int64) * layout.hot_block_bytes
-    norms = ladder.quantise_blocks(layout, memory, originals[:full], hot)
+    ladder.quantise_blocks(layout, memory, originals[:full], hot)
     per = GROUP // B
     pairs = [
         ladder.group_norms(layout, memory, originals[g * per : (g + 1) * per], hot[g * per : (g + 1) * per])
@@ -77,5 +76,4 @@ def store(layout: Layout, keys: NDArray[Any], values: NDArray[Any]) -> Cache:
     ]
     heads = layout.num_kv_heads
     groups = [np.array([p[i] for p in pairs], np.float32).reshape(-1, heads) for i in range(2)]
-    top = norms.max(axis=0) if full else np.zeros(heads, np.float32)
-    return Cache(layout, memory, keys, values, hot, originals, top, groups)
+    return Cache(layout, memory, keys, values, hot, originals, groups)

@@ -62,8 +62,8 @@ class Arena:
         for i, at in enumerate(self.original_offsets):
             self.memory.originals[at : at + layout.original_block_bytes] = self.x[i].reshape(-1).view(np.uint8)
 
-    def quantise(self) -> NDArray[np.float32]:
-        return cpu.quantise_blocks(self.layout, self.memory, self.original_offsets, self.hot_offsets)
+    def quantise(self) -> None:
+        cpu.quantise_blocks(self.layout, self.memory, self.original_offsets, self.hot_offsets)
 
     def record(self, block: int, head: int) -> NDArray[np.uint8]:
         at = self.hot_offsets[block] + head * self.layout.hot_record_bytes
@@ -133,7 +133,7 @@ def test_compiled_equals_reference_and_annotations_hold(
     tokens, channels, group = geometry
     layout = Layout(HEADS, channels, tokens, group, dtype)
     arena = Arena(layout, 3, regime, seed=tokens + channels)
-    returned = arena.quantise()
+    arena.quantise()
     for block in range(arena.n):
         for head in range(HEADS):
             actual = reference.decode(arena.record(block, head), layout)
@@ -141,7 +141,6 @@ def test_compiled_equals_reference_and_annotations_hold(
             assert_same(actual, expected)
             for quantised in (actual, expected):
                 assert_annotations_dominate(quantised, arena.x[block, 0, head], arena.x[block, 1, head], layout)
-            assert returned[block, head] == actual.annotations[VALUE_NORM_MAX]
             assert reference.encode(actual, layout).tobytes() == arena.record(block, head).tobytes()
             if regime in ("random", "constant", "tiny", "zeros", "offset"):
                 assert actual.flags == 0
@@ -252,4 +251,6 @@ def test_offsets_outside_the_arenas_are_refused() -> None:
         cpu.group_norms(layout, arena.memory, np.repeat(good, 65), np.repeat(arena.hot_offsets, 65))
     with pytest.raises(ValueError, match="block_size, head_dim"):
         reference.quantise_block(np.zeros((16, 63), np.float16), np.zeros((16, 64), np.float16), layout)
-    assert cpu.quantise_blocks(layout, arena.memory, good[:0], good[:0]).shape == (0, 1)
+    before = arena.memory.hot.copy()
+    cpu.quantise_blocks(layout, arena.memory, good[:0], good[:0])
+    np.testing.assert_array_equal(arena.memory.hot, before)

@@ -143,7 +143,6 @@ class Batch:
             original_offsets=table.original_offset[state.ids],
             key_locations=locations[KEY],
             value_locations=locations[VALUE],
-            value_norm_max=state.value_norm_max,
             group_value_norms=state.group_value_norms,
             group_error_norms=state.group_error_norms,
             rtol=tolerance.rtol,
@@ -230,10 +229,7 @@ class Batch:
                 raise
         self._residency.drop_copies(table, blocks)
         memory = self._residency.arenas.memory
-        norms = self._kernels.quantise_blocks(
-            table.layout, memory, table.original_offset[blocks], table.hot_offset[blocks]
-        )
-        table.value_norm[blocks] = norms
+        self._kernels.quantise_blocks(table.layout, memory, table.original_offset[blocks], table.hot_offset[blocks])
         for session in self._sessions.values():
             if session.table is table:
                 for block in blocks.tolist():

@@ -31,7 +31,6 @@ class BlockTable:
         self.original_offset = np.full(0, -1, dtype=np.int64)
         self.references = np.zeros(0, dtype=np.int32)
         self.pins = np.zeros(0, dtype=np.int32)
-        self.value_norm = np.zeros((0, heads), dtype=np.float32)
         self.location = np.zeros((2, 0, heads), dtype=np.int64)
         self.checksum = np.zeros((2, 0, heads), dtype=np.uint64)
         self.copy_id = np.full((2, 0, heads), -1, dtype=np.int64)
@@ -60,9 +59,8 @@ class BlockTable:
         """Reserve hot slots for tails that are about to fill. Raises CapacityExceeded; nothing changes then."""
         self.hot_offset[ids] = self.arenas.hot.allocate_many(self.layout.hot_block_bytes, len(ids))
 
-    def seal(self, ids: Ids, value_norm: NDArray[np.float32]) -> None:
-        """Record full blocks: `value_norm` [m, Hkv] as measured, and checksums of the originals as they are now."""
-        self.value_norm[ids] = value_norm
+    def seal(self, ids: Ids) -> None:
+        """Record checksums of full blocks' originals as they are now."""
         for kind in (KEY, VALUE):
             self.checksum[kind, ids] = [[self._digest(o) for o in row] for row in self.record_offsets(kind, ids)]
 
@@ -70,7 +68,6 @@ class BlockTable:
         """Make a full block a tail again: its hot slot is freed, its originals stay."""
         self.arenas.hot.release(int(self.hot_offset[block]))
         self.hot_offset[block] = -1
-        self.value_norm[block] = 0.0
 
     def free(self, ids: Ids) -> None:
         """Give back blocks that nobody refers to and that have no copies."""
@@ -124,7 +121,7 @@ class BlockTable:
     def _grow(self) -> None:
         """Double the columns. The originals pool bounds the number of blocks, hence this."""
         old, extra = len(self.references), max(64, len(self.references))
-        for name in ("hot_offset", "original_offset", "references", "pins", "value_norm"):
+        for name in ("hot_offset", "original_offset", "references", "pins"):
             column = getattr(self, name)
             setattr(
                 self,

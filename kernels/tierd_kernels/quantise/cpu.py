@@ -47,8 +47,8 @@ assert len(KERNEL_FIELDS) == DTYPE and set(DTYPE_CODE.values()) == {0, 1, 2}
 
 
 @compiled()
-def quantise_record(p: NDArray[np.int64], keys: Bytes, values: Bytes, record: Bytes) -> float:
-    """One block of one KV head into its hot record; `p` is the layout's array. Returns max_t ||V_t||, rounded up."""
+def quantise_record(p: NDArray[np.int64], keys: Bytes, values: Bytes, record: Bytes) -> None:
+    """One block of one KV head into its hot record; `p` is the layout's array."""
     dim, tokens = p[DIM], p[TOKENS]
     record[:] = 0
     annotations = record[p[ANNOTATIONS] : p[ANNOTATIONS] + 32].view(np.float32)
@@ -87,8 +87,7 @@ def quantise_record(p: NDArray[np.int64], keys: Bytes, values: Bytes, record: By
     errors_out[:] = bf16_bits_above(math.inf)
     usable, amplitude = load(values, p[DTYPE], x), math.inf
     row_norms_above(x, norms)
-    value_norm_max = f32_above(norms.max())
-    annotations[VALUE_NORM_MAX] = value_norm_max
+    annotations[VALUE_NORM_MAX] = f32_above(norms.max())
     for t in range(tokens):
         norms_out[t] = bf16_bits_above(norms[t])
     if usable:
@@ -105,7 +104,6 @@ def quantise_record(p: NDArray[np.int64], keys: Bytes, values: Bytes, record: By
         flags |= RAW_VALUES
         clear(codes, scales, offsets)
     record[p[FLAGS] : p[FLAGS] + 4].view(np.uint32)[0] = flags
-    return value_norm_max
 
 
 @compiled(parallel=True)
@@ -115,7 +113,6 @@ def _quantise_blocks(
     originals: Bytes,
     original_offsets: NDArray[np.int64],
     hot_offsets: NDArray[np.int64],
-    out: NDArray[np.float32],
 ) -> None:
     heads, size, record = p[HEADS], p[ORIGINAL], p[RECORD]
     for i in numba.prange(hot_offsets.size * heads):
@@ -123,9 +120,7 @@ def _quantise_blocks(
         key_at = original_offsets[block] + head * size
         value_at = key_at + heads * size
         at = hot_offsets[block] + head * record
-        out[block, head] = quantise_record(
-            p, originals[key_at : key_at + size], originals[value_at : value_at + size], hot[at : at + record]
-        )
+        quantise_record(p, originals[key_at : key_at + size], originals[value_at : value_at + size], hot[at : at + record])
 
 
 @compiled()
@@ -199,15 +194,13 @@ def _check_blocks(
 
 def quantise_blocks(
     layout: Layout, memory: Memory, original_offsets: NDArray[np.int64], hot_offsets: NDArray[np.int64]
-) -> NDArray[np.float32]:
+) -> None:
     """Write the hot blocks of n full original blocks; offsets int64[n] in bytes. Hot blocks must not overlap.
 
-    Returns max_t ||V_t||, rounded up, float32[n, num_kv_heads]. Raises ValueError for offsets outside the arenas.
+    Raises ValueError for offsets outside the arenas.
     """
     _check_blocks(layout, memory, original_offsets, hot_offsets)
-    norms = np.empty((hot_offsets.size, layout.num_kv_heads), np.float32)
-    _quantise_blocks(layout.as_array, memory.hot, memory.originals, original_offsets, hot_offsets, norms)
-    return norms
+    _quantise_blocks(layout.as_array, memory.hot, memory.originals, original_offsets, hot_offsets)
 
 
 def group_norms(
