@@ -23,8 +23,9 @@ def bound_of(statistics: NDArray[np.float32], annotations: Annotations, keep: Ar
     args = (statistics, factor, annotations, np.arange(rows), keep, np.zeros((rows, blocks), np.bool_), norm, np.zeros(rows), dots)
     expected, got = reference.evaluate(*args), cpu.evaluate(*args)
     finite = np.isfinite(expected.total)
+    # The series of 1 - e^-x lies up to 0.5^6 / 720 above it, over a denominator of e^-0.5 and more: 3.6e-5.
     for name in Bound.__dataclass_fields__:
-        np.testing.assert_allclose(getattr(got, name)[finite], getattr(expected, name)[finite], rtol=2e-5, atol=1e-300, err_msg=name)
+        np.testing.assert_allclose(getattr(got, name)[finite], getattr(expected, name)[finite], rtol=4e-5, atol=1e-300, err_msg=name)
     assert (np.isfinite(expected.total) == np.isfinite(got.total)).all()
     return got
 
