@@ -36,7 +36,8 @@ class Certificate:
     candidate_bound: Numbers
     """The bound before anything was promoted."""
     rung: Counts
-    """How far up the ladder the head went: 0 quantised only, 1 original keys, 2 original values too, 3 exact, 4 exact like all heads."""
+    """How far up the ladder the head went: 0 quantised only, 1 with original keys of some blocks, 2 with original values of some
+    blocks (keys too, perhaps), 3 exact, 4 exact like every other head of the layer at this query token."""
     exact: Flags
     """Computed densely from the originals: `bound` is arithmetic alone."""
     value_norm: Numbers

@@ -316,7 +316,9 @@ class Step:
             host += np.sum(stored & cold, axis=2).reshape(-1) * self.layout.original_record_bytes
         keys, values = counts
         rung = np.where(values > 0, 2, np.where(keys > 0, 1, 0))
-        rung = np.where(exact, 4 if np.all(exact) else 3, rung)
+        shape = (self.heads * self.used // self.n, self.n)
+        whole_layer = np.broadcast_to(exact.reshape(shape).all(axis=0), shape).reshape(-1)
+        rung = np.where(whole_layer, 4, np.where(exact, 3, rung))
         visible = -(-self.visible_R[: self.used] // self.layout.block_size)
         skipped = np.where(exact, 0, np.tile(visible, self.heads) - keep.sum(axis=1))
         fields: dict[str, NDArray[np.generic]] = {name: x[use] for name, x in self.fields.items()}
@@ -324,7 +326,6 @@ class Step:
             "rung": rung, "exact": exact, "rank_certified": self.ranked[use], "promoted_key_blocks": keys,
             "promoted_value_blocks": values, "skipped_blocks": skipped, "host_bytes": host,
         }  # fmt: skip
-        shape = (self.heads * self.used // self.n, self.n)
         return Result(
             self.output[use].reshape(*shape, self.d),
             {name: np.ascontiguousarray(x.reshape(shape)) for name, x in fields.items()},

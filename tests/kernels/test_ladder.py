@@ -84,6 +84,9 @@ def test_every_reply_is_certified_or_exact(
     assert not result.canary_failures
     if rtol == 0.0:
         assert result.certificate["exact"].all()
+    exact, rung = result.certificate["exact"], result.certificate["rung"]
+    np.testing.assert_array_equal(rung >= 3, exact)
+    np.testing.assert_array_equal((rung == 4).any(axis=0), exact.all(axis=0))
 
 
 @given(
