@@ -70,7 +70,9 @@ class Step:
         self.space = space
         self.weights = space.take("weights", (self.heads, self.rows, self.num_blocks * layout.block_size), np.float32)
         self.weights[:, self.used :] = 0.0
-        self.statistics = space.zeros("statistics", (NUM_STATISTICS, all_rows, self.num_blocks), np.float32)
+        # Rows that see every block, without padding among them, have all their statistics written; else absent blocks must read zero.
+        whole = self.n == 1 and self.used == self.rows
+        self.statistics = (space.take if whole else space.zeros)("statistics", (NUM_STATISTICS, all_rows, self.num_blocks), np.float32)
         self.factor = space.zeros("factor", (all_rows, self.num_blocks), np.float64)
         self.partial = space.take("partial", (self.heads, self.rows, groups, self.d), np.float64)
         self.output = np.zeros((all_rows, self.d), call.q.dtype)

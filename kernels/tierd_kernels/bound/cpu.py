@@ -272,14 +272,21 @@ def kept_mass(statistics_sRb: Singles, factor_Rb: Doubles, keep_Rb: Flags, rows_
 @compiled(parallel=True)
 def largest_shares(key_ib: Doubles, value_ib: Doubles, budget_i: Doubles, head_i: Ints, out_kbH: Singles) -> None:
     """Raises out_kbH float32 [2, blocks, Hkv] to the blocks' shares of the budget, the largest over the rows of a head."""
-    for k in prange(2):
+    blocks, heads = out_kbH.shape[1], out_kbH.shape[2]
+    for item in prange(2 * heads):
+        k, h = item % 2, item // 2
         shares = key_ib if k == 0 else value_ib
+        largest_b = np.zeros(blocks)
         for i in range(len(budget_i)):
-            h = head_i[i]
-            for b in range(out_kbH.shape[1]):
+            if head_i[i] != h:
+                continue
+            for b in range(blocks):
                 share = shares[i, b] / budget_i[i]
-                if share > out_kbH[k, b, h]:
-                    out_kbH[k, b, h] = min(share, SHARE_MAX)
+                largest_b[b] = share if share > largest_b[b] else largest_b[b]  # a NaN raises nothing
+        for b in range(blocks):
+            share = min(largest_b[b], SHARE_MAX)
+            if share > out_kbH[k, b, h]:
+                out_kbH[k, b, h] = share
 
 
 NO_FLAGS = np.zeros((0, 0), np.bool_)
