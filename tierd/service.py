@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tierd_kernels.layout import HEAD_DIMS
 from tierd_kernels.policy import Budget, Coverage
 from tierd_proto import coding
 from tierd_proto.v1 import tierd_pb2 as pb
@@ -197,6 +198,7 @@ def handshake_reply(settings: Settings, epoch: str, worker: str) -> pb.Handshake
         max_tokens=settings.max_tokens,
         stream_requests_max=settings.stream_requests_max,
         timeout_s_max=settings.timeout_s_max,
+        head_dims=HEAD_DIMS,
     )
     return pb.HandshakeReply(protocol=PROTOCOL, worker=worker, epoch=epoch, limits=limits, backend=settings.backend)
 

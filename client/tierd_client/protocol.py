@@ -97,7 +97,9 @@ def limits_of(reply: pb.HandshakeReply) -> Limits:
     if reply.protocol != PROTOCOL:
         raise DaemonUnavailable(f"the daemon speaks protocol {reply.protocol}; this client speaks {PROTOCOL}")
     limits = reply.limits
-    return Limits(limits.message_bytes_max, limits.max_tokens, limits.stream_requests_max, limits.timeout_s_max)
+    return Limits(
+        limits.message_bytes_max, limits.max_tokens, limits.stream_requests_max, limits.timeout_s_max, tuple(limits.head_dims)
+    )
 
 
 def open_session(geometry: Geometry, tolerance: Tolerance, policy: Policy, max_tokens: int) -> Call[str]:

@@ -145,9 +145,11 @@ def as_tolerance(value: object) -> Tolerance:
 @dataclass(frozen=True)
 class Limits:
     """What the daemon allows. `message_bytes_max`: one message either way; `max_tokens`: of one session; `stream_requests_max`: attend
-    and step calls of this connection in flight at once; `timeout_s_max`: the longest timeout, seconds."""
+    and step calls of this connection in flight at once; `timeout_s_max`: the longest timeout, seconds; `head_dims`: what `head_dim` of a
+    geometry may be."""
 
     message_bytes_max: int
     max_tokens: int
     stream_requests_max: int
     timeout_s_max: float
+    head_dims: tuple[int, ...]

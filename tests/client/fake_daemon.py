@@ -12,7 +12,7 @@ from tierd_proto import coding
 from tierd_proto.v1 import tierd_pb2 as pb
 from tierd_proto.v1.tierd_pb2_grpc import TierServicer, add_TierServicer_to_server
 
-LIMITS = pb.Limits(message_bytes_max=64 << 10, max_tokens=1000, stream_requests_max=4, timeout_s_max=60.0)
+LIMITS = pb.Limits(message_bytes_max=64 << 10, max_tokens=1000, stream_requests_max=4, timeout_s_max=60.0, head_dims=[64])
 
 
 class FakeDaemon(TierServicer):

@@ -21,6 +21,7 @@ from tierd_client import (
     Tolerance,
     connect,
 )
+from tierd_kernels.layout import HEAD_DIMS
 from tierd_proto.coding import CERTIFICATE_COLUMNS
 
 GEOMETRY = Geometry(num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=64, dtype="float32")
@@ -64,6 +65,7 @@ def test_a_session_from_opening_to_closing(tier: Any) -> None:
 
 def test_what_the_handshake_said(tier: Any) -> None:
     assert (tier.backend, tier.limits.message_bytes_max, tier.limits.max_tokens) == ("cpu", 1 << 20, 4000)
+    assert tier.limits.head_dims == HEAD_DIMS
     assert tier.status()["epoch"] == tier.epoch
 
 

@@ -19,7 +19,10 @@ class FakeTier:
     """`open`: sessions not closed. `calls`: how often each method ran. `fail_at[method]`: {number of the call, from 0: error}."""
 
     def __init__(self, message_bytes_max: int = 64 << 20, max_sessions: int = 1000) -> None:
-        self.limits = Limits(message_bytes_max=message_bytes_max, max_tokens=1 << 20, stream_requests_max=64, timeout_s_max=60.0)
+        self.limits = Limits(
+            message_bytes_max=message_bytes_max, max_tokens=1 << 20, stream_requests_max=64, timeout_s_max=60.0,
+            head_dims=(64, 80, 96, 128, 256),
+        )  # fmt: skip
         self.max_sessions = max_sessions
         self.open: set[FakeSession] = set()
         self.calls: Counter[str] = Counter()

@@ -49,6 +49,27 @@ def test_configurations(name: str, changes: dict[str, Any], feature: str) -> Non
         TierdCache(FakeTier(), config, tolerance=EXACT, max_tokens=64)
 
 
+@pytest.mark.parametrize(("name", "changes", "size"), [
+    ("llama", {"head_dim": 32}, 32),
+    ("llama", {"head_dim": None, "hidden_size": 384, "num_attention_heads": 8}, 48),
+    ("gpt2", {"n_embd": 256, "n_head": 8}, 32),
+])
+def test_heads_of_a_size_that_is_not_served(name: str, changes: dict[str, Any], size: int) -> None:
+    with pytest.raises(UnsupportedModel, match=f"head_dim: the model's heads have {size} channels; allowed: 64, 80, 96, 128, 256"):
+        TierdCache(FakeTier(), AutoConfig.for_model(name, **changes), tolerance=EXACT, max_tokens=64)
+
+
+def test_what_the_configuration_does_not_say_is_refused_in_the_first_forward(llama: PreTrainedModel) -> None:
+    attend, small, double = AttentionInterface()["tierd"], torch.ones(1, 2, 1, 32), torch.ones(1, 2, 1, 64, dtype=torch.float64)
+    for tensor, feature in ((small, "head_dim: the model's heads have 32"), (double, "dtype: the model computes in float64; allowed: fl")):
+        tier = FakeTier()
+        cache = cached(llama, tier)
+        query = tensor.repeat_interleave(2, dim=1)
+        with pytest.raises(UnsupportedModel, match=feature):
+            attend(llama.model.layers[0].self_attn, query, *cache.update(tensor, tensor.clone(), 0), None)
+        assert not tier.open
+
+
 @pytest.mark.parametrize(("name", "changes"), [
     ("mistral", {"sliding_window": 64}),
     ("qwen2", {"sliding_window": 32, "use_sliding_window": False}),

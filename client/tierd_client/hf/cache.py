@@ -20,8 +20,9 @@ class TierdCache(Cache):
     and end with `close`, the `with` block or the connection; sessions that are collected release themselves. `max_tokens`
     bounds the real tokens of each row.
 
-    Raises UnsupportedModel for a configuration that asks for more than causal attention over at most `max_tokens` tokens, and
-    InvalidArgument for a wrong tolerance, policy or limit. A forward that fails leaves the cache as it was before.
+    Raises UnsupportedModel for a configuration that asks for more than causal attention over at most `max_tokens` tokens, or for heads
+    of a size that the daemon does not serve, and InvalidArgument for a wrong tolerance, policy or limit. A forward that fails leaves
+    the cache as it was before.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class TierdCache(Cache):
     ) -> None:
         text_config = config.get_text_config(decoder=True)
         check_count("max_tokens", max_tokens, 1, tier.limits.max_tokens)
-        check_config(text_config, max_tokens)
+        check_config(text_config, max_tokens, tier.limits.head_dims)
         options = Options(tier, text_config, as_tolerance(tolerance), as_policy(policy), max_tokens)
         self._start(Store(options))
 

@@ -3,10 +3,11 @@
 Nothing here knows names of models: a model is refused for what it asks of its attention.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from tierd_proto.coding import DTYPES
 from transformers import masking_utils
 
 from tierd_client.hf.errors import UnsupportedModel, unsupported
@@ -54,8 +55,9 @@ _ALL_OF = masking_utils.and_masks().__code__
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
 
 
-def check_config(config: Any, max_tokens: int) -> None:
-    """Raises UnsupportedModel for a text configuration whose attention is more than causal and full within `max_tokens`."""
+def check_config(config: Any, max_tokens: int, head_dims: Sequence[int]) -> None:
+    """Raises UnsupportedModel for a text configuration whose attention is more than causal and full within `max_tokens`, or whose heads
+    have none of the sizes `head_dims`."""
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise unsupported("cross-attention", "only decoders that attend to their own tokens can be cached")
     if not getattr(config, "is_causal", True):
@@ -74,6 +76,22 @@ def check_config(config: Any, max_tokens: int) -> None:
         raise unsupported(kind, "layers of this type cannot be cached; allowed: full_attention, sliding_attention")
     if "sliding_attention" in kinds:
         check_window(config.sliding_window, max_tokens)
+    hidden_size, num_heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    head_dim = getattr(config, "head_dim", None) or (hidden_size // num_heads if hidden_size and num_heads else None)
+    if head_dim is not None:  # else its keys will tell, in the first forward
+        check_head_dim(head_dim, head_dims)
+
+
+def check_head_dim(head_dim: int, head_dims: Sequence[int]) -> None:
+    """Raises UnsupportedModel unless `head_dim` is one of the sizes `head_dims` that the daemon serves."""
+    if head_dim not in head_dims:
+        raise unsupported("head_dim", f"the model's heads have {head_dim} channels; allowed: {', '.join(map(str, head_dims))}")
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises UnsupportedModel unless keys and values of `dtype` can be stored."""
+    if dtype not in DTYPES:
+        raise unsupported("dtype", f"the model computes in {dtype}; allowed: {', '.join(DTYPES)}")
 
 
 def check_window(window: int | None, max_tokens: int) -> None:

@@ -18,7 +18,7 @@ from tierd_client.hf.batch import Batch
 from tierd_client.hf.errors import IncompleteForward, unsupported
 from tierd_client.hf.handover import HandOver, offer
 from tierd_client.hf.masks import real_tokens
-from tierd_client.hf.refusals import Mask, check_implementation
+from tierd_client.hf.refusals import Mask, check_dtype, check_head_dim, check_implementation
 from tierd_client.hf.summary import Summary, Tally
 from tierd_client.session import Session
 from tierd_client.tier import Tier
@@ -179,13 +179,17 @@ class Store:
         self._forward = Forward(rows, n)
 
     def _open(self, q: torch.Tensor, key: torch.Tensor, scaling: float | None) -> Batch:
-        """The batch, opened if this is the first attention call. Raises UnsupportedModel if layers differ in shape or scale."""
+        """The batch, opened if this is the first attention call. Raises UnsupportedModel for heads or types that are not served, and if
+        layers differ in shape or scale."""
+        dtype = str(key.dtype).removeprefix("torch.")
+        check_head_dim(key.shape[3], self.options.tier.limits.head_dims)
+        check_dtype(dtype)
         geometry = Geometry(
             num_layers=self.options.num_layers,
             num_q_heads=q.shape[1],
             num_kv_heads=key.shape[1],
             head_dim=key.shape[3],
-            dtype=str(key.dtype).removeprefix("torch."),
+            dtype=dtype,
             softmax_scale=None if scaling is None else float(scaling),
         )
         if self._batch is None:

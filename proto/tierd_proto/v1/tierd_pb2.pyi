@@ -36,16 +36,18 @@ class Tensor(_message.Message):
     def __init__(self, dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., inline: _Optional[bytes] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("message_bytes_max", "max_tokens", "stream_requests_max", "timeout_s_max")
+    __slots__ = ("message_bytes_max", "max_tokens", "stream_requests_max", "timeout_s_max", "head_dims")
     MESSAGE_BYTES_MAX_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     STREAM_REQUESTS_MAX_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_MAX_FIELD_NUMBER: _ClassVar[int]
+    HEAD_DIMS_FIELD_NUMBER: _ClassVar[int]
     message_bytes_max: int
     max_tokens: int
     stream_requests_max: int
     timeout_s_max: float
-    def __init__(self, message_bytes_max: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stream_requests_max: _Optional[int] = ..., timeout_s_max: _Optional[float] = ...) -> None: ...
+    head_dims: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, message_bytes_max: _Optional[int] = ..., max_tokens: _Optional[int] = ..., stream_requests_max: _Optional[int] = ..., timeout_s_max: _Optional[float] = ..., head_dims: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class HandshakeRequest(_message.Message):
     __slots__ = ("protocol", "client")
