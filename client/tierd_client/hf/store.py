@@ -203,10 +203,7 @@ class Store:
 
     def _open_session(self, geometry: Geometry) -> Session:
         o = self.options
-        try:
-            return o.tier.open_session(geometry, tolerance=o.tolerance, policy=o.policy, max_tokens=o.max_tokens)
-        except InvalidArgument as error:  # all but the geometry was checked when the cache was made
-            raise unsupported("geometry", str(error)) from error
+        return o.tier.open_session(geometry, tolerance=o.tolerance, policy=o.policy, max_tokens=o.max_tokens)
 
     def _read_mask(self, forward: Forward, batch: Batch, mask: Mask) -> None:
         """Layers mostly share one mask, which is then compared once."""
