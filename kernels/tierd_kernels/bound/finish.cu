@@ -2,8 +2,9 @@
 // One thread block a row, and a lane a group of 1024 tokens.
 constexpr float SAFETY = 1.f + 1.f / 1024, THETA = 3e-5f, LOW_ROUNDING = 1.f + 1.f / 16384, NORM_RETURN = 1.f / (1.f + 1.f / 128) - 1.f / 16384;
 constexpr float LEAST = 0x1p-40f;  // in units: over FP32 sums that underflow
-// One MMA over 17 aligned and truncated addends loses at most 34 u of their absolute sum (a self-test at start holds the device to
-// it); TILE tokens an MMA, 32 MMAs at most into one accumulator (a warp's blocks of a split). Two FP16 parts of a weight: 2^-22. Warps and splits: 16 additions.
+// One MMA over 17 aligned and truncated addends loses at most 34 u of their absolute sum (an assumption: 6.5 u is the worst that was
+// measured); TILE tokens an MMA, 32 MMAs at most into one accumulator (a warp's blocks of a split). Two FP16 parts of a weight: 2^-22.
+// Warps and splits: 16 additions.
 constexpr float VALUE_ROUNDING = (32 * 34 + 4 + 24) * U32F;
 
 constexpr int FINISH_WARPS = 16, THREADS = FINISH_WARPS * LANES, SLICES = THREADS / D, GROUP_TOKENS = 1024;
