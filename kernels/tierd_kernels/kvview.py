@@ -107,10 +107,12 @@ class KVView:
         )  # fmt: skip
 
     def value_error_max(self, layout: Layout, memory: Memory, hot_offsets: NDArray[np.int64]) -> Array:
-        """The largest eta_t of each block, [H, b]; zero for the trailing one."""
+        """The largest eta_t of each block, [H, b]; zero where values are original: in raw blocks, whose annotation is infinite, and in
+        the trailing one."""
         records = hot_offsets[None, :] + np.arange(layout.num_kv_heads)[:, None] * layout.hot_record_bytes
         at = (records + layout.value_error_at)[..., None] // 2 + np.arange(layout.block_size)
         eta = widen(memory.hot.view(np.uint16)[at].max(axis=2), "bfloat16") / self.unit_H[:, None]
+        eta[self.raw_values_Hb] = 0.0
         return np.pad(eta, ((0, 0), (0, self.value_norm_max_Hb.shape[1] - len(hot_offsets))))
 
     def annotations(self, rows: int) -> Annotations:

@@ -4,6 +4,8 @@ Row h * rows + r belongs to KV head h; r counts (query head of the group, query 
 the kernels, which are done from the start. Norms are in units of the KV head (`KVView.unit_H`) until the reply is written.
 """
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,6 +35,7 @@ SCORE_CHUNK = 8  # blocks per work item of the score pass
 NORM_RETURN = 1.0 / (1.0 + 2.0**-7) - 2.0**-15
 FP32_SCORE_MAX = 1e30  # where |q| |k|, or the scale, reaches further, FP32 may overflow on the way: such rows go to float64
 SKIP_SHARE_HELD_BACK = 0.1  # masses are relative to the whole when blocks are chosen, to what is kept when the bound is taken
+BUDGET_MAX = 1e250  # keeps a budget finite in any unit
 # What a selection aims at, as shares of the budget: the second try is for what the first misjudged.
 TARGETS = (0.9, 0.5)
 
@@ -53,9 +56,11 @@ class Step:
         self.visible_R[: self.used] = np.tile(seen, self.used // self.n)
         self.q_HRd, self.scale_HR = np.zeros((self.heads, self.rows, self.d)), np.ones((self.heads, self.rows))
         q = widen(call.q[:, start:stop], layout.dtype).reshape(self.heads, self.used, self.d)
-        exponent = np.frexp(np.max(np.abs(q), axis=2))[1]
+        scale = float(call.softmax_scale)
+        # The scale must stay finite: against keys of zeros any may be asked for.
+        exponent = np.minimum(np.frexp(np.max(np.abs(q), axis=2))[1], 1000 - math.frexp(scale)[1])
         self.q_HRd[:, : self.used] = np.ldexp(q, -exponent[..., None])
-        self.scale_HR[:, : self.used] = np.ldexp(np.full(exponent.shape, float(call.softmax_scale)), exponent)
+        self.scale_HR[:, : self.used] = np.ldexp(np.full(exponent.shape, scale), exponent)
         self.num_blocks = -(-self.num_tokens // layout.block_size)
         self.full = min(len(call.hot_offsets), self.num_blocks)
         self.hot_offsets, self.original_offsets = call.hot_offsets[: self.full], call.original_offsets[: self.num_blocks]
@@ -91,7 +96,7 @@ class Step:
 
     def run(self) -> Result:
         """Climbs until every row is certified or exact. Raises ScoreOverflow."""
-        with np.errstate(invalid="ignore"):  # zero times infinity: such a row does not fit either
+        with np.errstate(over="ignore", invalid="ignore"):  # a norm of keys beyond FP32 is infinite; such rows do not fit
             reach = np.abs(self.scale_HR) * np.maximum(np.linalg.norm(self.q_HRd, axis=2) * self.view.key_norm_max_H[:, None], 1.0)
         fits = (reach < FP32_SCORE_MAX).reshape(-1) & ~self.done
         failures: list[tuple[int, int]] = []
@@ -170,9 +175,13 @@ class Step:
 
     def _budgets(self, rows: Rows, bound: Bound, output_norm: Array) -> Array:
         vbar = np.maximum(bound.value_norm * NORM_RETURN - 2.0 * NORM_FLOOR, 0.0)
-        relative = output_norm if self.call.relative_to == "output" else vbar
-        with np.errstate(invalid="ignore"):
-            return np.asarray((self.call.atol / self.unit_R[rows] + self.call.rtol * relative) * (1.0 - 2.0**-20))
+        return self._budget_of(rows, output_norm if self.call.relative_to == "output" else vbar)
+
+    def _budget_of(self, rows: Rows, reference: Array) -> Array:
+        """The budgets, rounded down; NaN, which nothing meets, where the reference is not a number."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            asked = self.call.atol / self.unit_R[rows] + self.call.rtol * reference
+            return np.minimum(asked * (1.0 - 2.0**-20), BUDGET_MAX)
 
     # -- policies -------------------------------------------------------------------------------------------------------------
 
@@ -277,10 +286,9 @@ class Step:
             bound = grow * (np.expm1(eps) * (norm + output_norm) + rounding + lost) * SAFETY
         bound = np.fmin(bound, (norm_max + output_norm) * SAFETY)
         unit = self.unit_R[rows]
-        relative = output_norm if self.call.relative_to == "output" else norm
         self.fields["bound"][rows] = bound * unit
         self.fields["arith_error"][rows] = bound * unit
-        self.fields["budget"][rows] = (self.call.atol + self.call.rtol * relative * unit) * (1.0 - 2.0**-20)
+        self.fields["budget"][rows] = self._budget_of(rows, output_norm if self.call.relative_to == "output" else norm) * unit
         self.fields["value_norm"][rows] = norm * unit
         self.fields["output_norm"][rows] = output_norm * unit
         for name in ("key_error", "value_error", "skip_error"):
