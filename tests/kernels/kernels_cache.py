@@ -1,48 +1,13 @@
 """A stored cache for kernel tests: arenas filled by the quantiser, poisoned where nothing was written."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from stored import GROUP, Cache
 from tierd_kernels import ladder
 from tierd_kernels.kvview import narrow
 from tierd_kernels.layout import NUMPY_DTYPE, Layout, Memory
-from tierd_kernels.policy import Policy
-
-GROUP = 1024
-
-
-@dataclass
-class Cache:
-    """`keys`, `values` [Hkv, N, d] raw originals; offsets and locations as `ladder.Call` wants them."""
-
-    layout: Layout
-    memory: Memory
-    keys: NDArray[Any]
-    values: NDArray[Any]
-    hot: NDArray[np.int64]
-    originals: NDArray[np.int64]
-    groups: list[NDArray[np.float32]]
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.keys.shape[1])
-
-    def locations(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        heads, size = self.layout.num_kv_heads, self.layout.original_record_bytes
-        key = self.originals[: len(self.hot), None] + np.arange(heads) * size
-        return ~key, ~(key + heads * size)
-
-    def call(self, q: NDArray[Any], rtol: float, policy: Policy, **more: Any) -> ladder.Call:
-        key, value = self.locations()
-        norms = {"group_value_norms": self.groups[0], "group_error_norms": self.groups[1]}
-        scale = more.pop("softmax_scale", self.layout.head_dim**-0.5)
-        return ladder.Call(
-            q=q, num_tokens=self.num_tokens, softmax_scale=scale, hot_offsets=self.hot, original_offsets=self.originals,
-            key_locations=key, value_locations=value, rtol=rtol, atol=more.pop("atol", 0.0),
-            policy=policy, **norms, **more,
-        )  # fmt: skip
 
 
 def raw(x: NDArray[np.float64], dtype: str) -> NDArray[Any]:

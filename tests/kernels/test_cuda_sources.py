@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tierd_kernels.cuda.record import FLAGS, LANES, NOTES, TILE, Record, encode
-from tierd_kernels.cuda.sources import SHARED_MAX, SOURCES, shared_bytes, source
+from tierd_kernels.cuda.sources import PARTS, SHARED_MAX, shared_bytes, source
 from tierd_kernels.layout import BLOCK_SIZES, HEAD_DIMS, VALUE_GROUPS, Layout
 from tierd_kernels.quantise.reference import quantise_block
 
@@ -49,7 +49,7 @@ def test_a_record_holds_every_code_and_scale_where_a_lane_looks_for_it(d: int, B
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.head_dim}-{x.block_size}-{x.value_group}-{x.dtype}")
-@pytest.mark.parametrize("kernel", SOURCES)
+@pytest.mark.parametrize("kernel", PARTS)
 def test_a_source_compiles_for_hopper_within_its_registers(kernel: str, layout: Layout, tmp_path: Path) -> None:
     text, options = source(layout, kernel)
     (tmp_path / "kernel.cu").write_text(text)
@@ -59,9 +59,9 @@ def test_a_source_compiles_for_hopper_within_its_registers(kernel: str, layout: 
     assert done.returncode == 0, done.stderr
     assert "error" not in done.stderr
     assert max(map(int, re.findall(r"(\d+) bytes spill", done.stderr))) <= SPILL_BYTES_MAX, done.stderr
-    (static,) = re.findall(r"(\d+) bytes smem", done.stderr)
+    static = sum(map(int, re.findall(r"(\d+) bytes smem", done.stderr)))
     (registers,) = re.findall(r"Used (\d+) registers", done.stderr)
-    assert int(static) + shared_bytes(layout, kernel) <= SHARED_MAX and int(registers) < REGISTERS_MAX
+    assert static + shared_bytes(layout, kernel) <= SHARED_MAX and int(registers) < REGISTERS_MAX
     ptx = (tmp_path / "kernel.ptx").read_text()
     for instruction in MMA.get(kernel, ()):
         assert instruction in ptx

@@ -23,16 +23,15 @@ __device__ __forceinline__ u32 part(float x, float y, float low) {
   return as_bits(__floats2half2_rn(fmaf(-low, high.x, x), fmaf(-low, high.y, y)));
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *calls, int heads, int group) {
+extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *calls, int heads, int group, int again) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Call &call = calls[blockIdx.z];
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4;
   const int tiles = (group * call.n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
-  if (blockIdx.x >= heads * tiles || split > call.splits) return;
+  if (blockIdx.x >= heads * tiles || split > call.splits || call.exact_only) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = h * tiles + tile;
-  __shared__ float tops[WARPS][ROW_TILE];
-  const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE;
-  const int splits = call.splits + (call.tokens > call.full * BLOCK);
+  if (again && !any_row(call, h, group, tile, PROMOTED)) return;
+  __shared__ float tops[ROW_TILE];
   constexpr int STAGE_BYTES = (VALUE_BYTES + WEIGHT_FLOATS * 4 + 127) & ~127;  // a tile of tokens
   unsigned char *stage = shared + warp * VALUE_STAGES * STAGE_BYTES;
   __shared__ u64 bars[WARPS][VALUE_STAGES];
@@ -56,24 +55,16 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   const int items = count * TILES;
   for (int i = 0; i < min(items, VALUE_STAGES); i++) issue(i, i);
 
-  float largest = -INFINITY;  // the rows' largest score
-  for (int i = threadIdx.x / ROW_TILE; i < splits; i += WARPS * LANES / ROW_TILE)
-    largest = fmaxf(largest, partials[(i64)i * PARTIALS * ROW_TILE + SPLIT_TOP * ROW_TILE + threadIdx.x % ROW_TILE]);
-#pragma unroll
-  for (int bit = 4; bit < 32; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
-  if (lane < ROW_TILE) tops[warp][lane] = largest;
-  __syncthreads();
+  row_tops(call, base, tops);
   const int row = r & 3;
-  float top = tops[0][row];
-#pragma unroll
-  for (int w = 1; w < WARPS; w++) top = fmaxf(top, tops[w][row]);
+  const float top = tops[row];
   float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
 
   if (tail) {
     const int count = call.tokens - call.full * BLOCK;
     if (!count) return;
     const unsigned char *values = call.originals + call.original[call.full] + (i64)(heads + h) * ORIGINAL_BYTES;
-    float top = fmaxf(fmaxf(tops[0][warp], tops[1][warp]), fmaxf(tops[2][warp], tops[3][warp]));
+    const float top = tops[warp];
     const float *w = call.weights + ((i64)base * (call.full + 1) + call.full) * TILES * WEIGHT_FLOATS;
     float factor = exp2_approx(w[TOPS_AT + warp] - top);
     for (int i = lane; i < D; i += LANES) {

@@ -1,37 +1,20 @@
 // Puts a row together: the output from the splits' sums, its norms, and the bound of CERTIFICATE.md, "The bound".
 // One thread block a row, and a lane a group of 1024 tokens.
-constexpr float SAFETY = 1.f + 1.f / 1024, THETA = 3e-5f, LOW_ROUNDING = 1.f + 1.f / 16384, NORM_RETURN = 1.f / (1.f + 1.f / 128) - 1.f / 16384;
-constexpr float LEAST = 0x1p-40f;  // in units: over FP32 sums that underflow
-// One MMA over 17 aligned and truncated addends loses at most 34 u of their absolute sum (an assumption: 6.5 u is the worst that was
-// measured); TILE tokens an MMA, 32 MMAs at most into one accumulator (a warp's blocks of a split). Two FP16 parts of a weight: 2^-22.
-// Warps and splits: 16 additions.
-constexpr float VALUE_ROUNDING = (32 * 34 + 4 + 24) * U32F;
+constexpr float NORM_RETURN = 1.f / (1.f + 1.f / 128) - 1.f / 16384;
 
-constexpr int FINISH_WARPS = 16, THREADS = FINISH_WARPS * LANES, SLICES = THREADS / D, GROUP_TOKENS = 1024;
-constexpr float ROOM = 1.f + 1e-5f;  // FP32 sums of at most a thousand positive terms
+constexpr int FINISH_WARPS = 16, THREADS = FINISH_WARPS * LANES, SLICES = THREADS / D;
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int bit = 16; bit; bit >>= 1) x += __shfl_xor_sync(~0u, x, bit);
-  return x;
-}
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int bit = 16; bit; bit >>= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, bit));
-  return x;
-}
-
-__device__ __forceinline__ double store(void *p, i64 i, double x) {
-  if (DTYPE == 0) return __half2float(((__half *)p)[i] = __double2half(x));
-  if (DTYPE == 1) return __bfloat162float(((__nv_bfloat16 *)p)[i] = __double2bfloat16(x));
-  return ((float *)p)[i] = (float)x;
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, int heads, int group) {
+extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, int heads, int group, int again) {
   const Call &call = calls[blockIdx.z];
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   const int h = blockIdx.y, index = blockIdx.x, tile = index / ROW_TILE, row = index % ROW_TILE;
   if (index >= rows) return;
+  int *state = call.state + h * rows + index;
+  if (call.exact_only) {
+    if (threadIdx.x == 0) *state = DUE;
+    return;
+  }
+  if (again && *state != PROMOTED) return;
   __shared__ double slices[SLICES][D];
   __shared__ float stored[D], norms[2][FINISH_WARPS], dots[SPLITS_MAX];
   const int full = call.full, per = call.per, tokens = call.tokens, unit = call.unit[h];
@@ -75,6 +58,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
   __syncthreads();
   norm2 = warp_sum(lane < FINISH_WARPS ? norms[0][lane] : 0.f), error2 = warp_sum(lane < FINISH_WARPS ? norms[1][lane] : 0.f);
   const float o = sqrtf(norm2) * ROOM + LEAST, rounding = sqrtf(error2) * ROOM + LEAST;
+  float *out_dots = call.dots + (i64)(h * rows + index) * (call.splits + 1);
   constexpr int AHEAD = 4;  // splits whose loads are under way together
   for (int first = warp; first < splits; first += FINISH_WARPS * AHEAD) {
     float dot[AHEAD];
@@ -89,43 +73,29 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
       dot[k] = warp_sum(dot[k]);
-      if (lane == 0 && first + k * FINISH_WARPS < splits) dots[first + k * FINISH_WARPS] = dot[k] * unit_factor(unit) / mass;
+      if (lane == 0 && first + k * FINISH_WARPS < splits)
+        dots[first + k * FINISH_WARPS] = out_dots[first + k * FINISH_WARPS] = dot[k] * unit_factor(unit) / mass;
     }
   }
   __syncthreads();
   if (warp) return;
 
-  // A lane takes a group of 1024 tokens, or the groups of a larger split; the trailing block is a group of its own.
-  const int together = max(1, GROUP_TOKENS / (per * BLOCK)), spanned = max(1, per * BLOCK / GROUP_TOKENS), groups = (call.splits + together - 1) / together + (splits > call.splits);
+  const Groups groups(call);  // a lane each
   float key = 0.f, value = 0.f, low = 0.f, norm = 0.f, failed = 0.f, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
-  for (int k = lane; k < groups; k += LANES) {
-    const bool trailing = k * together >= call.splits;
-    const int first = trailing ? call.splits : k * together, last = trailing ? splits : min(first + together, call.splits);
-    float t1 = 0.f, g = 0.f, spread = 0.f, used = 0.f, error = 0.f, amplitude = 0.f, squares = 0.f, coded = 0.f, a2 = 0.f, rho = 0.f, dot = 0.f;
+  for (int k = lane; k < groups.count; k += LANES) {
+    const int first = min(k * groups.together, call.splits), last = first == call.splits ? splits : min(first + groups.together, call.splits);
+    Group x = {};
     for (int i = first; i < last; i++) {
       const float f = exp2_approx(part(i, SPLIT_TOP) - top) / mass;
-      t1 += f * part(i, T1), g += f * part(i, MASS_ERROR), spread += f * part(i, SPREAD), used += f * part(i, USED);
-      error += f * part(i, ERROR2), amplitude += f * part(i, AMPLITUDE), squares += f * part(i, KEY_SQUARES) * f;
-      coded += f * part(i, VALUE), a2 += f * part(i, SQUARES) * f, rho += f * part(i, MASS), dot += dots[i];
+      x.t1 += f * part(i, T1), x.g += f * part(i, MASS_ERROR), x.spread += f * part(i, SPREAD), x.used += f * part(i, USED);
+      x.error += f * part(i, ERROR2), x.amplitude += f * part(i, AMPLITUDE), x.squares += f * part(i, KEY_SQUARES) * f;
+      x.coded += f * part(i, VALUE), x.a2 += f * part(i, SQUARES) * f, x.rho += f * part(i, MASS), x.dot += dots[i];
       low += f * part(i, LOW), norm += f * part(i, NORM), failed += f * part(i, ERROR);
       delta_max = fmaxf(delta_max, part(i, DELTA_MAX)), norm_top = fmaxf(norm_top, part(i, NORM_TOP));
       amplitude_top = fmaxf(amplitude_top, part(i, AMPLITUDE_TOP));
     }
-    const bool complete = !trailing && (k + 1) * spanned * GROUP_TOKENS <= full * BLOCK;
-    float group_value = complete ? 0.f : INFINITY, group_error = group_value;  // of several groups: the root of their squares' sum
-    for (int i = k * spanned; i < (k + 1) * spanned && complete; i++) {
-      const float x = call.group_values[i * heads + h] * unit_factor(unit), y = call.group_errors[i * heads + h] * unit_factor(unit);
-      group_value += x * x, group_error += y * y;
-    }
-    group_value = sqrtf(group_value) * ROOM + LEAST, group_error = sqrtf(group_error) * ROOM + LEAST;
-    const float slack = 4.f * (VALUE_ROUNDING + THETA) * (used + rho * o * o + 2.f * o * amplitude) + LEAST;
-    const float width = sqrtf(fmaxf(used - 2.f * dot + rho * o * o, 0.f) + slack);
-    float best = t1 + g * o, other = (width + sqrtf(error)) * sqrtf(spread);
-    best = other < best ? other : best;
-    other = group_value * sqrtf(squares) + o * g;
-    key += other < best ? other : best;
-    other = group_error * sqrtf(a2);
-    value += other < coded ? other : coded;
+    const float2 terms = group_terms(x, group_norms(call, groups, k, heads, h), o);
+    key += terms.x, value += terms.y;
   }
   key = warp_sum(key) * ROOM, value = warp_sum(value) * ROOM, low = warp_sum(low), norm = warp_sum(norm), failed = warp_sum(failed) * ROOM;
   delta_max = warp_max(delta_max), norm_top = warp_max(norm_top), amplitude_top = warp_max(amplitude_top);
@@ -142,7 +112,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
   if (!(failed < INFINITY) || !(total < INFINITY) || !(mass > 0.f)) total = INFINITY;
   const float vbar = fmaxf(norm * NORM_RETURN - 2.f * NORM_FLOOR, 0.f), size = 1.f / unit_factor(unit);
   const float budget = (call.atol * unit_factor(unit) + call.rtol * (call.relative_to_output ? o : vbar)) * (1.f - 2e-5f);
-  const float fields[FIELDS] = {total * size,      budget * size, key * stretch * size, value * stretch * size, arithmetic * stretch * size,
-                                norm * NORM_RETURN * size, o * size,      total * size};
-  for (int k = 0; k < FIELDS; k++) call.fields[((i64)k * heads + h) * rows + index] = fields[k];
+  const bool good = total <= budget && o < INFINITY;
+  *state = good ? CERTIFIED : again ? DUE : OPEN;
+  const float facts[ROW_FACTS] = {top, mass, o, budget, skip + arithmetic};
+  for (int k = 0; k < ROW_FACTS; k++) call.facts[(i64)(h * rows + index) * ROW_FACTS + k] = facts[k];
+  const float fields[CANDIDATE] = {total * size,      budget * size, key * stretch * size, value * stretch * size, arithmetic * stretch * size,
+                                   norm * NORM_RETURN * size, o * size};
+  float *out = call.fields + h * rows + index;
+  const i64 stride = (i64)heads * rows;
+  for (int k = 0; k < CANDIDATE; k++) out[k * stride] = fields[k];
+  if (!again) out[CANDIDATE * stride] = total * size, out[KEYS * stride] = out[VALUES * stride] = out[SCORE_TOP * stride] = 0.f;
 }

@@ -16,7 +16,7 @@ typedef long long i64;
 
 constexpr int SPLITS_MAX = 2048, ROW_TILE = 4, WARPS = 4, LANES = 32, TILE = 16;
 constexpr int KEY_STEPS = (D + 31) / 32, KEY_DIM = 32 * KEY_STEPS;  // channels of the score MMA, padded with zeros
-constexpr int SPLIT_BLOCKS = 2048 / BLOCK;  // at most
+constexpr int SPLIT_TOKENS = 2048, SPLIT_BLOCKS = SPLIT_TOKENS / BLOCK;  // at most
 constexpr int TILES = BLOCK / TILE, VALUE_TILES = D / 16, VALUE_GROUPS = (D + GROUP - 1) / GROUP;
 
 constexpr int KEY_SCALE_AT = BLOCK * KEY_DIM, KEY_OFFSET_AT = KEY_SCALE_AT + 2 * KEY_DIM, NORMS_AT = KEY_OFFSET_AT + 2 * KEY_DIM;
@@ -52,17 +52,44 @@ struct Call {
   const float *group_values, *group_errors;        // [groups][Hkv]: SV and SR of complete groups of 1024 tokens
   float *weights, *statistics, *partials, *sums;   // by tile of rows: [full + 1 blocks] (weights: of TILES each), [splits + 1]
   float *fields;                                   // [FIELDS][Hkv * rows]
-  int n, tokens, full, splits, per;                // per: blocks of a split
-  int relative_to_output;
-  float scale, rtol, atol, pad;
+  float *facts, *dots;                             // [Hkv * rows][ROW_FACTS]; o_G . O of each split, [Hkv * rows][splits + 1]
+  int *state;                                      // [Hkv * rows]
+  u32 *marks;                                      // [tiles][full]: promoted keys, a bit a row, and values, the next four bits
+  double *dense;                                   // [tiles][splits + 1][ROW_TILE][DENSE_FACTS + D]
+  const int *canaries;                             // [num_canaries] full blocks
+  unsigned char *failures;                         // [num_canaries][Hkv], zeros
+  double scale;
+  int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
+  int relative_to_output, exact_only, num_canaries;
+  float rtol, atol, pad;
 };
 
-enum { BOUND, BUDGET, KEY_ERROR, VALUE_ERROR, ARITH_ERROR, VALUE_NORM, OUTPUT_NORM, CANDIDATE, FIELDS };
+// A row is open until finish has certified it; what selection could not bring within budget, or finish not after promotion, is due to be
+// computed exactly.
+enum { OPEN, CERTIFIED, PROMOTED, DUE, EXACT };
+enum { BOUND, BUDGET, KEY_ERROR, VALUE_ERROR, ARITH_ERROR, VALUE_NORM, OUTPUT_NORM, CANDIDATE, KEYS, VALUES, SCORE_TOP, FIELDS };
+// What finish leaves for selection: largest score, mass, ||O||, the budget, and what promotion does not change of the numerator; in units.
+enum { ROW_TOP, ROW_MASS, ROW_NORM, ROW_BUDGET, ROW_FIXED, ROW_FACTS };
+// Of a split, exactly: largest score, sum of weights, of weights times norms, largest |score|, squares of the largest norms.
+enum { DENSE_TOP, DENSE_MASS, DENSE_NORM, DENSE_SCORE, DENSE_KEY, DENSE_VALUE, DENSE_FACTS };
+
+// Where a record of original keys or values of a full block lies: a copy, or the original itself.
+__device__ __forceinline__ const unsigned char *located(const Call &call, const i64 *at, int heads, int h, int block) {
+  const i64 place = at[(i64)block * heads + h];
+  return place >= 0 ? call.scratch + place : call.originals + ~place;
+}
 
 __device__ __forceinline__ float as_float(const void *p, i64 i) {
   if (DTYPE == 0) return __half2float(((const __half *)p)[i]);
   if (DTYPE == 1) return __bfloat162float(((const __nv_bfloat16 *)p)[i]);
   return ((const float *)p)[i];
+}
+
+// Rounds to the originals' type; returns what was stored.
+__device__ __forceinline__ double store(void *p, i64 i, double x) {
+  if (DTYPE == 0) return __half2float(((__half *)p)[i] = __double2half(x));
+  if (DTYPE == 1) return __bfloat162float(((__nv_bfloat16 *)p)[i] = __double2bfloat16(x));
+  return ((float *)p)[i] = (float)x;
 }
 
 __device__ __forceinline__ u32 shared_at(const void *p) { return (u32)__cvta_generic_to_shared(p); }
@@ -151,3 +178,30 @@ __device__ __forceinline__ u32 as_bits(__half2 x) { return *(u32 *)&x; }
 __device__ __forceinline__ __half2 as_half2(u32 x) { return *(__half2 *)&x; }
 
 __device__ __forceinline__ float half_bits(u32 w, int upper) { return __half2float(__ushort_as_half((unsigned short)(upper ? w >> 16 : w))); }
+
+// Whether a row of the tile is in this state.
+__device__ __forceinline__ bool any_row(const Call &call, int h, int group, int tile, int state) {
+  const int rows = group * call.n;
+  bool any = false;
+  for (int row = tile * ROW_TILE; row < min(rows, (tile + 1) * ROW_TILE); row++) any |= call.state[h * rows + row] == state;
+  return any;
+}
+
+// The largest score of each row of the tile. For a thread block of WARPS warps, all of whose threads come here.
+__device__ __forceinline__ void row_tops(const Call &call, int base, float (&tops)[ROW_TILE]) {
+  __shared__ float of_warp[WARPS][ROW_TILE];
+  const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE;
+  const int splits = call.splits + (call.tokens > call.full * BLOCK), lane = threadIdx.x % LANES;
+  float largest = -INFINITY;
+  for (int i = threadIdx.x / ROW_TILE; i < splits; i += WARPS * LANES / ROW_TILE)
+    largest = fmaxf(largest, partials[(i64)i * PARTIALS * ROW_TILE + SPLIT_TOP * ROW_TILE + threadIdx.x % ROW_TILE]);
+#pragma unroll
+  for (int bit = 4; bit < 32; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
+  if (lane < ROW_TILE) of_warp[threadIdx.x / LANES][lane] = largest;
+  __syncthreads();
+  if (threadIdx.x < ROW_TILE) {
+    for (int w = 1; w < WARPS; w++) largest = fmaxf(largest, of_warp[w][threadIdx.x]);
+    tops[threadIdx.x] = largest;
+  }
+  __syncthreads();
+}

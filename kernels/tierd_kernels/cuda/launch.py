@@ -1,9 +1,6 @@
-"""Compiling and launching the CUDA kernels. Needs CuPy and a device of compute capability 9.0 or more.
+"""Compiling and launching the CUDA kernels. Needs CuPy and a device of compute capability 9.0 or more."""
 
-Rung 0 so far: quantise; score, value and finish, three launches without a host synchronisation between them. What they do not do
-yet, selection, promotion and exact heads, is the CPU backend's alone.
-"""
-
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -11,18 +8,36 @@ import cupy as cp
 import numpy as np
 
 from tierd_kernels.cuda.record import Record
-from tierd_kernels.cuda.sources import FINISH_THREADS, LANES, PARTIALS, QUANTISE_THREADS, WARPS, shared_bytes, source
+from tierd_kernels.cuda.sources import (
+    FINISH_THREADS,
+    LANES,
+    PARTIALS,
+    QUANTISE_THREADS,
+    SELECT_THREADS,
+    SPLIT_TOKENS_MAX,
+    WARPS,
+    shared_bytes,
+    source,
+)
 from tierd_kernels.layout import Layout
 
-SPLIT_TOKENS_MAX, RESIDENT = 2048, 4  # splits larger than that chain too many MMAs; thread blocks of a pass on one multiprocessor
-FIELDS = ("bound", "budget", "key_error", "value_error", "arith_error", "value_norm", "output_norm", "candidate_bound")
+RESIDENT = 4  # thread blocks of a pass on one multiprocessor
+FIELDS = (
+    "bound", "budget", "key_error", "value_error", "arith_error", "value_norm", "output_norm", "candidate_bound", "promoted_key_blocks",
+    "promoted_value_blocks", "score_top",
+)  # fmt: skip
+# Of `state` in common.cuh, when a step is over: the row is certified, or was computed exactly.
+CERTIFIED, EXACT = 1, 4
 # `Call` of common.cuh: addresses on the device, or of pinned memory.
+POINTERS = (
+    "pool", "scratch", "originals", "q", "output", "hot", "original", "key_at", "value_at", "unit", "group_values", "group_errors",
+    "weights", "statistics", "partials", "sums", "fields", "facts", "dots", "state", "marks", "dense", "canaries", "failures",
+)  # fmt: skip
+NUMBERS = ("n", "tokens", "full", "splits", "per", "groups", "relative_to_output", "exact_only", "num_canaries")
 CALL = np.dtype(
-    [(name, np.uint64) for name in ("pool", "scratch", "originals", "q", "output", "hot", "original", "key_at", "value_at")]
-    + [(name, np.uint64) for name in ("unit", "group_values", "group_errors", "weights", "statistics", "partials", "sums", "fields")]
-    + [(name, np.int32) for name in ("n", "tokens", "full", "splits", "per", "relative_to_output")]
-    + [(name, np.float32) for name in ("scale", "rtol", "atol", "pad")]
-)
+    [(name, np.uint64) for name in POINTERS] + [("scale", np.float64)] + [(name, np.int32) for name in NUMBERS]
+    + [(name, np.float32) for name in ("rtol", "atol", "pad")]
+)  # fmt: skip
 
 
 @cache
@@ -32,6 +47,17 @@ def kernel(layout: Layout, name: str) -> Any:
     function = cp.RawModule(code=text, options=options, backend="nvrtc").get_function(name)
     function.max_dynamic_shared_size_bytes = shared_bytes(layout, name)
     return function
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The largest of any call in a launch: splits and the trailing block, tiles of rows of all KV heads, rows of a KV head."""
+
+    calls: int
+    splits: int
+    tiles: int
+    rows: int
+    group: int  # query heads of a KV head
 
 
 class Kernels:
@@ -53,13 +79,45 @@ class Kernels:
             per *= 2
         return per
 
-    def attend(self, calls: Any, count: int, grid: tuple[int, int, int], group: int, stream: Any) -> None:
-        """Score, value and finish over `count` calls (device array of CALL); grid: most splits + 1, most tiles of rows, most rows."""
-        splits, tiles, rows = grid
-        args = (calls, np.int32(self.layout.num_kv_heads), np.int32(group))
-        self._launch("score", (tiles, splits, count), WARPS * LANES, args, stream)
-        self._launch("value", (tiles, splits, count), WARPS * LANES, args, stream)
-        self._launch("finish", (rows, self.layout.num_kv_heads, count), FINISH_THREADS, args, stream, 4 * splits * PARTIALS)
+    def certify(self, calls: int, grid: "Grid", stream: Any) -> None:
+        """Rung 0 of all calls (address of an array of CALL): score, value, finish."""
+        self._passes(("score", "value"), calls, grid, stream)
+        self._finish(calls, grid, False, stream)
+
+    def climb(self, calls: int, grid: "Grid", stream: Any) -> None:
+        """What is above rung 0, for rows that need it: promotion, and the exact rungs. Where none does, every kernel returns at once."""
+        args = (np.uint64(calls), np.int32(self.layout.num_kv_heads), np.int32(grid.group))
+        self._launch("select_blocks", (grid.rows, self.layout.num_kv_heads, grid.calls), SELECT_THREADS, args, stream)
+        self._passes(("rescore", "value", "correct"), calls, grid, stream)
+        self._finish(calls, grid, True, stream)
+        self.dense(calls, grid, stream)
+
+    def due(self, calls: int, grid: "Grid", stream: Any) -> None:
+        """Marks the rows of calls that only want to be exact."""
+        self._finish(calls, grid, False, stream)
+
+    def dense(self, calls: int, grid: "Grid", stream: Any) -> None:
+        """The exact rungs, for the rows that are due."""
+        args = (np.uint64(calls), np.int32(self.layout.num_kv_heads), np.int32(grid.group))
+        self._passes(("dense",), calls, grid, stream)
+        threads = -(-self.layout.head_dim // LANES) * LANES
+        self._launch("dense_finish", (grid.rows, self.layout.num_kv_heads, grid.calls), threads, args, stream)
+
+    def canary(self, calls: int, grid: "Grid", most: int, stream: Any) -> None:
+        """Scores canaries from codes and originals; `most`: of any call."""
+        args = (np.uint64(calls), np.int32(self.layout.num_kv_heads), np.int32(grid.group))
+        self._launch("canary", (most, self.layout.num_kv_heads, grid.calls), WARPS * LANES, args, stream)
+
+    def _passes(self, names: tuple[str, ...], calls: int, grid: "Grid", stream: Any) -> None:
+        again = np.int32("rescore" in names)
+        for name in names:
+            args = (np.uint64(calls), np.int32(self.layout.num_kv_heads), np.int32(grid.group)) + ((again,) if name == "value" else ())
+            self._launch(name, (grid.tiles, grid.splits, grid.calls), WARPS * LANES, args, stream)
+
+    def _finish(self, calls: int, grid: "Grid", again: bool, stream: Any) -> None:
+        args = (np.uint64(calls), np.int32(self.layout.num_kv_heads), np.int32(grid.group), np.int32(again))
+        shape = (grid.rows, self.layout.num_kv_heads, grid.calls)
+        self._launch("finish", shape, FINISH_THREADS, args, stream, 4 * grid.splits * PARTIALS)
 
     def _launch(
         self, name: str, grid: tuple[int, ...], threads: int, args: tuple[Any, ...], stream: Any, shared: int | None = None

@@ -6,18 +6,30 @@ from tierd_kernels.cuda.record import TILE, Record
 from tierd_kernels.layout import DTYPE_CODE, Layout
 
 FOLDER = Path(__file__).parent.parent
-SOURCES = {"score": "score/score.cu", "value": "attend/value.cu", "finish": "bound/finish.cu", "quantise": "quantise/quantise.cu"}
+PARTS = {
+    "quantise": ("quantise/quantise.cu",),
+    "score": ("score/exact.cuh", "bound/bound.cuh", "score/score.cu"),
+    "value": ("attend/value.cu",),
+    "finish": ("bound/bound.cuh", "bound/finish.cu"),
+    "select_blocks": ("bound/bound.cuh", "select/select.cu"),
+    "rescore": ("score/exact.cuh", "bound/bound.cuh", "score/rescore.cu"),
+    "correct": ("score/exact.cuh", "attend/correct.cu"),
+    "dense": ("score/exact.cuh", "dense/dense.cu"),
+    "dense_finish": ("dense/finish.cu",),
+    "canary": ("score/exact.cuh", "score/canary.cu"),
+}
 SHARED_MAX = 227 * 1024  # of a thread block, static and dynamic, from compute capability 9.0 on
 # As in the sources.
-WARPS, LANES, ROW_TILE, FINISH_THREADS, QUANTISE_THREADS = 4, 32, 4, 512, 512
+WARPS, LANES, ROW_TILE, FINISH_THREADS, SELECT_THREADS, QUANTISE_THREADS = 4, 32, 4, 512, 512, 512
 SCORE_STAGES, VALUE_STAGES = 2, 4
-STATISTIC_FLOATS, PARTIALS, SPLITS_MAX = 48, 17, 2048
+STATISTIC_FLOATS, PARTIALS, SPLITS_MAX, SPLIT_TOKENS_MAX = 48, 17, 2048, 2048
+ROW_FACTS, DENSE_FACTS = 5, 6
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
 
 
 def source(layout: Layout, kernel: str) -> tuple[str, tuple[str, ...]]:
-    """CUDA C++ of one kernel of `SOURCES`, and the options that fix the layout."""
-    text = (FOLDER / "cuda/common.cuh").read_text() + (FOLDER / SOURCES[kernel]).read_text()
+    """CUDA C++ of one kernel of `PARTS`, and the options that fix the layout."""
+    text = "".join((FOLDER / name).read_text() for name in ("cuda/common.cuh", *PARTS[kernel]))
     sizes = {"D": layout.head_dim, "BLOCK": layout.block_size, "GROUP": layout.value_group, "DTYPE": DTYPE_CODE[layout.dtype]}
     return text, ("--std=c++17", *(f"-D{name}={value}" for name, value in sizes.items()))
 
@@ -32,4 +44,10 @@ def shared_bytes(layout: Layout, kernel: str) -> int:
         return WARPS * max(VALUE_STAGES * tile, 4 * ROW_TILE * layout.head_dim)
     if kernel == "finish":  # the row's partials
         return 4 * SPLITS_MAX * PARTIALS
+    if kernel in ("rescore", "canary"):  # a record of keys in FP32
+        return 4 * rows
+    if kernel == "dense":  # the scores of a split; a record in FP32
+        return 8 * ROW_TILE * SPLIT_TOKENS_MAX + 4 * rows
+    if kernel != "quantise":
+        return 0
     return 8 * rows + max(16 * layout.block_size**2, 4 * rows)  # residuals in double; their Gram matrices, or the originals in FP32

@@ -7,14 +7,10 @@
 // and the norms of q * scale, comes from MMAs over sixteen blocks at once: 40 instructions a block where sums by lanes took 110.
 constexpr int SCORE_STAGES = 2;  // at 131,072 tokens: 2 67 us, 3 66, 4 70; two blocks at once in a warp 73, five or six blocks resident 72 to 87
 constexpr float LIMB_MAX = 32512.f;
-constexpr float EXP_ERROR = 2.0e-7f;                                // ex2.approx.ftz: 2^-22.5, and rounding of the difference's last bit
-constexpr float SCORE_ROUNDINGS = 8.f * U32F;                       // of a score and of score - top, in units of the largest score
 constexpr float PRODUCT_FLOOR = 7.5231638452626401e-37f;            // 2^-120: products below FP32's smallest normal
 constexpr float NORM_ROOM = 1.f + 6.103515625e-5f;                  // 2^-14: sixteen MMAs over positive terms, 34 u each, and the root
 // q . offset: parts of q, one MMA each, sums of 2 * KEY_STEPS of them; in units of ||q|| ||offset||, ||q|| >= 1/2.
 constexpr float OFFSET_ROUNDINGS = (34.f + 2.f * KEY_STEPS + 16.f + 24.f) * U32F;
-constexpr float BLOCK_ROOT = BLOCK == 16 ? 4.f : BLOCK == 32 ? 5.6568549f : 8.f;
-constexpr float STORE = 1.f + 9.5367431640625e-7f;                  // from above, over the FP32 arithmetic of Delta and D
 
 struct RowFacts { float scale, q_norm; int seen; };
 
@@ -42,7 +38,7 @@ __device__ __forceinline__ RowFacts load_query(const Call &call, int h, int grou
   }
 #pragma unroll
   for (int bit = 1; bit < 8; bit <<= 1) norm += __shfl_xor_sync(~0u, norm, bit);
-  return {downscale(call.scale * 1.4426950408889634f, -e), sqrtf(norm) * STORE, real ? call.tokens - call.n + 1 + token : 0};
+  return {downscale((float)(call.scale * 1.4426950408889634), -e), sqrtf(norm) * STORE, real ? call.tokens - call.n + 1 + token : 0};
 }
 
 // Of a block and row, ready for the scores: q . offset, and Delta, D and eps but for the limbs' part of eps.
@@ -130,73 +126,27 @@ __device__ __forceinline__ void block_facts(const unsigned char *low, const unsi
   }
 }
 
-// Statistics of a tile of rows and one block from its weights: lane (r, c) returns sum r of row c.
-struct Sums {
-  float v[8];
-  __device__ __forceinline__ Sums() {
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = 0.f;
-  }
-  __device__ __forceinline__ void add(float w, float nu, float eta) {
-    float normed = w * nu, failed = w * eta, used = nu + eta;
-    v[SUM] += w;
-    v[SUM_SQUARES] = fmaf(w, w, v[SUM_SQUARES]);
-    v[SUM_NORM] += normed;
-    v[SUM_SQUARES_NORM] = fmaf(normed, normed, v[SUM_SQUARES_NORM]);
-    v[SUM_ERROR] += failed;
-    v[SUM_SQUARE_USED] = fmaf(w * used, used, v[SUM_SQUARE_USED]);
-    v[SUM_SQUARE_ERROR] = fmaf(failed, eta, v[SUM_SQUARE_ERROR]);
-  }
-};
-
-// (e^x - 1 - x) / x^2 from above and 1 - e^-x from above, for 0 <= x; bound/cpu.py::series says why.
-__device__ __forceinline__ void series(float delta, float x, float &psi, float &fall) {
-  if (delta <= 0.5f) {
-    psi = 0.5f + delta * (1.f / 6 + delta * (1.f / 24 + delta * (1.f / 120 + delta * (1.f / 720 + delta * (1.f / 5040 + delta * (1.07f / 40320))))));
-    fall = x * (1.f - x * (0.5f - x * (1.f / 6 - x * (1.f / 24 - x * (1.f / 120)))));
-  } else {
-    psi = (expm1f(delta) - delta) / (delta * delta);
-    fall = -expm1f(-x);
-  }
-}
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int bit = 1; bit < 32; bit <<= 1) x += __shfl_xor_sync(~0u, x, bit);
-  return x;
-}
-__device__ __forceinline__ float warp_max(float x) {
-#pragma unroll
-  for (int bit = 1; bit < 32; bit <<= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, bit));
-  return x;
-}
-
 // The trailing block, from its originals: a split of its own, one warp a row. Scores in double.
 __device__ __noinline__ void score_tail(const Call *at_call, int heads, int group, int h, int tile, int tiles, float *x) {
   const Call &call = *at_call;
   const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, count = call.tokens - call.full * BLOCK, unit = call.unit[h];
   const unsigned char *keys = call.originals + call.original[call.full] + (i64)h * ORIGINAL_BYTES, *values = keys + (i64)heads * ORIGINAL_BYTES;
-  const int index = tile * ROW_TILE + row;
-  const bool real = index < group * call.n;
-  const int head = real ? index / call.n : 0, token = real ? index % call.n : 0;
-  const i64 at = ((i64)(h * group + head) * call.n + token) * D;
-  const int seen = real ? call.tokens - call.n + 1 + token - call.full * BLOCK : 0;
+  const Row query = query_row(call, h, group, tile * ROW_TILE + row);
+  const int seen = query.seen - call.full * BLOCK;
   float s[(BLOCK + 31) / 32], largest = -INFINITY, norms[(BLOCK + 31) / 32];
+  double size = 0.;
   for (int k = 0; k < (BLOCK + 31) / 32; k++) s[k] = -INFINITY, norms[k] = 0.f;
   for (int part = 0; part < 2; part++) {
     __syncthreads();
-    for (int i = threadIdx.x; i < count * D; i += WARPS * LANES) x[i / D * (D + 1) + i % D] = as_float(part ? values : keys, i);
+    load_record(x, part ? values : keys, count, WARPS * LANES);
     __syncthreads();
     for (int k = 0; k < (BLOCK + 31) / 32; k++) {
-      int t = k * 32 + lane;
+      const int t = k * 32 + lane;
+      const float *y = x + t * (D + 1);
       if (t >= count) continue;
-      double sum = 0.;
-      for (int i = 0; i < D; i++) {
-        double y = x[t * (D + 1) + i];
-        sum += y * (part ? y : (double)as_float(call.q, at + i));
-      }
-      if (part) norms[k] = fmaxf((float)(ldexp(sqrt(sum), -unit) * (1. + 1e-6)), NORM_FLOOR);
-      else if (t < seen) s[k] = (float)(sum * call.scale * 1.4426950408889634);
+      const Product dot = part ? product(y, [&](int i) { return y[i]; }) : product(y, [&](int i) { return as_float(call.q, query.at + i); });
+      if (part) norms[k] = fmaxf((float)(ldexp(sqrt(dot.sum), -unit) * (1. + 1e-6)), NORM_FLOOR);
+      else if (t < seen) s[k] = (float)(dot.sum * call.scale * 1.4426950408889634), size = fmax(size, dot.size * fabs(call.scale));
     }
   }
   float magnitude = 0.f;
@@ -206,22 +156,23 @@ __device__ __noinline__ void score_tail(const Call *at_call, int heads, int grou
   }
   largest = warp_max(largest);
   magnitude = warp_max(magnitude);
+  for (int bit = 1; bit < 32; bit <<= 1) size = fmax(size, __shfl_xor_sync(~0u, size, bit));
   const i64 block = (i64)(h * tiles + tile) * (call.full + 1) + call.full;
   float *weights = call.weights + block * TILES * WEIGHT_FLOATS, *statistics = call.statistics + block * STATISTIC_FLOATS + row;
-  Sums sum;
+  RowSums sum;
   float norm_top = 0.f;
   for (int k = 0; k < (BLOCK + 31) / 32; k++) {
     float y = s[k] - largest, w = y >= LOG2_MIN ? exp2_approx(y) : 0.f;
     const int token = k * 32 + lane;
     if (token < BLOCK) weights[token / TILE * WEIGHT_FLOATS + row * TILE + token % TILE] = w;
     if (k * 32 + lane < seen) norm_top = fmaxf(norm_top, norms[k]);
-    sum.add(w, norms[k], 0.f);
+    sum.add(w, norms[k], 0.f, norms[k]);
   }
   norm_top = warp_max(norm_top);
 #pragma unroll
   for (int k = 0; k < TOP; k++) sum.v[k] = warp_sum(sum.v[k]);
   if (lane) return;
-  const float eps = (SCORE_ROUNDINGS * magnitude + EXP_ERROR) * STORE, d = BLOCK_ROOT * eps * STORE;
+  const float eps = exact_epsilon(magnitude, size), d = BLOCK_ROOT * eps * STORE;
   for (int k = 0; k < TILES; k++) weights[k * WEIGHT_FLOATS + TOPS_AT + row] = largest;
   for (int k = 0; k < TOP; k++) statistics[k * ROW_TILE] = sum.v[k];
   statistics[TOP * ROW_TILE] = largest;
@@ -239,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   const Call &call = calls[blockIdx.z];
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4, limb = r & 1;
   const int tiles = (group * call.n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
-  if (blockIdx.x >= heads * tiles || split > call.splits) return;
+  if (blockIdx.x >= heads * tiles || split > call.splits || call.exact_only) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles;
   if (split == call.splits) {
     if (call.tokens > call.full * BLOCK) score_tail(calls + blockIdx.z, heads, group, h, tile, tiles, (float *)shared);
@@ -247,7 +198,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   }
   unsigned char *stage = shared + warp * SCORE_STAGES * SCORE_BYTES;
   __shared__ u64 bars[WARPS][SCORE_STAGES];
-  __shared__ float tops[WARPS][ROW_TILE], sums[WARPS][PARTIALS][ROW_TILE];
+  __shared__ float tops[WARPS][ROW_TILE];
 
   const int full = call.full, each = call.per / WARPS, first = split * call.per + warp * each, count = max(0, min(each, full - first));
   const unsigned char *pool = call.pool + (i64)h * RECORD_BYTES;
@@ -279,6 +230,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   const u32 keep_flip = limb ? 0x80808080u : 0u, give_flip = limb ? 0u : 0x80808080u;  // a low limb is stored + 128
   const i64 place = (i64)(h * tiles + tile) * (full + 1) + first;
   float *weights = call.weights + place * TILES * WEIGHT_FLOATS, *statistics = call.statistics + place * STATISTIC_FLOATS;
+  u32 *marks = call.marks + (i64)(h * tiles + tile) * full + first;
 
   __shared__ BlockFacts facts_of[WARPS][TILE][ROW_TILE];
   BlockFacts(*facts)[ROW_TILE] = facts_of[warp];
@@ -294,7 +246,10 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
 #pragma unroll
       for (int k = 0; k < 2; k++) {
         facts[r + 8 * k][c] = found[k];
-        if (i + r + 8 * k < count) statistics[(r + 8 * k) * STATISTIC_FLOATS + BLOCK_NOTES + c] = notes[k];
+        if (i + r + 8 * k < count) {
+          if (c < 3) statistics[(r + 8 * k) * STATISTIC_FLOATS + BLOCK_NOTES + c] = notes[k];
+          else marks[i + r + 8 * k] = 0;
+        }
       }
       __syncwarp();
     }
@@ -350,14 +305,14 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     }
 #pragma unroll
     for (int bit = 4; bit < 32; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
-    Sums sum;
+    RowSums sum;
 #pragma unroll
     for (int t = 0; t < 2 * TILES; t++) {
       const u32 both = shared32(record + NORMS_AT + ((t / 2) * TILE + (t & 1) * 8) * 4 + r * 4);
       const float x = s[t] - largest, nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR);
       const float eta = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
       const float w = x >= LOG2_MIN ? exp2_approx(x) : 0.f;  // x is NaN where the row sees nothing: zero too
-      sum.add(w, nu, eta);
+      sum.add(w, nu, eta, nu + eta);
       weights[(t / 2) * WEIGHT_FLOATS + c * TILE + (t & 1) * 8 + r] = w;
     }
     float mass = fold8(sum.v, lane);
@@ -378,74 +333,8 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   if (r == 0) tops[warp][c] = highest;
   __syncthreads();
 
-  // The split's sums, relative to its largest score: thread (block, row), rows fastest. What a thread reads is on its way at once.
-  const int pairs = max(0, min(call.per, full - split * call.per)) * ROW_TILE, row = threadIdx.x % ROW_TILE;
-  const float *of_split = call.statistics + ((i64)(h * tiles + tile) * (full + 1) + split * call.per) * STATISTIC_FLOATS;
-  float reference = tops[0][row];
+  float reference = tops[0][threadIdx.x % ROW_TILE];
 #pragma unroll
-  for (int w = 1; w < WARPS; w++) reference = fmaxf(reference, tops[w][row]);
-  float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
-  constexpr int ROUNDS = (SPLIT_BLOCKS * ROW_TILE + WARPS * LANES - 1) / (WARPS * LANES);
-  float read[ROUNDS][STATISTICS + 3];
-#pragma unroll
-  for (int i = 0; i < ROUNDS; i++) {
-    const int p = threadIdx.x + i * WARPS * LANES;
-    const float *x = of_split + (p / ROW_TILE) * STATISTIC_FLOATS;
-#pragma unroll
-    for (int k = 0; k < STATISTICS + 3; k++) {
-      if (k != EPSILON) read[i][k] = p < pairs ? x[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS] : 0.f;
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < ROUNDS; i++) {
-    auto stat = [&](int k) { return read[i][k]; };
-    if (!(stat(SUM) > 0.f)) continue;
-    float here = exp2_approx(stat(TOP) - reference), delta = stat(DELTA), d = stat(D_NORM);
-    float rho = here * stat(SUM), a2 = here * sqrt_approx(stat(SUM_SQUARES)), cross = a2 * d;
-    float amp = stat(STATISTICS + 1), nu = stat(STATISTICS + 2), psi, fall;
-    series(delta, rho > 0.f ? fminf(delta, cross / rho) : 0.f, psi, fall);
-    float phi = 1.f + delta * psi, norm = here * stat(SUM_NORM), norm2 = here * sqrt_approx(stat(SUM_SQUARES_NORM));
-    float error = here * stat(SUM_ERROR), other = a2 * stat(STATISTICS), c_b = phi * fminf(here * d, a2 * delta);
-    p0[MASS] += rho;
-    p0[LOW] += rho * fall;
-    p0[T1] += phi * fminf(delta * norm, d * norm2);
-    p0[MASS_ERROR] += fminf(phi * fminf(rho * delta, cross), cross + psi * here * d * d);
-    p0[SPREAD] += phi * phi * fminf(fminf(rho * delta * delta, here * d * d), delta * cross);
-    p0[USED] += here * stat(SUM_SQUARE_USED);
-    p0[ERROR2] += here * stat(SUM_SQUARE_ERROR);
-    p0[AMPLITUDE] += rho * fmaxf(amp, nu);
-    p1[KEY_SQUARES - 8] += c_b * c_b;
-    p1[VALUE - 8] += other < error ? other : error;
-    p1[SQUARES - 8] += a2 * a2;
-    p1[NORM - 8] += norm;
-    // Minimum and maximum drop a NaN and comparisons hide it: zero times everything brings it, and infinity, to light.
-    p1[ERROR - 8] += error + 0.f * (delta + d + norm + error + rho);
-    delta_max = fmaxf(delta_max, delta);
-    norm_top = fmaxf(norm_top, nu);
-    amplitude_top = fmaxf(amplitude_top, fmaxf(amp, nu));
-  }
-#pragma unroll
-  for (int bit = 4; bit < 32; bit <<= 1) {
-    delta_max = fmaxf(delta_max, __shfl_xor_sync(~0u, delta_max, bit));
-    norm_top = fmaxf(norm_top, __shfl_xor_sync(~0u, norm_top, bit));
-    amplitude_top = fmaxf(amplitude_top, __shfl_xor_sync(~0u, amplitude_top, bit));
-  }
-  float low = fold8(p0, lane), high = fold8(p1, lane);
-  if (r == SPLIT_TOP - 8) high = reference;
-  if (r == DELTA_MAX - 8) high = delta_max;
-  if (r == NORM_TOP - 8) high = norm_top;
-  sums[warp][r][c] = low;
-  sums[warp][8 + r][c] = high;
-  if (r == 0) sums[warp][AMPLITUDE_TOP][c] = amplitude_top;
-  __syncthreads();
-  if (threadIdx.x < PARTIALS * ROW_TILE) {
-    int k = threadIdx.x / ROW_TILE;
-    float x = sums[0][k][row];
-#pragma unroll
-    for (int w = 1; w < WARPS; w++) {
-      float y = sums[w][k][row];
-      x = k == SPLIT_TOP || k == DELTA_MAX || k == NORM_TOP || k == AMPLITUDE_TOP ? fmaxf(x, y) : x + y;
-    }
-    call.partials[((i64)(h * tiles + tile) * (call.splits + 1) + split) * PARTIALS * ROW_TILE + threadIdx.x] = x;
-  }
+  for (int w = 1; w < WARPS; w++) reference = fmaxf(reference, tops[w][threadIdx.x % ROW_TILE]);
+  split_sums<false>(call, h * tiles + tile, split, reference);
 }

@@ -1,0 +1,158 @@
+// From a block's statistics to its part of the bound, for one row: what the score pass sums over a split, what selection weighs, and how
+// a group's sums become its key and value terms (CERTIFICATE.md, sections 4 to 6).
+constexpr float ROOM = 1.f + 1e-5f;  // FP32 sums of at most a thousand positive terms
+constexpr float LEAST = 0x1p-40f;    // in units: over FP32 sums that underflow
+constexpr float SAFETY = 1.f + 1.f / 1024, THETA = 3e-5f, LOW_ROUNDING = 1.f + 1.f / 16384;
+// One MMA over 17 aligned and truncated addends loses at most 34 u of their absolute sum (an assumption: 6.5 u is the worst that was
+// measured); TILE tokens an MMA, 32 MMAs at most into one accumulator (a warp's blocks of a split). Two FP16 parts of a weight: 2^-22.
+// Warps, splits and corrections: 24 additions.
+constexpr float VALUE_ROUNDING = (32 * 34 + 4 + 24) * U32F;
+constexpr int GROUP_TOKENS = 1024;
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int bit = 1; bit < 32; bit <<= 1) x += __shfl_xor_sync(~0u, x, bit);
+  return x;
+}
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int bit = 1; bit < 32; bit <<= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, bit));
+  return x;
+}
+
+// (e^x - 1 - x) / x^2 from above and 1 - e^-x from above, for 0 <= x; bound/cpu.py::series says why.
+__device__ __forceinline__ void series(float delta, float x, float &psi, float &fall) {
+  if (delta <= 0.5f) {
+    psi = 0.5f + delta * (1.f / 6 + delta * (1.f / 24 + delta * (1.f / 120 + delta * (1.f / 720 + delta * (1.f / 5040 + delta * (1.07f / 40320))))));
+    fall = x * (1.f - x * (0.5f - x * (1.f / 6 - x * (1.f / 24 - x * (1.f / 120)))));
+  } else {
+    psi = (expm1f(delta) - delta) / (delta * delta);
+    fall = -expm1f(-x);
+  }
+}
+
+// A block's statistics for one row, as stored, with the block's sV, amp and largest norm behind them.
+typedef float Stats[STATISTICS + 3];
+struct Terms { float rho, low, t1, g, spread, used, error2, amplitude, squares, value, coded, norm, bad; };
+
+// `here`: the factor of the block's weights. With `exact_values` no value error is left, and amplitude is that of originals where codes
+// have none.
+__device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool exact_values) {
+  const float delta = x[DELTA], d = x[D_NORM], amp = x[STATISTICS + 1], nu = x[STATISTICS + 2];
+  const float rho = here * x[SUM], a2 = here * sqrt_approx(x[SUM_SQUARES]), cross = a2 * d;
+  float psi, fall;
+  series(delta, rho > 0.f ? fminf(delta, cross / rho) : 0.f, psi, fall);
+  const float phi = 1.f + delta * psi, norm = here * x[SUM_NORM], norm2 = here * sqrt_approx(x[SUM_SQUARES_NORM]);
+  const float failed = here * x[SUM_ERROR], error = exact_values ? 0.f : failed, other = a2 * x[STATISTICS], c = phi * fminf(here * d, a2 * delta);
+  Terms t;
+  t.rho = rho;
+  t.low = rho * fall;
+  t.t1 = phi * fminf(delta * norm, d * norm2);
+  t.g = fminf(phi * fminf(rho * delta, cross), cross + psi * here * d * d);
+  t.spread = phi * phi * fminf(fminf(rho * delta * delta, here * d * d), delta * cross);
+  t.used = here * x[SUM_SQUARE_USED];
+  t.error2 = here * x[SUM_SQUARE_ERROR];
+  t.amplitude = rho * (exact_values && !(amp < INFINITY) ? nu : fmaxf(amp, nu));
+  t.squares = c * c;
+  t.value = other < error ? other : error;
+  t.coded = exact_values ? 0.f : a2 * a2;
+  t.norm = norm;
+  // Minimum and maximum drop a NaN and comparisons hide it: zero times everything brings it, and infinity, to light.
+  // Arithmetic errs on codes and, a quarter of it, on the differences to originals that are added.
+  t.bad = (exact_values ? 1.25f : 1.f) * failed + 0.f * (delta + d + norm + rho);
+  return t;
+}
+
+// The sums of a split relative to `reference`, the row's largest score in it, to call.partials; thread (block, row), rows fastest. All
+// threads of the thread block come here. `marked`: some blocks were promoted.
+template <bool marked>
+__device__ __forceinline__ void split_sums(const Call &call, int base, int split, float reference) {
+  __shared__ float sums[WARPS][PARTIALS][ROW_TILE];
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4, row = threadIdx.x % ROW_TILE;
+  const int pairs = max(0, min(call.per, call.full - split * call.per)) * ROW_TILE;
+  const i64 first = (i64)base * (call.full + 1) + split * call.per;
+  const float *of_split = call.statistics + first * STATISTIC_FLOATS;
+  float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
+  constexpr int ROUNDS = (SPLIT_BLOCKS * ROW_TILE + WARPS * LANES - 1) / (WARPS * LANES);
+  Stats read[ROUNDS];  // what a thread reads is on its way at once
+#pragma unroll
+  for (int i = 0; i < ROUNDS; i++) {
+    const int p = threadIdx.x + i * WARPS * LANES;
+    const float *x = of_split + (p / ROW_TILE) * STATISTIC_FLOATS;
+#pragma unroll
+    for (int k = 0; k < STATISTICS + 3; k++) {
+      if (k != EPSILON) read[i][k] = p < pairs ? x[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS] : 0.f;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < ROUNDS; i++) {
+    if (!(read[i][SUM] > 0.f)) continue;
+    const bool exact_values = marked && call.marks[base * call.full + split * call.per + threadIdx.x / ROW_TILE + i * WARPS * LANES / ROW_TILE] >> (4 + row) & 1;
+    const Terms t = block_terms(read[i], exp2_approx(read[i][TOP] - reference), exact_values);
+    p0[MASS] += t.rho, p0[LOW] += t.low, p0[T1] += t.t1, p0[MASS_ERROR] += t.g, p0[SPREAD] += t.spread, p0[USED] += t.used;
+    p0[ERROR2] += t.error2, p0[AMPLITUDE] += t.amplitude;
+    p1[KEY_SQUARES - 8] += t.squares, p1[VALUE - 8] += t.value, p1[SQUARES - 8] += t.coded, p1[NORM - 8] += t.norm, p1[ERROR - 8] += t.bad;
+    const float nu = read[i][STATISTICS + 2], amp = read[i][STATISTICS + 1];
+    delta_max = fmaxf(delta_max, read[i][DELTA]);
+    norm_top = fmaxf(norm_top, nu);
+    amplitude_top = fmaxf(amplitude_top, exact_values && !(amp < INFINITY) ? nu : fmaxf(amp, nu));
+  }
+#pragma unroll
+  for (int bit = 4; bit < 32; bit <<= 1) {
+    delta_max = fmaxf(delta_max, __shfl_xor_sync(~0u, delta_max, bit));
+    norm_top = fmaxf(norm_top, __shfl_xor_sync(~0u, norm_top, bit));
+    amplitude_top = fmaxf(amplitude_top, __shfl_xor_sync(~0u, amplitude_top, bit));
+  }
+  float low = fold8(p0, lane), high = fold8(p1, lane);
+  if (r == SPLIT_TOP - 8) high = reference;
+  if (r == DELTA_MAX - 8) high = delta_max;
+  if (r == NORM_TOP - 8) high = norm_top;
+  sums[warp][r][c] = low;
+  sums[warp][8 + r][c] = high;
+  if (r == 0) sums[warp][AMPLITUDE_TOP][c] = amplitude_top;
+  __syncthreads();
+  if (threadIdx.x < PARTIALS * ROW_TILE) {
+    int k = threadIdx.x / ROW_TILE;
+    float x = sums[0][k][row];
+#pragma unroll
+    for (int w = 1; w < WARPS; w++) {
+      float y = sums[w][k][row];
+      x = k == SPLIT_TOP || k == DELTA_MAX || k == NORM_TOP || k == AMPLITUDE_TOP ? fmaxf(x, y) : x + y;
+    }
+    call.partials[((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE + threadIdx.x] = x;
+  }
+}
+
+// Groups of 1024 tokens, or splits where they are larger; the trailing block is a group of its own, the last.
+struct Groups {
+  int together, spanned, count;
+  __device__ __forceinline__ explicit Groups(const Call &call) {
+    together = max(1, GROUP_TOKENS / (call.per * BLOCK)), spanned = max(1, call.per * BLOCK / GROUP_TOKENS);
+    count = (call.splits + together - 1) / together + (call.tokens > call.full * BLOCK);
+  }
+};
+struct Group { float t1, g, spread, used, error, amplitude, squares, coded, a2, rho, dot; };
+
+// Spectral norms of group k's values and of their errors, in units; infinite where the group is not complete.
+__device__ __forceinline__ float2 group_norms(const Call &call, const Groups &groups, int k, int heads, int h) {
+  const float unit = unit_factor(call.unit[h]);
+  const bool complete = k * groups.together < call.splits && (k + 1) * groups.spanned * GROUP_TOKENS <= call.groups * GROUP_TOKENS;
+  float value = complete ? 0.f : INFINITY, error = value;  // of several groups: the root of their squares' sum
+  for (int i = k * groups.spanned; i < (k + 1) * groups.spanned && complete; i++) {
+    const float x = call.group_values[i * heads + h] * unit, y = call.group_errors[i * heads + h] * unit;
+    value += x * x, error += y * y;
+  }
+  return make_float2(sqrtf(value) * ROOM + LEAST, sqrtf(error) * ROOM + LEAST);
+}
+
+// E_key and E_val of a group; o: the norm of the output.
+__device__ __forceinline__ float2 group_terms(const Group &x, float2 norms, float o) {
+  const float slack = 4.f * (VALUE_ROUNDING + THETA) * (x.used + x.rho * o * o + 2.f * o * x.amplitude) + LEAST;
+  const float width = sqrtf(fmaxf(x.used - 2.f * x.dot + x.rho * o * o, 0.f) + slack);
+  float best = x.t1 + x.g * o, other = (width + sqrtf(x.error)) * sqrtf(x.spread);
+  best = other < best ? other : best;
+  other = norms.x * sqrtf(x.squares) + o * x.g;
+  best = other < best ? other : best;
+  other = norms.y * sqrtf(x.a2);
+  return make_float2(best, other < x.coded ? other : x.coded);
+}

@@ -1,0 +1,213 @@
+"""The CUDA backend, as `registry` wants a backend: quantised blocks and scratch on the device, originals in pinned host memory, which
+kernels read by themselves. Called from one thread, but for `copy_to_scratch`, which is the migrator's.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import cupy as cp
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd_kernels.call import Call, Result
+from tierd_kernels.cuda.launch import CERTIFIED, EXACT, Kernels
+from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, reserve
+from tierd_kernels.cuda.norms import group_bounds
+from tierd_kernels.cuda.record import Record
+from tierd_kernels.cuda.step import UNIT_MAX, Answer, Part, Step, workspace_bytes
+from tierd_kernels.errors import SCORE_MAX, DeviceLost, ScoreOverflow
+from tierd_kernels.layout import NUMPY_DTYPE, Layout, Memory
+from tierd_kernels.numerics import Array
+
+ROWS_AT_ONCE = 64  # query tokens of a call handled together, at most
+
+
+def hot_block_bytes(layout: Layout) -> int:
+    """Bytes of a block in the hot pool."""
+    return layout.num_kv_heads * Record(layout).nbytes
+
+
+def limit_threads(count: int) -> None:
+    """Nothing here runs on the host's threads."""
+
+
+@contextmanager
+def faults() -> Iterator[None]:
+    """A device that reports an error is lost: its context does not recover, and what it holds cannot be trusted."""
+    try:
+        yield
+    except (cp.cuda.runtime.CUDARuntimeError, cp.cuda.driver.CUDADriverError) as error:
+        raise DeviceLost(f"the CUDA device failed: {error}; restart the daemon") from error
+
+
+def _own(memory: Memory) -> DeviceMemory:
+    assert isinstance(memory, DeviceMemory), "this memory is of another backend"
+    return memory
+
+
+def quantise_blocks(
+    layout: Layout, memory: Memory, original_offsets: NDArray[np.int64], hot_offsets: NDArray[np.int64]
+) -> None:
+    """Writes the hot blocks of n full original blocks; offsets int64 [n] in bytes. Raises DeviceLost."""
+    if not len(hot_offsets):
+        return
+    own = _own(memory)
+    with faults(), own.stream:
+        at = cp.asarray(np.stack([original_offsets, hot_offsets]))
+        norms = cp.empty((len(hot_offsets), layout.num_kv_heads), cp.float32)
+        Kernels(layout).quantise(own.originals_at, own.hot_at, at[0], at[1], norms, own.stream)
+        largest = norms.max(axis=1).get(stream=own.stream).astype(np.float64)
+        own.stream.synchronize()
+    exponent = np.frexp(np.where(np.isfinite(largest), largest, 2.0**UNIT_MAX))[1]
+    own.exponents[hot_offsets // BLOCK_BYTES_MIN] = np.clip(np.where(largest > 0, exponent, -UNIT_MAX), -UNIT_MAX, UNIT_MAX)
+
+
+def group_norms(
+    layout: Layout, memory: Memory, original_offsets: NDArray[np.int64], hot_offsets: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Spectral bounds (SV, SR), float32 [Hkv] each, of a group's values and of their error. Raises DeviceLost."""
+    own, size = _own(memory), layout.original_block_bytes
+    dtype = NUMPY_DTYPE[layout.dtype]
+    shape = (layout.num_kv_heads, layout.block_size, layout.head_dim)
+    values = np.stack([own.originals[at + size // 2 : at + size].view(dtype).reshape(shape) for at in original_offsets.tolist()])
+    with faults(), own.stream:
+        above, errors = group_bounds(layout, cp.asarray(values), own.hot, cp.asarray(hot_offsets))
+        return above.get(stream=own.stream), errors.get(stream=own.stream)
+
+
+def copy_to_scratch(memory: Memory, source: int, target: int, nbytes: int) -> NDArray[np.uint8]:
+    """Copies originals to scratch on a stream of its own, and returns the bytes as they arrived. Raises DeviceLost."""
+    own = _own(memory)
+    landing, runtime = own.landing[:nbytes], cp.cuda.runtime
+    with faults():
+        at = own.scratch_at + target
+        runtime.memcpyAsync(at, own.originals_at + source, nbytes, runtime.memcpyHostToDevice, own.copier.ptr)
+        runtime.memcpyAsync(landing.ctypes.data, at, nbytes, runtime.memcpyDeviceToHost, own.copier.ptr)
+        own.copier.synchronize()
+    return landing
+
+
+def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
+    """Answers every call, or returns the exception that explains why one has no answer (`ScoreOverflow`, ValueError). Raises
+    DeviceLost."""
+    own, answers = _own(memory), dict[int, list[Answer] | Exception]()
+    waiting: list[tuple[int, Part]] = []
+    for i, call in enumerate(calls):
+        try:
+            parts = _parts(layout, own, call, num_q_heads)
+        except ValueError as error:
+            answers[i] = error
+            continue
+        answers[i] = []
+        waiting += [(i, part) for part in parts]
+    with faults():
+        for batch in _batches(layout, own, waiting, num_q_heads // layout.num_kv_heads):
+            step = Step(layout, own, [part for _, part in batch])
+            step.upload()
+            step.launch()
+            for (i, _), answer in zip(batch, step.answers(), strict=True):
+                done = answers[i]
+                assert isinstance(done, list)
+                done.append(answer)
+    results: list[Result | Exception] = []
+    for i, call in enumerate(calls):
+        found = answers[i]
+        try:
+            results.append(_result(layout, call, found) if isinstance(found, list) else found)
+        except ScoreOverflow as error:
+            results.append(error)
+    return results
+
+
+def _parts(layout: Layout, memory: DeviceMemory, call: Call, num_q_heads: int) -> list[Part]:
+    """A call's query tokens in runs whose buffers fit the workspace."""
+    heads, n, d = call.q.shape
+    if heads != num_q_heads or num_q_heads % layout.num_kv_heads or d != layout.head_dim or not 1 <= n <= call.num_tokens:
+        raise ValueError(f"q is {call.q.shape} over {call.num_tokens} tokens; expected [{num_q_heads}, n <= tokens, {layout.head_dim}]")
+    at_once = min(n, ROWS_AT_ONCE)
+    while _bytes(layout, memory, Part(call, 0, at_once), num_q_heads // layout.num_kv_heads) > memory.workspace.nbytes:
+        if at_once == 1:
+            raise ValueError(f"{call.num_tokens} tokens of {layout} need more than the {memory.workspace.nbytes} bytes kept for calls")
+        at_once //= 2
+    return [Part(call, start, min(start + at_once, n)) for start in range(0, n, at_once)]
+
+
+def _bytes(layout: Layout, memory: DeviceMemory, part: Part, group: int) -> int:
+    full = part.full(layout)
+    per = Kernels(layout).split_blocks(full, 1, memory.processors)  # the most splits: more tiles make fewer
+    return workspace_bytes(layout, group, part, -(-full // per))
+
+
+def _batches(
+    layout: Layout, memory: DeviceMemory, waiting: list[tuple[int, Part]], group: int
+) -> Iterator[list[tuple[int, Part]]]:
+    """Parts that fit into the workspace, and into what is staged, together."""
+    batch: list[tuple[int, Part]] = []
+    used = [0, 0, 0]
+    limits = (memory.workspace.nbytes, memory.inputs.host.size, memory.outputs.host.size)
+    for i, part in waiting:
+        rows = part.call.q.shape[0] * part.n
+        full = part.full(layout)
+        needs = (
+            _bytes(layout, memory, part, group),
+            (full + 1) * 16 * (1 + layout.num_kv_heads) + rows * layout.head_dim * 4 + part.call.group_value_norms.nbytes * 2 + 8192,
+            rows * (layout.head_dim * 4 + 64) + (len(part.call.canary_blocks) + 1) * layout.num_kv_heads + 4096,
+        )
+        if batch and any(u + need > limit for u, need, limit in zip(used, needs, limits, strict=True)):
+            yield batch
+            batch, used = [], [0, 0, 0]
+        batch.append((i, part))
+        used = [u + need for u, need in zip(used, needs, strict=True)]
+    if batch:
+        yield batch
+
+
+def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
+    def joined(name: str) -> Array:
+        return np.concatenate([x.fields[name] for x in answers], axis=1).astype(np.float64)
+
+    states = np.concatenate([x.states for x in answers], axis=1)
+    assert np.isin(states, (CERTIFIED, EXACT)).all(), "a row was left between the rungs"
+    exact, heads, full = states == EXACT, layout.num_kv_heads, len(call.hot_offsets)
+    top = joined("score_top")[exact]
+    if not np.all(top <= SCORE_MAX):
+        raise ScoreOverflow(f"a score of {np.nanmax(top):.3g} is above {SCORE_MAX:g}, the largest that is answered")
+    names = ("bound", "budget", "key_error", "value_error", "arith_error", "value_norm", "output_norm", "candidate_bound")
+    fields: dict[str, NDArray[np.generic]] = {name: joined(name) for name in names}
+    keys, values = (joined(name).astype(np.int64) for name in ("promoted_key_blocks", "promoted_value_blocks"))
+    whole = np.broadcast_to(exact.all(axis=0), exact.shape)
+    reads, host = _reads(layout, call, answers, exact)
+    fields |= {
+        "skip_error": np.zeros(exact.shape), "paper_key_bound": np.full(exact.shape, np.nan), "exact": exact,
+        "rank_certified": exact.copy(), "promoted_key_blocks": keys,
+        "rung": np.where(whole, 4, np.where(exact, 3, np.where(values > 0, 2, np.where(keys > 0, 1, 0)))),
+        "promoted_value_blocks": values, "skipped_blocks": np.zeros(exact.shape, np.int64), "host_bytes": host,
+    }  # fmt: skip
+    failures = [(int(call.canary_blocks[i]), int(h)) for i, h in np.argwhere(answers[0].failures)]
+    output = np.concatenate([x.output for x in answers], axis=1)
+    return Result(output, fields, reads[0], reads[1], np.zeros((2, full, heads), np.float32), failures)
+
+
+def _reads(layout: Layout, call: Call, answers: list[Answer], exact: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Which original records were read, [2, full, Hkv], and bytes from the host by row, [Hq, n]."""
+    heads, full = layout.num_kv_heads, len(call.hot_offsets)
+    reads = np.zeros((2, full, heads), np.bool_)
+    host = np.where(exact, 2 * call.num_tokens * layout.head_dim * layout.itemsize, 0)
+    start = 0
+    for answer in answers:
+        n = answer.output.shape[1]
+        if answer.marks is not None:
+            tiles = answer.marks.reshape(heads, -1, answer.marks.shape[1])
+            have = tiles.shape[2]
+            bits = (tiles[:, :, None] >> np.arange(8, dtype=np.uint32)[:, None]) & 1  # [Hkv, tiles, 8, full]
+            for kind, locations in enumerate((call.key_locations, call.value_locations)):
+                rows = bits[:, :, 4 * kind : 4 * kind + 4].reshape(heads, -1, have)[:, : exact.shape[0] // heads * n].astype(bool)
+                reads[kind, :have] |= rows.any(axis=1).T
+                cold = (rows & (locations[:have].T[:, None] < 0)).sum(axis=2) * layout.original_record_bytes
+                host[:, start : start + n] += cold.reshape(exact.shape[0], n)
+        start += n
+    reads |= exact.reshape(heads, -1).any(axis=1)
+    return reads, host
+
+
+__all__ = ["attend", "copy_to_scratch", "group_norms", "hot_block_bytes", "limit_threads", "quantise_blocks", "reserve"]

@@ -1,0 +1,130 @@
+"""The pools on a device, pinned host memory, and the buffers that calls pass through. Needs CuPy."""
+
+from typing import Any
+
+import cupy as cp
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd_kernels.errors import DeviceUnavailable
+from tierd_kernels.layout import Memory
+
+WORKSPACE_BYTES = 512 << 20  # of a launch: 460 bytes a block and tile of four rows (B = 16)
+STAGING_BYTES = 64 << 20  # what a launch carries in, and out
+CAPABILITY = (9, 0)  # bulk copies to shared memory
+# Blocks are larger than this, so that the offset over it tells them apart.
+BLOCK_BYTES_MIN = 1024
+ALIGNMENT = 256
+
+
+def pinned(nbytes: int) -> NDArray[np.uint8]:
+    """Pinned host memory, whose addresses the device reads too."""
+    return np.frombuffer(cp.cuda.alloc_pinned_memory(max(nbytes, 1)), np.uint8, nbytes)
+
+
+class Region:
+    """Carves aligned arrays out of one range of bytes."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes, self.used = nbytes, 0
+
+    def take(self, nbytes: int) -> int:
+        """The offset of `nbytes` more. Raises ValueError where they do not fit."""
+        at = self.used
+        if at + nbytes > self.nbytes:
+            raise ValueError(f"a call needs more than the {self.nbytes} bytes that are kept for calls; send fewer rows or query tokens")
+        self.used = -(-(at + nbytes) // ALIGNMENT) * ALIGNMENT
+        return at
+
+
+class Staging:
+    """A range in pinned memory and its twin on the device."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.host, self.device = pinned(nbytes), cp.empty(nbytes, cp.uint8)
+        self.region = Region(nbytes)
+
+    def reset(self) -> None:
+        self.region = Region(len(self.host))
+
+    def put(self, array: NDArray[Any]) -> int:
+        """Copies an array into the host's range; returns the address that it will have on the device."""
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        at = self.region.take(data.size)
+        self.host[at : at + data.size] = data
+        return int(self.device.data.ptr) + at
+
+    def room(self, nbytes: int) -> int:
+        """An address on the device for something that comes back."""
+        return int(self.device.data.ptr) + self.region.take(nbytes)
+
+    def view(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """The host's side of what lies at `address` on the device."""
+        at, size = address - int(self.device.data.ptr), int(np.prod(shape)) * np.dtype(dtype).itemsize
+        seen: NDArray[Any] = self.host[at : at + size].view(dtype).reshape(shape)
+        return seen
+
+    def upload(self, stream: Any) -> None:
+        self._copy(self.device.data.ptr, self.host.ctypes.data, cp.cuda.runtime.memcpyHostToDevice, stream)
+
+    def download(self, stream: Any) -> None:
+        self._copy(self.host.ctypes.data, self.device.data.ptr, cp.cuda.runtime.memcpyDeviceToHost, stream)
+
+    def _copy(self, to: int, source: int, kind: int, stream: Any) -> None:
+        cp.cuda.runtime.memcpyAsync(to, source, self.region.used, kind, stream.ptr)
+
+
+class DeviceMemory(Memory):
+    """The arenas of one daemon: hot and scratch on the device, originals pinned; and what calls need besides. `exponents` int16: of the
+    largest value norm of the block whose offset in hot, over BLOCK_BYTES_MIN, is the index. `*_at`: addresses."""
+
+    hot_at: int
+    scratch_at: int
+    originals_at: int
+    stream: Any
+    copier: Any
+    workspace: Any
+    inputs: Staging
+    outputs: Staging
+    landing: NDArray[np.uint8]
+    exponents: NDArray[np.int16]
+    processors: int
+
+
+def reserve(hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> DeviceMemory:
+    """The arenas. Raises DeviceUnavailable, with cause and remedy; nothing is held then."""
+    try:
+        device = cp.cuda.Device()
+        major, minor = divmod(int(device.compute_capability), 10)
+    except cp.cuda.runtime.CUDARuntimeError as error:
+        raise DeviceUnavailable(f"no usable CUDA device: {error}; check `nvidia-smi`, or serve with --backend cpu") from error
+    if (major, minor) < CAPABILITY:
+        raise DeviceUnavailable(
+            f"the device has compute capability {major}.{minor}; the kernels need {CAPABILITY[0]}.{CAPABILITY[1]} or more; serve with "
+            f"--backend cpu"
+        )
+    needed, (free, total) = hot_bytes + scratch_bytes + WORKSPACE_BYTES + 2 * STAGING_BYTES, device.mem_info
+    if needed > free:
+        raise DeviceUnavailable(
+            f"hot_bytes {hot_bytes}, scratch_bytes {scratch_bytes} and {needed - hot_bytes - scratch_bytes} bytes for calls do not fit "
+            f"into the {free} bytes free of {total} on the device; lower them"
+        )
+    try:
+        hot, scratch, workspace = (cp.zeros(max(n, ALIGNMENT), cp.uint8) for n in (hot_bytes, scratch_bytes, WORKSPACE_BYTES))
+        inputs, outputs, landing = Staging(STAGING_BYTES), Staging(STAGING_BYTES), pinned(1 << 20)
+    except (cp.cuda.memory.OutOfMemoryError, cp.cuda.runtime.CUDARuntimeError) as error:
+        raise DeviceUnavailable(f"the device refused an allocation: {error}; lower hot_bytes or scratch_bytes") from error
+    try:
+        originals = pinned(originals_bytes)
+    except (cp.cuda.runtime.CUDARuntimeError, MemoryError) as error:
+        raise DeviceUnavailable(
+            f"the host refused {originals_bytes} bytes of pinned memory: {error}; lower originals_bytes, or raise the limits on locked "
+            f"memory (`ulimit -l`) and on the container's memory"
+        ) from error
+    memory = DeviceMemory(hot, scratch, originals)
+    memory.hot_at, memory.scratch_at, memory.originals_at = int(hot.data.ptr), int(scratch.data.ptr), int(originals.ctypes.data)
+    memory.stream, memory.copier = cp.cuda.Stream(non_blocking=True), cp.cuda.Stream(non_blocking=True)
+    memory.workspace, memory.inputs, memory.outputs, memory.landing = workspace, inputs, outputs, landing
+    memory.exponents = np.zeros(hot_bytes // BLOCK_BYTES_MIN + 1, np.int16)
+    memory.processors = int(device.attributes["MultiProcessorCount"])
+    return memory

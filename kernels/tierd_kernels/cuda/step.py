@@ -1,0 +1,198 @@
+"""One launch: parts of calls over one layout, packed, run through the ladder on the device, and read back.
+
+A part is a run of query tokens of a call. The order on the device: score, value pass, bound; then, for rows that missed their budget,
+selection, their promoted blocks anew, value pass and bound again; then the exact rungs. Nothing in between waits for the host.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import cupy as cp
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd_kernels.call import Call
+from tierd_kernels.cuda.launch import CALL, FIELDS, Grid, Kernels
+from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, Region
+from tierd_kernels.cuda.record import TILE
+from tierd_kernels.cuda.sources import (
+    DENSE_FACTS,
+    PARTIALS,
+    ROW_FACTS,
+    ROW_TILE,
+    SPLITS_MAX,
+    STATISTIC_FLOATS,
+    TILE_WEIGHT_FLOATS,
+)
+from tierd_kernels.layout import Layout
+from tierd_kernels.policy import Budget
+
+UNIT_MAX = 120
+# What FP32 takes of a tolerance; budgets beyond are never missed.
+TOLERANCE_MAX = 1e30
+
+
+@dataclass
+class Part:
+    """Query tokens [start, stop) of a call; `tokens`, `full`: what the newest of them sees, the last block perhaps in part."""
+
+    call: Call
+    start: int
+    stop: int
+
+    @property
+    def n(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def tokens(self) -> int:
+        return self.call.num_tokens - int(self.call.q.shape[1]) + self.stop
+
+    def full(self, layout: Layout) -> int:
+        return min(len(self.call.hot_offsets), -(-self.tokens // layout.block_size))
+
+
+@dataclass
+class Answer:
+    """Of a part: output raw [Hq, n, d]; fields by name, float32 [Hq, n]; states int32 [Hq, n]; failures bool [canaries, Hkv]; marks
+    uint32 [Hkv * tiles, full], None: nothing was promoted."""
+
+    output: NDArray[Any]
+    fields: dict[str, NDArray[np.float32]]
+    states: NDArray[np.int32]
+    failures: NDArray[np.bool_]
+    marks: NDArray[np.uint32] | None
+
+
+def needs_exact(call: Call) -> bool:
+    """Whether a call goes to the exact rungs at once. Ranking is not computed on the device yet, so whoever requires it does."""
+    return (call.rtol == 0 and call.atol == 0) or not isinstance(call.policy, Budget) or call.policy.require_rank
+
+
+def workspace_bytes(layout: Layout, group: int, part: Part, splits: int) -> int:
+    """An upper bound on what `Step` takes of the workspace for a part."""
+    rows = layout.num_kv_heads * group * part.n
+    tiles = layout.num_kv_heads * -(-group * part.n // ROW_TILE)
+    block = 4 * (layout.block_size // TILE * TILE_WEIGHT_FLOATS + STATISTIC_FLOATS + 1)
+    split = 4 * ROW_TILE * (PARTIALS + layout.head_dim) + 8 * ROW_TILE * (DENSE_FACTS + layout.head_dim)
+    return tiles * ((part.full(layout) + 1) * block + (splits + 1) * split) + rows * 4 * (ROW_FACTS + splits + 1) + 16 * 256
+
+
+class Step:
+    """`launch` may run again and again, with the same bits; `answers` waits for it."""
+
+    def __init__(self, layout: Layout, memory: DeviceMemory, parts: list[Part], split_blocks: int | None = None) -> None:
+        self.layout, self.memory, self.parts, self.kernels = layout, memory, parts, Kernels(layout)
+        heads, d = layout.num_kv_heads, layout.head_dim
+        self.group = group = parts[0].call.q.shape[0] // heads
+        tiles = [heads * -(-group * part.n // ROW_TILE) for part in parts]
+        memory.inputs.reset()
+        memory.outputs.reset()
+        region = Region(memory.workspace.nbytes)
+        self.calls = np.zeros(len(parts), CALL)
+        for i, part in enumerate(parts):
+            call, full = part.call, part.full(layout)
+            per = split_blocks or self.kernels.split_blocks(full, sum(tiles), memory.processors)
+            splits = -(-full // per)
+            if splits >= SPLITS_MAX:
+                raise ValueError(f"{full} blocks are {splits} splits; at most {SPLITS_MAX - 1}")
+            self._fill(self.calls[i], part, full, splits)
+            numbers = {
+                "n": part.n, "tokens": part.tokens, "full": full, "splits": splits, "per": per, "groups": len(call.group_value_norms),
+                "relative_to_output": call.relative_to == "output", "exact_only": needs_exact(call), "scale": call.softmax_scale,
+                "rtol": min(call.rtol, TOLERANCE_MAX), "atol": min(call.atol, TOLERANCE_MAX),
+            }  # fmt: skip
+            rows, weights = heads * group * part.n, layout.block_size // TILE * TILE_WEIGHT_FLOATS
+            sizes = {
+                "weights": 4 * tiles[i] * (full + 1) * weights, "statistics": 4 * tiles[i] * (full + 1) * STATISTIC_FLOATS,
+                "partials": 4 * tiles[i] * (splits + 1) * PARTIALS * ROW_TILE, "sums": 4 * tiles[i] * (splits + 1) * ROW_TILE * d,
+                "dense": 8 * tiles[i] * (splits + 1) * ROW_TILE * (DENSE_FACTS + d), "facts": 4 * rows * ROW_FACTS,
+                "dots": 4 * rows * (splits + 1), "marks": 4 * tiles[i] * full,
+            }  # fmt: skip
+            for name, size in sizes.items():
+                numbers[name] = memory.workspace.data.ptr + region.take(size)
+            for name, number in numbers.items():
+                self.calls[i][name] = number
+        splits_most = max(int(x) for x in self.calls["splits"]) + 1
+        self.grid = Grid(len(parts), splits_most, max(tiles), group * max(part.n for part in parts), group)
+        self.at = memory.inputs.put(self.calls.view(np.uint8))
+        self.canaries = int(self.calls["num_canaries"].max())
+        self.certifies = not self.calls["exact_only"].all()
+
+    def _fill(self, out: Any, part: Part, full: int, splits: int) -> None:
+        """What comes from the host, and goes back to it."""
+        call, heads, inputs, outputs = part.call, self.layout.num_kv_heads, self.memory.inputs, self.memory.outputs
+        out["pool"], out["scratch"], out["originals"] = self.memory.hot_at, self.memory.scratch_at, self.memory.originals_at
+        q = np.ascontiguousarray(call.q[:, part.start : part.stop])
+        blocks = -(-part.tokens // self.layout.block_size)
+        canaries = call.canary_blocks if part.start == 0 else call.canary_blocks[:0]
+        canaries = canaries[canaries < full]
+        arrays = {
+            "q": q, "hot": call.hot_offsets[:full], "original": call.original_offsets[:blocks], "key_at": call.key_locations[:full],
+            "value_at": call.value_locations[:full], "unit": np.full(heads, self._exponent(part, full), np.int32),
+            "group_values": call.group_value_norms, "group_errors": call.group_error_norms, "canaries": canaries.astype(np.int32),
+        }  # fmt: skip
+        for name, array in arrays.items():
+            out[name] = inputs.put(array)
+        out["num_canaries"] = len(canaries)
+        rows = self.group * heads * part.n
+        sizes = {"output": q.nbytes, "fields": 4 * len(FIELDS) * rows, "state": 4 * rows, "failures": len(canaries) * heads}
+        for name, size in sizes.items():
+            out[name] = outputs.room(size)
+
+    def _exponent(self, part: Part, full: int) -> int:
+        """A power of two near the largest norm of a value; no bound depends on it, but FP32's range does."""
+        if full:
+            return int(self.memory.exponents[part.call.hot_offsets[:full] // BLOCK_BYTES_MIN].max())
+        start, size = int(part.call.original_offsets[0]), self.layout.original_block_bytes
+        raw = self.memory.originals[start + size // 2 : start + size].view(part.call.q.dtype)
+        values = raw.reshape(self.layout.num_kv_heads, self.layout.block_size, -1)[:, : part.tokens]
+        wide = (values.astype(np.uint32) << 16).view(np.float32) if values.dtype == np.uint16 else values
+        largest = float(np.max(np.abs(wide))) * self.layout.head_dim**0.5
+        return int(np.clip(np.frexp(largest)[1], -UNIT_MAX, UNIT_MAX)) if largest > 0 else 0
+
+    def upload(self) -> None:
+        self.memory.inputs.upload(self.memory.stream)
+
+    def launch(self, stream: Any = None) -> None:
+        """All kernels, in order, none of which waits for the host."""
+        stream = stream or self.memory.stream
+        if self.canaries:
+            for call in self.calls:
+                if call["num_canaries"]:
+                    size = int(call["num_canaries"]) * self.layout.num_kv_heads
+                    cp.cuda.runtime.memsetAsync(int(call["failures"]), 0, size, stream.ptr)
+            self.kernels.canary(self.at, self.grid, self.canaries, stream)
+        if self.certifies:
+            self.kernels.certify(self.at, self.grid, stream)
+            self.kernels.climb(self.at, self.grid, stream)
+        else:
+            self.kernels.due(self.at, self.grid, stream)
+            self.kernels.dense(self.at, self.grid, stream)
+
+    def answers(self) -> list[Answer]:
+        """What came back; waits for the device."""
+        memory, heads = self.memory, self.layout.num_kv_heads
+        memory.outputs.download(memory.stream)
+        memory.stream.synchronize()
+        out = []
+        for part, call in zip(self.parts, self.calls, strict=True):
+            q = part.call.q
+            shape = (q.shape[0], part.n)
+            view = memory.outputs.view
+            fields = view(int(call["fields"]), (len(FIELDS), *shape), np.float32).copy()
+            named = dict(zip(FIELDS, fields, strict=True))
+            marks = None
+            if part.full(self.layout) and (named["promoted_key_blocks"].any() or named["promoted_value_blocks"].any()):
+                marks = self._marks(call, part)
+            out.append(Answer(
+                view(int(call["output"]), (*shape, q.shape[2]), q.dtype).copy(), named, view(int(call["state"]), shape, np.int32).copy(),
+                view(int(call["failures"]), (int(call["num_canaries"]), heads), np.uint8).astype(bool), marks,
+            ))  # fmt: skip
+        return out
+
+    def _marks(self, call: Any, part: Part) -> NDArray[np.uint32]:
+        shape = (self.layout.num_kv_heads * -(-self.group * part.n // ROW_TILE), int(call["full"]))
+        marks = np.empty(shape, np.uint32)
+        cp.cuda.runtime.memcpy(marks.ctypes.data, int(call["marks"]), marks.nbytes, cp.cuda.runtime.memcpyDeviceToHost)
+        return marks
