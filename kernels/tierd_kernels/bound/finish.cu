@@ -110,16 +110,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
   if (!(total <= capped)) total = capped, key = tilt, stretch = (1.f + THETA) * SAFETY;
   // Infinite or NaN wherever something was, whatever comparisons made of it.
   if (!(failed < INFINITY) || !(total < INFINITY) || !(mass > 0.f)) total = INFINITY;
-  const float vbar = fmaxf(norm * NORM_RETURN - 2.f * NORM_FLOOR, 0.f), size = 1.f / unit_factor(unit);
-  const float budget = (call.atol * unit_factor(unit) + call.rtol * (call.relative_to_output ? o : vbar)) * (1.f - 2e-5f);
+  // The budget, rounded down; in double, as the fields: tolerances and values may lie where units do not.
+  const double size = ldexp(1., unit), reference = call.relative_to_output ? sqrtf(norm2) * (1.f - 1e-5f) : fmaxf(norm * NORM_RETURN - 2.f * NORM_FLOOR, 0.f);
+  const double budget = fmin((call.atol / size + call.rtol * reference) * (1. - 2e-5), BUDGET_MAX);
   const bool good = total <= budget && o < INFINITY;
   *state = good ? CERTIFIED : again ? DUE : OPEN;
-  const float facts[ROW_FACTS] = {top, mass, o, budget, skip + arithmetic};
+  const float facts[ROW_FACTS] = {top, mass, o, (float)fmin(budget, 1e30), skip + arithmetic};
   for (int k = 0; k < ROW_FACTS; k++) call.facts[(i64)(h * rows + index) * ROW_FACTS + k] = facts[k];
-  const float fields[CANDIDATE] = {total * size,      budget * size, key * stretch * size, value * stretch * size, arithmetic * stretch * size,
-                                   norm * NORM_RETURN * size, o * size};
-  float *out = call.fields + h * rows + index;
+  const double fields[CANDIDATE] = {total * size, fmin(budget * size, BUDGET_MAX), key * stretch * size, value * stretch * size,
+                                    arithmetic * stretch * size, norm * NORM_RETURN * size, o * size};
+  double *out = call.fields + h * rows + index;
   const i64 stride = (i64)heads * rows;
   for (int k = 0; k < CANDIDATE; k++) out[k * stride] = fields[k];
-  if (!again) out[CANDIDATE * stride] = total * size, out[KEYS * stride] = out[VALUES * stride] = out[SCORE_TOP * stride] = 0.f;
+  if (!again) out[CANDIDATE * stride] = total * size, out[KEYS * stride] = out[VALUES * stride] = out[SCORE_TOP * stride] = 0.;
 }

@@ -14,7 +14,7 @@ from tierd_kernels.cuda.launch import CERTIFIED, EXACT, Kernels
 from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, reserve
 from tierd_kernels.cuda.norms import group_bounds
 from tierd_kernels.cuda.record import Record
-from tierd_kernels.cuda.step import UNIT_MAX, Answer, Part, Step, workspace_bytes
+from tierd_kernels.cuda.step import UNIT_MAX, UNIT_MIN, Answer, Part, Step, workspace_bytes
 from tierd_kernels.errors import SCORE_MAX, DeviceLost, ScoreOverflow
 from tierd_kernels.layout import NUMPY_DTYPE, Layout, Memory
 from tierd_kernels.numerics import Array
@@ -59,7 +59,7 @@ def quantise_blocks(
         largest = norms.max(axis=1).get(stream=own.stream).astype(np.float64)
         own.stream.synchronize()
     exponent = np.frexp(np.where(np.isfinite(largest), largest, 2.0**UNIT_MAX))[1]
-    own.exponents[hot_offsets // BLOCK_BYTES_MIN] = np.clip(np.where(largest > 0, exponent, -UNIT_MAX), -UNIT_MAX, UNIT_MAX)
+    own.exponents[hot_offsets // BLOCK_BYTES_MIN] = np.clip(np.where(largest > 0, exponent, UNIT_MIN), UNIT_MIN, UNIT_MAX)
 
 
 def group_norms(
@@ -151,7 +151,7 @@ def _batches(
         needs = (
             _bytes(layout, memory, part, group),
             (full + 1) * 16 * (1 + layout.num_kv_heads) + rows * layout.head_dim * 4 + part.call.group_value_norms.nbytes * 2 + 8192,
-            rows * (layout.head_dim * 4 + 64) + (len(part.call.canary_blocks) + 1) * layout.num_kv_heads + 4096,
+            rows * (layout.head_dim * 4 + 128) + (len(part.call.canary_blocks) + 1) * layout.num_kv_heads + 4096,
         )
         if batch and any(u + need > limit for u, need, limit in zip(used, needs, limits, strict=True)):
             yield batch
@@ -164,7 +164,7 @@ def _batches(
 
 def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
     def joined(name: str) -> Array:
-        return np.concatenate([x.fields[name] for x in answers], axis=1).astype(np.float64)
+        return np.concatenate([x.fields[name] for x in answers], axis=1)
 
     states = np.concatenate([x.states for x in answers], axis=1)
     assert np.isin(states, (CERTIFIED, EXACT)).all(), "a row was left between the rungs"

@@ -37,6 +37,7 @@ constexpr int BLOCK_NOTES = STATISTICS * ROW_TILE, STATISTIC_FLOATS = BLOCK_NOTE
 // Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE].
 enum { MASS, LOW, T1, MASS_ERROR, SPREAD, USED, ERROR2, AMPLITUDE, KEY_SQUARES, VALUE, SQUARES, NORM, SPLIT_TOP, DELTA_MAX, NORM_TOP, ERROR, AMPLITUDE_TOP, PARTIALS };
 
+constexpr double BUDGET_MAX = 1e250;  // keeps a budget finite in any unit
 constexpr float U32F = 5.9604644775390625e-8f;
 constexpr float NORM_FLOOR = 8.8817841970012523e-16f;  // 2^-50: squares stay far from underflow, and the bound only grows
 constexpr float LOG2_MIN = -124.f;                     // a weight below 2^-124 of its block's largest counts as zero
@@ -48,20 +49,19 @@ struct Call {
   const void *q;  // raw [Hq][n][D]
   void *output;   // raw [Hq][n][D]
   const i64 *hot, *original, *key_at, *value_at;
-  const int *unit;                                 // [Hkv], within [-120, 120]: norms are counted in units of 2^unit
+  const int *unit;                                 // [Hkv], within [-60, 120]: norms are counted in units of 2^unit
   const float *group_values, *group_errors;        // [groups][Hkv]: SV and SR of complete groups of 1024 tokens
   float *weights, *statistics, *partials, *sums;   // by tile of rows: [full + 1 blocks] (weights: of TILES each), [splits + 1]
-  float *fields;                                   // [FIELDS][Hkv * rows]
+  double *fields;                                  // [FIELDS][Hkv * rows]
   float *facts, *dots;                             // [Hkv * rows][ROW_FACTS]; o_G . O of each split, [Hkv * rows][splits + 1]
   int *state;                                      // [Hkv * rows]
   u32 *marks;                                      // [tiles][full]: promoted keys, a bit a row, and values, the next four bits
   double *dense;                                   // [tiles][splits + 1][ROW_TILE][DENSE_FACTS + D]
   const int *canaries;                             // [num_canaries] full blocks
   unsigned char *failures;                         // [num_canaries][Hkv], zeros
-  double scale;
+  double scale, rtol, atol;
   int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
-  int relative_to_output, exact_only, num_canaries;
-  float rtol, atol, pad;
+  int relative_to_output, exact_only, num_canaries, pad;
 };
 
 // A row is open until finish has certified it; what selection could not bring within budget, or finish not after promotion, is due to be
@@ -81,13 +81,26 @@ __device__ __forceinline__ const unsigned char *located(const Call &call, const 
 
 __device__ __forceinline__ float as_float(const void *p, i64 i) {
   if (DTYPE == 0) return __half2float(((const __half *)p)[i]);
-  if (DTYPE == 1) return __bfloat162float(((const __nv_bfloat16 *)p)[i]);
+  if (DTYPE == 1) return __uint_as_float((u32)((const unsigned short *)p)[i] << 16);
   return ((const float *)p)[i];
 }
 
+// CuPy compiles with flush-to-zero: subnormals take their way to and from double by their bits.
+__device__ __forceinline__ double wide(float x) {
+  const u32 bits = __float_as_uint(x);
+  if (DTYPE == 0 || bits & 0x7f800000u) return x;
+  return copysign((bits & 0x7fffffu) * 0x1p-149, bits >> 31 ? -1. : 1.);
+}
 // Rounds to the originals' type; returns what was stored.
 __device__ __forceinline__ double store(void *p, i64 i, double x) {
   if (DTYPE == 0) return __half2float(((__half *)p)[i] = __double2half(x));
+  if (fabs(x) < 0x1p-126) {
+    const double step = DTYPE == 1 ? 0x1p-133 : 0x1p-149;
+    const u32 count = (u32)rint(fabs(x) / step), sign = x < 0.;
+    if (DTYPE == 1) ((unsigned short *)p)[i] = (unsigned short)(count | sign << 15);
+    else ((u32 *)p)[i] = count | sign << 31;
+    return copysign(count * step, x);
+  }
   if (DTYPE == 1) return __bfloat162float(((__nv_bfloat16 *)p)[i] = __double2bfloat16(x));
   return ((float *)p)[i] = (float)x;
 }
@@ -166,7 +179,7 @@ __device__ __forceinline__ float fold8(float (&v)[8], int lane) {
 
 // x 2^-e in two steps: e may lie outside FP32's exponents where x does not.
 __device__ __forceinline__ float downscale(float x, int e) { return ldexpf(ldexpf(x, -(e / 2)), -(e - e / 2)); }
-// 2^-unit, for a unit within [-120, 120]. Norms that no such unit brings near 1 leave a bound that is too large to certify anything.
+// 2^-unit, for a unit within [-60, 120]. Norms that no such unit brings near 1 leave a bound that is too large to certify anything.
 __device__ __forceinline__ float unit_factor(int unit) { return __int_as_float((127 - unit) << 23); }
 // Off by 2^-22 at most; far cheaper than the rounded one.
 __device__ __forceinline__ float sqrt_approx(float x) {

@@ -35,8 +35,8 @@ POINTERS = (
 )  # fmt: skip
 NUMBERS = ("n", "tokens", "full", "splits", "per", "groups", "relative_to_output", "exact_only", "num_canaries")
 CALL = np.dtype(
-    [(name, np.uint64) for name in POINTERS] + [("scale", np.float64)] + [(name, np.int32) for name in NUMBERS]
-    + [(name, np.float32) for name in ("rtol", "atol", "pad")]
+    [(name, np.uint64) for name in POINTERS] + [(name, np.float64) for name in ("scale", "rtol", "atol")]
+    + [(name, np.int32) for name in (*NUMBERS, "pad")]
 )  # fmt: skip
 
 

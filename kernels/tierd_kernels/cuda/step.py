@@ -25,11 +25,10 @@ from tierd_kernels.cuda.sources import (
     TILE_WEIGHT_FLOATS,
 )
 from tierd_kernels.layout import Layout
+from tierd_kernels.numerics import Array
 from tierd_kernels.policy import Budget
 
-UNIT_MAX = 120
-# What FP32 takes of a tolerance; budgets beyond are never missed.
-TOLERANCE_MAX = 1e30
+UNIT_MIN, UNIT_MAX = -60, 120  # from below: what FP32 flushes to zero stays far under 2^-40 of a unit
 
 
 @dataclass
@@ -54,19 +53,25 @@ class Part:
 
 @dataclass
 class Answer:
-    """Of a part: output raw [Hq, n, d]; fields by name, float32 [Hq, n]; states int32 [Hq, n]; failures bool [canaries, Hkv]; marks
+    """Of a part: output raw [Hq, n, d]; fields by name, float64 [Hq, n]; states int32 [Hq, n]; failures bool [canaries, Hkv]; marks
     uint32 [Hkv * tiles, full], None: nothing was promoted."""
 
     output: NDArray[Any]
-    fields: dict[str, NDArray[np.float32]]
+    fields: dict[str, Array]
     states: NDArray[np.int32]
     failures: NDArray[np.bool_]
     marks: NDArray[np.uint32] | None
 
 
 def needs_exact(call: Call) -> bool:
-    """Whether a call goes to the exact rungs at once. Ranking is not computed on the device yet, so whoever requires it does."""
-    return (call.rtol == 0 and call.atol == 0) or not isinstance(call.policy, Budget) or call.policy.require_rank
+    """Whether a call goes to the exact rungs at once: nothing else would do, or its queries hold numbers that FP32 flushes to zero.
+    Ranking is not computed on the device, so whoever requires it goes there too."""
+    if (call.rtol == 0 and call.atol == 0) or not isinstance(call.policy, Budget) or call.policy.require_rank:
+        return True
+    if call.q.dtype == np.float16:
+        return False
+    bits = call.q.view(np.uint32) if call.q.dtype == np.float32 else call.q.astype(np.uint32) << 16
+    return bool(np.any((bits & 0x7F800000 == 0) & (bits & 0x7FFFFF != 0)))
 
 
 def workspace_bytes(layout: Layout, group: int, part: Part, splits: int) -> int:
@@ -100,7 +105,7 @@ class Step:
             numbers = {
                 "n": part.n, "tokens": part.tokens, "full": full, "splits": splits, "per": per, "groups": len(call.group_value_norms),
                 "relative_to_output": call.relative_to == "output", "exact_only": needs_exact(call), "scale": call.softmax_scale,
-                "rtol": min(call.rtol, TOLERANCE_MAX), "atol": min(call.atol, TOLERANCE_MAX),
+                "rtol": call.rtol, "atol": call.atol,
             }  # fmt: skip
             rows, weights = heads * group * part.n, layout.block_size // TILE * TILE_WEIGHT_FLOATS
             sizes = {
@@ -136,7 +141,7 @@ class Step:
             out[name] = inputs.put(array)
         out["num_canaries"] = len(canaries)
         rows = self.group * heads * part.n
-        sizes = {"output": q.nbytes, "fields": 4 * len(FIELDS) * rows, "state": 4 * rows, "failures": len(canaries) * heads}
+        sizes = {"output": q.nbytes, "fields": 8 * len(FIELDS) * rows, "state": 4 * rows, "failures": len(canaries) * heads}
         for name, size in sizes.items():
             out[name] = outputs.room(size)
 
@@ -149,7 +154,7 @@ class Step:
         values = raw.reshape(self.layout.num_kv_heads, self.layout.block_size, -1)[:, : part.tokens]
         wide = (values.astype(np.uint32) << 16).view(np.float32) if values.dtype == np.uint16 else values
         largest = float(np.max(np.abs(wide))) * self.layout.head_dim**0.5
-        return int(np.clip(np.frexp(largest)[1], -UNIT_MAX, UNIT_MAX)) if largest > 0 else 0
+        return int(np.clip(np.frexp(largest)[1], UNIT_MIN, UNIT_MAX)) if largest > 0 else UNIT_MIN
 
     def upload(self) -> None:
         self.memory.inputs.upload(self.memory.stream)
@@ -180,7 +185,7 @@ class Step:
             q = part.call.q
             shape = (q.shape[0], part.n)
             view = memory.outputs.view
-            fields = view(int(call["fields"]), (len(FIELDS), *shape), np.float32).copy()
+            fields = view(int(call["fields"]), (len(FIELDS), *shape), np.float64).copy()
             named = dict(zip(FIELDS, fields, strict=True))
             marks = None
             if part.full(self.layout) and (named["promoted_key_blocks"].any() or named["promoted_value_blocks"].any()):

@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) dense(const Call *cal
       if (channel >= D) continue;
       for (int t = 0; t < here; t++)
 #pragma unroll
-        for (int row = 0; row < ROW_TILE; row++) sums[k][row] += w[row * SPLIT_TOKENS + t] * x[t * (D + 1) + channel];
+        for (int row = 0; row < ROW_TILE; row++) sums[k][row] += w[row * SPLIT_TOKENS + t] * wide(x[t * (D + 1) + channel]);
     }
   }
   for (int bit = 1; bit < 32; bit <<= 1) {

@@ -35,22 +35,22 @@ extern "C" __global__ void __launch_bounds__((D + LANES - 1) / LANES *LANES) den
   y /= mass, norm /= mass;
   const i64 at = ((i64)(h * group + index / call.n) * call.n + index % call.n) * D + c;
   double stored = 0., off = 0., q = 0.;
-  if (c < D) stored = store(call.output, at, y), off = stored - y, q = as_float(call.q, at);
+  if (c < D) stored = store(call.output, at, y), off = stored - y, q = wide(as_float(call.q, at));
   const double output = sqrt(block_sum(stored * stored)), rounded = sqrt(block_sum(off * off)), q_norm = sqrt(block_sum(q * q));
   if (c) return;
   // d products and sums, the scale, differences from two maxima, and exp's own ulp, twice, all doubled.
   const double eps = 2. * U64 * ((D + 8.) * fabs(call.scale) * q_norm * sqrt(key2) + 4. * largest + 16.);
   const double most = sqrt(value2), rounding = (call.tokens + D + 32.) * U64 * (norm + output) + rounded * (1. + 1e-12);
   const double bound = fmin(exp(eps) * (expm1(eps) * (norm + output) + rounding + call.tokens * 1e-300 * most) * SAFETY, (most + output) * SAFETY);
-  const double budget = (call.atol + (double)call.rtol * (call.relative_to_output ? output : norm)) * (1. - 1. / 1048576);
-  float *out = call.fields + h * rows + index;
+  const double budget = fmin((call.atol + call.rtol * (call.relative_to_output ? output : norm)) * (1. - 1. / 1048576), BUDGET_MAX);
+  double *out = call.fields + h * rows + index;
   const i64 stride = (i64)heads * rows;
-  const float above = __double2float_ru(bound), candidate = __double2float_ru((most + output) * SAFETY);
-  out[BOUND * stride] = out[ARITH_ERROR * stride] = above;
-  out[BUDGET * stride] = __double2float_rd(budget);
-  out[KEY_ERROR * stride] = out[VALUE_ERROR * stride] = 0.f;
-  out[VALUE_NORM * stride] = (float)norm, out[OUTPUT_NORM * stride] = (float)output, out[SCORE_TOP * stride] = (float)fmin(largest, 3.4e38);
-  if (call.exact_only) out[CANDIDATE * stride] = candidate, out[KEYS * stride] = out[VALUES * stride] = 0.f;
-  else out[CANDIDATE * stride] = fminf(out[CANDIDATE * stride], candidate);
+  const double candidate = (most + output) * SAFETY;
+  out[BOUND * stride] = out[ARITH_ERROR * stride] = bound;
+  out[BUDGET * stride] = budget;
+  out[KEY_ERROR * stride] = out[VALUE_ERROR * stride] = 0.;
+  out[VALUE_NORM * stride] = norm, out[OUTPUT_NORM * stride] = output, out[SCORE_TOP * stride] = largest;
+  if (call.exact_only) out[CANDIDATE * stride] = candidate, out[KEYS * stride] = out[VALUES * stride] = 0.;
+  else out[CANDIDATE * stride] = fmin(out[CANDIDATE * stride], candidate);
   *state = EXACT;
 }

@@ -4,7 +4,8 @@
 constexpr int QUANTISE_WARPS = 16, THREADS = QUANTISE_WARPS * LANES, ROW = D + 1;
 constexpr double SUM_ROOM = 1. + 1e-12, SPECTRAL_ROOM = 1. + 1e-9, LEAST_SCALE = 6.103515625e-05;  // 2^-14, FP16's smallest normal
 
-__device__ __forceinline__ float f32_above(double x) { return x < INFINITY ? __double2float_ru(x) : INFINITY; }
+// Never subnormal, which would be flushed to zero.
+__device__ __forceinline__ float f32_above(double x) { return x < INFINITY ? __double2float_ru(x > 0. ? fmax(x, 0x1p-126) : x) : INFINITY; }
 __device__ __forceinline__ u32 bf16_above(double x) {
   u32 bits = __float_as_uint(f32_above(x));
   return (bits + 0xffffu) >> 16;

@@ -19,7 +19,7 @@ template <typename Q>
 __device__ __forceinline__ Product product(const float *k, Q q) {
   double sum[2] = {0., 0.}, size = 0.;
   for (int i = 0; i < D; i += 2) {
-    const double x = (double)q(i) * k[i], y = (double)q(i + 1) * k[i + 1];
+    const double x = wide(q(i)) * wide(k[i]), y = wide(q(i + 1)) * wide(k[i + 1]);
     sum[0] += x, sum[1] += y, size += fabs(x) + fabs(y);
   }
   return {sum[0] + sum[1], size};

@@ -7,7 +7,7 @@
 // and the norms of q * scale, comes from MMAs over sixteen blocks at once: 40 instructions a block where sums by lanes took 110.
 constexpr int SCORE_STAGES = 2;  // at 131,072 tokens: 2 67 us, 3 66, 4 70; two blocks at once in a warp 73, five or six blocks resident 72 to 87
 constexpr float LIMB_MAX = 32512.f;
-constexpr float PRODUCT_FLOOR = 7.5231638452626401e-37f;            // 2^-120: products below FP32's smallest normal
+constexpr float PRODUCT_FLOOR = 0x1p-90f;                            // entries of q below 2^-126 of the largest, which are flushed, times keys below 2^23
 constexpr float NORM_ROOM = 1.f + 6.103515625e-5f;                  // 2^-14: sixteen MMAs over positive terms, 34 u each, and the root
 // q . offset: parts of q, one MMA each, sums of 2 * KEY_STEPS of them; in units of ||q|| ||offset||, ||q|| >= 1/2.
 constexpr float OFFSET_ROUNDINGS = (34.f + 2.f * KEY_STEPS + 16.f + 24.f) * U32F;
