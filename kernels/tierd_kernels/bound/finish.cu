@@ -111,8 +111,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
   // Infinite or NaN wherever something was, whatever comparisons made of it.
   if (!(failed < INFINITY) || !(total < INFINITY) || !(mass > 0.f)) total = INFINITY;
   // The budget, rounded down; in double, as the fields: tolerances and values may lie where units do not.
-  const double size = ldexp(1., unit), reference = call.relative_to_output ? sqrtf(norm2) * (1.f - 1e-5f) : fmaxf(norm * NORM_RETURN - 2.f * NORM_FLOOR, 0.f);
-  const double budget = fmin((call.atol / size + call.rtol * reference) * (1. - 2e-5), BUDGET_MAX);
+  const double size = power_of_two(unit), reference = call.relative_to_output ? sqrtf(norm2) * (1.f - 1e-5f) : fmaxf(norm * NORM_RETURN - 2.f * NORM_FLOOR, 0.f);
+  const double budget = fmin((call.atol * power_of_two(-unit) + call.rtol * reference) * (1. - 2e-5), BUDGET_MAX);
   const bool good = total <= budget && o < INFINITY;
   *state = good ? CERTIFIED : again ? DUE : OPEN;
   const float facts[ROW_FACTS] = {top, mass, o, (float)fmin(budget, 1e30), skip + arithmetic};

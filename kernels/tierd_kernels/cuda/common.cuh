@@ -181,6 +181,7 @@ __device__ __forceinline__ float fold8(float (&v)[8], int lane) {
 __device__ __forceinline__ float downscale(float x, int e) { return ldexpf(ldexpf(x, -(e / 2)), -(e - e / 2)); }
 // 2^-unit, for a unit within [-60, 120]. Norms that no such unit brings near 1 leave a bound that is too large to certify anything.
 __device__ __forceinline__ float unit_factor(int unit) { return __int_as_float((127 - unit) << 23); }
+__device__ __forceinline__ double power_of_two(int e) { return __hiloint2double((1023 + e) << 20, 0); }
 // Off by 2^-22 at most; far cheaper than the rounded one.
 __device__ __forceinline__ float sqrt_approx(float x) {
   float y;

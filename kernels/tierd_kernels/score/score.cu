@@ -230,7 +230,6 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   const u32 keep_flip = limb ? 0x80808080u : 0u, give_flip = limb ? 0u : 0x80808080u;  // a low limb is stored + 128
   const i64 place = (i64)(h * tiles + tile) * (full + 1) + first;
   float *weights = call.weights + place * TILES * WEIGHT_FLOATS, *statistics = call.statistics + place * STATISTIC_FLOATS;
-  u32 *marks = call.marks + (i64)(h * tiles + tile) * full + first;
 
   __shared__ BlockFacts facts_of[WARPS][TILE][ROW_TILE];
   BlockFacts(*facts)[ROW_TILE] = facts_of[warp];
@@ -246,10 +245,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
 #pragma unroll
       for (int k = 0; k < 2; k++) {
         facts[r + 8 * k][c] = found[k];
-        if (i + r + 8 * k < count) {
-          if (c < 3) statistics[(r + 8 * k) * STATISTIC_FLOATS + BLOCK_NOTES + c] = notes[k];
-          else marks[i + r + 8 * k] = 0;
-        }
+        if (i + r + 8 * k < count) statistics[(r + 8 * k) * STATISTIC_FLOATS + BLOCK_NOTES + c] = notes[k];
       }
       __syncwarp();
     }
@@ -333,6 +329,8 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   if (r == 0) tops[warp][c] = highest;
   __syncthreads();
 
+  const int place_of_split = split * call.per + threadIdx.x;
+  if (threadIdx.x < call.per && place_of_split < full) call.marks[(i64)(h * tiles + tile) * full + place_of_split] = 0;
   float reference = tops[0][threadIdx.x % ROW_TILE];
 #pragma unroll
   for (int w = 1; w < WARPS; w++) reference = fmaxf(reference, tops[w][threadIdx.x % ROW_TILE]);

@@ -1,27 +1,14 @@
 // Selection: for a row that missed its budget, the fewest blocks whose keys or values, read as originals, are predicted to bring it within.
 //
-// A key and a value record cost the same bytes, so one threshold on both shares of the bound ranks them; it is found by bisection over
-// the whole bound (select/reference.py::cheapest_within), a group of 1024 tokens a warp. Selection may be wrong at will: only what
-// finish computes from what was used opens the gate.
-constexpr int SELECT_WARPS = 16, THREADS = SELECT_WARPS * LANES, ROUNDS = 12;
-constexpr float TARGET = 0.85f;   // of the budget: ||O|| and o_G change with the promotion
-constexpr float OCTAVES = 30.f;   // below the largest share, in which the threshold is sought
+// A key and a value record cost the same bytes, so one threshold on both shares of the bound ranks them (as select/reference.py's
+// cheapest_within does). A lane tries one threshold: octaves first, then parts of an octave, over groups of 1024 tokens, a warp each. What is
+// promoted counts as without error, which a target below the budget makes up for. Selection may be wrong at will: only what finish
+// computes from what was used opens the gate.
+constexpr int SELECT_WARPS = 16, THREADS = SELECT_WARPS * LANES, AT_ONCE = 64;
+constexpr float TARGET = 0.85f;        // of the budget
+constexpr int OCTAVES_ABOVE = 10;      // of the largest threshold, over the target: a share of T1 may be far above what T2 or T3 make of it
 
-// A block of one row: its terms as it stands, and with keys or values promoted.
-struct Candidate {
-  Stats x;
-  float here, key, value;  // factor over mass; shares
-  bool live;
-};
-
-__device__ __forceinline__ Terms promoted_terms(const Candidate &c, bool keys, bool values) {
-  if (!keys) return block_terms(c.x, c.here, values);
-  Stats x;
-#pragma unroll
-  for (int k = 0; k < STATISTICS + 3; k++) x[k] = c.x[k];
-  x[DELTA] = c.x[EPSILON], x[D_NORM] = c.x[EPSILON] * (BLOCK == 16 ? 4.f : BLOCK == 32 ? 5.6568549f : 8.f);
-  return block_terms(x, c.here, values);
-}
+struct Shares { float key, value; Terms terms; };
 
 extern "C" __global__ void __launch_bounds__(THREADS) select_blocks(const Call *calls, int heads, int group) {
   const Call &call = calls[blockIdx.z];
@@ -32,97 +19,93 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_blocks(const Call *
   if (*state != OPEN) return;
   const float *facts = call.facts + (i64)(h * rows + index) * ROW_FACTS, *dots = call.dots + (i64)(h * rows + index) * (call.splits + 1);
   const float top = facts[ROW_TOP], mass = facts[ROW_MASS], o = facts[ROW_NORM], target = TARGET * facts[ROW_BUDGET], fixed = facts[ROW_FIXED];
-  const float *statistics = call.statistics + (i64)base * (call.full + 1) * STATISTIC_FLOATS + row;
+  const float *statistics = call.statistics + (i64)base * (call.full + 1) * STATISTIC_FLOATS;
   const Groups groups(call);
   const int per_group = groups.together * call.per, trailing = call.tokens > call.full * BLOCK;
-  __shared__ float of_warp[3][SELECT_WARPS];
+  __shared__ float of_block[SELECT_WARPS][AT_ONCE][8], of_warp[SELECT_WARPS][LANES][3];
 
-  auto candidate = [&](int b, int end) {
-    Candidate c;
+  auto shares = [&](int b) {
     const float *p = statistics + (i64)b * STATISTIC_FLOATS;
-    c.live = b < end && !(p[SUM * ROW_TILE] <= 0.f);
+    Stats x;
 #pragma unroll
-    for (int k = 0; k < STATISTICS + 3; k++) c.x[k] = c.live ? p[k < STATISTICS ? k * ROW_TILE : BLOCK_NOTES + k - STATISTICS - row] : 0.f;
-    c.here = c.live ? exp2_approx(c.x[TOP] - top) / mass : 0.f;
-    const Terms t = block_terms(c.x, c.here, false);
-    c.key = c.live ? t.t1 + t.g * o : 0.f, c.value = c.live ? t.value : 0.f;
-    return c;
+    for (int k = 0; k < STATISTICS + 3; k++) x[k] = p[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS];
+    Shares s = {0.f, 0.f, {}};
+    if (x[SUM] <= 0.f) return s;
+    s.terms = block_terms(x, exp2_approx(x[TOP] - top) / mass, false);
+    s.key = s.terms.t1 + s.terms.g * o, s.value = s.terms.value;
+    return s;
   };
-  // The predicted bound with all shares above the threshold promoted; all threads return it.
+  // The predicted bound with all shares above the lane's threshold promoted; every warp's lanes return the same.
   auto predict = [&](float threshold) {
     float key = 0.f, value = 0.f, low = 0.f;
     for (int k = warp; k < groups.count; k += SELECT_WARPS) {
       Group x = {};
       if (k == groups.count - 1 && trailing) {
         const float *p = call.partials + ((i64)base * (call.splits + 1) + call.splits) * PARTIALS * ROW_TILE + row;
-        const float f = lane == 0 ? exp2_approx(p[SPLIT_TOP * ROW_TILE] - top) / mass : 0.f;
+        const float f = exp2_approx(p[SPLIT_TOP * ROW_TILE] - top) / mass;
         x.t1 = f * p[T1 * ROW_TILE], x.g = f * p[MASS_ERROR * ROW_TILE], x.spread = f * p[SPREAD * ROW_TILE], x.used = f * p[USED * ROW_TILE];
         x.amplitude = f * p[AMPLITUDE * ROW_TILE], x.squares = f * f * p[KEY_SQUARES * ROW_TILE], x.rho = f * p[MASS * ROW_TILE];
         low += f * p[LOW * ROW_TILE];
       } else {
         const int end = min((k + 1) * per_group, call.full);
-        for (int b = k * per_group + lane; b < end; b += LANES) {
-          const Candidate c = candidate(b, end);
-          if (!c.live) continue;
-          const Terms t = promoted_terms(c, !(c.key <= threshold), !(c.value <= threshold));
-          x.t1 += t.t1, x.g += t.g, x.spread += t.spread, x.used += t.used, x.error += t.error2, x.amplitude += t.amplitude;
-          x.squares += t.squares, x.coded += t.value, x.a2 += t.coded, x.rho += t.rho;
-          low += t.low;
-        }
-      }
-      float *sums[10] = {&x.t1, &x.g, &x.spread, &x.used, &x.error, &x.amplitude, &x.squares, &x.coded, &x.a2, &x.rho};
+        for (int first = k * per_group; first < end; first += AT_ONCE) {
+          const int count = min(AT_ONCE, end - first);
+          __syncwarp();
+          for (int b = lane; b < count; b += LANES) {
+            const Shares s = shares(first + b);
+            const float mine[8] = {s.key, s.value, s.terms.t1, s.terms.g, s.terms.spread, s.terms.squares, s.terms.low, s.terms.coded};
 #pragma unroll
-      for (int i = 0; i < 10; i++) *sums[i] = warp_sum(*sums[i]);
-      if (lane == 0) {
-        const int first = min(k * groups.together, call.splits), last = first == call.splits ? first + 1 : min(first + groups.together, call.splits);
-        for (int i = first; i < last; i++) x.dot += dots[i];
-        const float2 terms = group_terms(x, group_norms(call, groups, k, heads, h), o);
-        key += terms.x, value += terms.y;
+            for (int i = 0; i < 8; i++) of_block[warp][b][i] = mine[i];
+            x.used += s.terms.used, x.error += s.terms.error2, x.amplitude += s.terms.amplitude, x.rho += s.terms.rho;
+          }
+          __syncwarp();
+          for (int b = 0; b < count; b++) {
+            const float4 y = *(const float4 *)of_block[warp][b], z = *(const float4 *)(of_block[warp][b] + 4);
+            if (y.x <= threshold) x.t1 += y.z, x.g += y.w, x.spread += z.x, x.squares += z.y, low += z.z;
+            if (y.y <= threshold) x.coded += y.y, x.a2 += z.w;
+          }
+        }
+        x.used = warp_sum(x.used), x.error = warp_sum(x.error), x.amplitude = warp_sum(x.amplitude), x.rho = warp_sum(x.rho);
       }
+      const int first = min(k * groups.together, call.splits), last = first == call.splits ? first + 1 : min(first + groups.together, call.splits);
+      for (int i = first; i < last; i++) x.dot += dots[i];
+      const float2 terms = group_terms(x, group_norms(call, groups, k, heads, h), o);
+      key += terms.x, value += terms.y;
     }
-    low = warp_sum(low);
     __syncthreads();
-    if (lane == 0) of_warp[0][warp] = key, of_warp[1][warp] = value, of_warp[2][warp] = low;
+    of_warp[warp][lane][0] = key, of_warp[warp][lane][1] = value, of_warp[warp][lane][2] = low;
     __syncthreads();
     key = value = low = 0.f;
-    for (int w = 0; w < SELECT_WARPS; w++) key += of_warp[0][w], value += of_warp[1][w], low += of_warp[2][w];
+    for (int w = 0; w < SELECT_WARPS; w++) key += of_warp[w][lane][0], value += of_warp[w][lane][1], low += of_warp[w][lane][2];
     const float denominator = 1.f - low * LOW_ROUNDING;
     return denominator > 1e-4f ? (key + value + fixed) * ((1.f + THETA) * SAFETY) / denominator : INFINITY;
   };
 
-  float most = 0.f;
-  for (int b = threadIdx.x; b < call.full; b += THREADS) {
-    const Candidate c = candidate(b, call.full);
-    most = fmaxf(most, fmaxf(fminf(c.key, 1e30f), fminf(c.value, 1e30f)));
+  // Lane 0 tries the largest threshold; the first that fits is refined upwards.
+  float threshold = target * exp2f(OCTAVES_ABOVE - lane);
+  u32 fitting = __ballot_sync(~0u, predict(threshold) <= target);
+  const bool fits = fitting && target > 0.f;
+  float best = 0.f;
+  if (fits) {  // uniform over the thread block
+    best = target * exp2f(OCTAVES_ABOVE - (__ffs(fitting) - 1));
+    threshold = best * exp2f((31 - lane) / 32.f);
+    fitting = __ballot_sync(~0u, predict(threshold) <= target);
+    if (fitting) best *= exp2f((31 - (__ffs(fitting) - 1)) / 32.f);
   }
-  most = warp_max(most);
-  if (lane == 0) of_warp[0][warp] = most;
-  __syncthreads();
-  for (int w = 0; w < SELECT_WARPS; w++) most = fmaxf(most, of_warp[0][w]);
-  // Thresholds from `below`, which fits, to `above`, which may not; what is infinite or NaN is above both.
-  float above = log2f(fmaxf(most, 1e-37f)) + 0.01f, below = above - OCTAVES;
-  bool fits = target > 0.f && predict(exp2f(below)) <= target;
-  if (fits) {
-    for (int i = 0; i < ROUNDS; i++) {
-      const float middle = 0.5f * (below + above);
-      if (predict(exp2f(middle)) <= target) below = middle; else above = middle;
-    }
-  }
-  const float threshold = exp2f(below);
   int keys = 0, values = 0;
   for (int b = threadIdx.x; fits && b < call.full; b += THREADS) {
-    const Candidate c = candidate(b, call.full);
-    const bool key = c.live && !(c.key <= threshold), value = c.live && !(c.value <= threshold);
+    const Shares s = shares(b);
+    const bool key = !(s.key <= best), value = !(s.value <= best);
     if (key | value) atomicOr(call.marks + (i64)base * call.full + b, (key ? 1u : 0u) << row | (value ? 16u : 0u) << row);
     keys += key, values += value;
   }
-  __syncthreads();
   const float all_keys = warp_sum(keys), all_values = warp_sum(values);
-  if (lane == 0) of_warp[0][warp] = all_keys, of_warp[1][warp] = all_values;
+  __syncthreads();
+  if (lane == 0) of_warp[warp][0][0] = all_keys, of_warp[warp][0][1] = all_values;
   __syncthreads();
   if (threadIdx.x) return;
   float counts[2] = {0.f, 0.f};
-  for (int w = 0; w < SELECT_WARPS; w++) counts[0] += of_warp[0][w], counts[1] += of_warp[1][w];
+  for (int w = 0; w < SELECT_WARPS; w++) counts[0] += of_warp[w][0][0], counts[1] += of_warp[w][0][1];
   const i64 stride = (i64)heads * rows;
   call.fields[KEYS * stride + h * rows + index] = counts[0], call.fields[VALUES * stride + h * rows + index] = counts[1];
   *state = fits ? PROMOTED : DUE;
