@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tierd_kernels import host
 from tierd_kernels.call import Call, Result
 from tierd_kernels.layout import Layout, Memory
 from tierd_proto.coding import CERTIFICATE_COLUMNS
@@ -24,6 +25,13 @@ ENGINES = ("null", "cpu")
 
 class NullKernels:
     """Every answer is zero and called exact: true of a session whose values are zero, and the oracle notices any other."""
+
+    reserve = staticmethod(host.reserve)
+    hot_block_bytes = staticmethod(host.hot_block_bytes)
+    copy_to_scratch = staticmethod(host.copy_to_scratch)
+
+    def limit_threads(self, count: int) -> None:
+        pass
 
     def quantise_blocks(
         self, layout: Layout, memory: Memory, original_offsets: NDArray[np.int64], hot_offsets: NDArray[np.int64]

@@ -1,6 +1,7 @@
 """The command `tierd`: serve, status, config.
 
-Exit codes: 0 done; 1 the daemon cannot listen, or cannot be reached; 2 the command line or the configuration is wrong.
+Exit codes: 0 done; 1 the daemon cannot listen, cannot start its backend, or cannot be reached; 2 the command line or the
+configuration is wrong.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from tierd_proto.v1 import tierd_pb2_grpc
 
 from tierd.config import Settings, load, parse_target
 from tierd.engine import Engine
-from tierd.errors import InvalidArgument
+from tierd.errors import InvalidArgument, Unavailable
 from tierd.listen import CannotListen
 from tierd.server import Daemon
 from tierd.warm import warm_up
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InvalidArgument as error:
         print(f"tierd: {error}", file=sys.stderr)
         return 2
-    except (CannotListen, CommandFailed) as error:
+    except (CannotListen, CommandFailed, Unavailable) as error:
         print(f"tierd: {error}", file=sys.stderr)
         return 1
     return 0
@@ -77,9 +78,11 @@ async def _run_daemon(settings: Settings) -> None:
     stopping = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopping.set)
-    daemon = Daemon(settings, Engine(settings.engine()))
+    engine = Engine(settings.engine())
+    daemon = Daemon(settings, engine)
     target = daemon.bind()
-    await asyncio.to_thread(warm_up)
+    if engine.backend == "cpu":  # others compile what they need when it is first asked for
+        await asyncio.to_thread(warm_up)
     await daemon.start()
     if daemon.metrics_port is not None:
         print(f"metrics on http://127.0.0.1:{daemon.metrics_port}/metrics", flush=True)

@@ -44,7 +44,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="TIERD_", extra="forbid", frozen=True)
 
     listen: str = Field(default_factory=lambda: default_target(), description="unix:///path, or a loopback host:port (port 0: any)")
-    backend: Literal["cpu"] = Field("cpu", description="where the blocks live")
+    backend: Literal["cpu", "cuda", "auto"] = Field("cpu", description="cpu, cuda, or auto: cuda where it can start, else cpu")
     hot_bytes: int = Field(GIB, ge=MIB, description="pool of quantised blocks, bytes")
     originals_bytes: int = Field(2 * GIB, ge=MIB, description="pool of originals, bytes")
     scratch_bytes: int = Field(256 * MIB, ge=0, description="scratch cache of originals, bytes")

@@ -18,7 +18,8 @@ from tierd.workers import Workers
 
 
 class InProcess:
-    """An engine and its threads. `settings`: as the daemon's, by name; the environment counts too. Raises InvalidArgument.
+    """An engine and its threads. `settings`: as the daemon's, by name; the environment counts too. Raises InvalidArgument,
+    or Unavailable if the backend cannot start.
 
     Every method may be called from any thread.
     """
@@ -44,7 +45,7 @@ class InProcess:
         with self._lock:
             worker = self._workers.greet()
             self._workers.begin(worker)
-        return handshake_reply(self._settings, self._engine.epoch, worker)
+        return handshake_reply(self._settings, self._engine.epoch, self._engine.backend, worker)
 
     def submit(self, request: Any, worker: str, timeout_s: float | None) -> "Future[Any]":
         """The future reply to any unary request message; fails with a TierdError."""

@@ -1,12 +1,17 @@
 """Carries out copies from originals to scratch, in the background. It makes no choices."""
 
+import logging
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import xxhash
-from tierd_kernels.layout import Memory
+from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+Copier = Callable[[int, int, int], NDArray[np.uint8]]  # (source, target, nbytes) -> the bytes that arrived
 
 
 @dataclass(frozen=True)
@@ -21,17 +26,20 @@ class CopyOrder:
 
 @dataclass(frozen=True)
 class CopyDone:
-    """The bytes that arrived hash (xxh3, 64 bit) to `digest`."""
+    """The bytes that arrived hash (xxh3, 64 bit) to `digest`; None: the copy failed."""
 
     copy_id: int
-    digest: int
+    digest: int | None
 
 
 class Migrator:
-    """At most `limit` copies wait or run. Until `start` is called there is no thread, and `poll` does the copying itself."""
+    """At most `limit` copies wait or run, each done by `copier`.
 
-    def __init__(self, memory: Memory, limit: int) -> None:
-        self._memory = memory
+    Until `start` is called there is no thread, and `poll` does the copying itself.
+    """
+
+    def __init__(self, copier: Copier, limit: int) -> None:
+        self._copier = copier
         self._limit = limit
         self._wake = threading.Condition()
         self._orders: deque[CopyOrder] = deque()
@@ -90,8 +98,10 @@ class Migrator:
             self._copy(order)
 
     def _copy(self, order: CopyOrder) -> None:
-        target = self._memory.scratch[order.target : order.target + order.nbytes]
-        target[:] = self._memory.originals[order.source : order.source + order.nbytes]
-        digest = int(xxhash.xxh3_64_intdigest(target.data))
+        digest = None
+        try:
+            digest = int(xxhash.xxh3_64_intdigest(self._copier(order.source, order.target, order.nbytes).data))
+        except Exception as error:  # whoever waits for the copy must hear of its end, and the thread must go on
+            log.warning("a copy to scratch failed: %s", error)
         with self._wake:
             self._done.append(CopyDone(order.copy_id, digest))

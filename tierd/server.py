@@ -49,6 +49,7 @@ class Daemon:
         converter = Converter(settings.message_bytes_max, settings.timeout_s_max, self._transport_status)
         self._calls = Calls(engine, converter, self._metrics)
         self._closing: set[asyncio.Task[None]] = set()
+        self._watch: asyncio.Task[None] | None = None
         self._health = health.aio.HealthServicer()
         self._endpoint: MetricsEndpoint | None = None
         self._server = grpc.aio.server(
@@ -60,7 +61,7 @@ class Daemon:
             # Besides the calls that the engine may hold: streams, and as many watchers of health.
             maximum_concurrent_rpcs=settings.queue_max + 2 * settings.workers_max,
         )
-        tier = Tier(settings, engine.epoch, converter, self._calls, self._metrics, self._quota, self._workers, self._close_worker)
+        tier = Tier(settings, engine, converter, self._calls, self._metrics, self._quota, self._workers, self._close_worker)
         tierd_pb2_grpc.add_TierServicer_to_server(tier, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -88,11 +89,14 @@ class Daemon:
         """Serve."""
         self._engine.start()
         await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        self._watch = asyncio.create_task(self._report_loss())
         await self._server.start()
 
     async def stop(self) -> None:
         """Refuse new calls, let those under way finish for `grace_s`, end the streams, then everything else."""
         self._calls.refuse()
+        if self._watch:
+            self._watch.cancel()
         await self._health.enter_graceful_shutdown()
         try:
             await asyncio.wait_for(self._calls.idle(), self._settings.grace_s)
@@ -104,6 +108,12 @@ class Daemon:
         await asyncio.gather(*self._closing)
         if self._endpoint:
             await asyncio.to_thread(self._endpoint.close)
+
+    async def _report_loss(self) -> None:
+        """Says NOT_SERVING once the device is lost. The process stays, so that the status can be asked for and workers can leave."""
+        await asyncio.shield(asyncio.wrap_future(self._engine.lost))  # the future is the engine's: cancelling this must not end it
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.NOT_SERVING)
 
     async def _close_worker(self, worker: str) -> None:
         """The worker's stream is over: close its sessions, then give its place to another. Goes on if the caller is cancelled."""
@@ -139,11 +149,11 @@ class Tier:
     """The handlers of the service `Tier`. A call that fails aborts with the error's status, text and, in `ERROR_KEY`, code."""
 
     def __init__(
-        self, settings: Settings, epoch: str, converter: Converter, calls: Calls, metrics: Metrics, quota: ByteQuota,
+        self, settings: Settings, engine: Engine, converter: Converter, calls: Calls, metrics: Metrics, quota: ByteQuota,
         workers: Workers, close_worker: Any,
     ) -> None:  # fmt: skip
         self._settings = settings
-        self._epoch = epoch
+        self._epoch, self._backend = engine.epoch, engine.backend
         self._converter = converter
         self._calls = calls
         self._metrics = metrics
@@ -155,7 +165,7 @@ class Tier:
         try:
             with self._calls.admitted():
                 check_protocol(request)
-                return handshake_reply(self._settings, self._epoch, self._workers.greet())
+                return handshake_reply(self._settings, self._epoch, self._backend, self._workers.greet())
         except Exception as error:
             await self._abort(context, error)
 

@@ -191,7 +191,7 @@ class ByteQuota:
             self.give(nbytes)
 
 
-def handshake_reply(settings: Settings, epoch: str, worker: str) -> pb.HandshakeReply:
+def handshake_reply(settings: Settings, epoch: str, backend: str, worker: str) -> pb.HandshakeReply:
     """What a new worker is told."""
     limits = pb.Limits(
         message_bytes_max=settings.message_bytes_max,
@@ -200,7 +200,7 @@ def handshake_reply(settings: Settings, epoch: str, worker: str) -> pb.Handshake
         timeout_s_max=settings.timeout_s_max,
         head_dims=HEAD_DIMS,
     )
-    return pb.HandshakeReply(protocol=PROTOCOL, worker=worker, epoch=epoch, limits=limits, backend=settings.backend)
+    return pb.HandshakeReply(protocol=PROTOCOL, worker=worker, epoch=epoch, limits=limits, backend=backend)
 
 
 def check_protocol(request: pb.HandshakeRequest) -> None:

@@ -1,4 +1,4 @@
-"""What a kernel call can refuse, and what ends a backend."""
+"""What a kernel call can refuse, and what a backend can die of."""
 
 
 class ScoreOverflow(ValueError):
@@ -6,11 +6,11 @@ class ScoreOverflow(ValueError):
 
 
 class DeviceUnavailable(RuntimeError):
-    """The backend cannot start; the message names the cause and the remedy."""
+    """A backend cannot start here; the text names the cause and the remedy."""
 
 
 class DeviceLost(RuntimeError):
-    """A fault from which the device does not recover: nothing more may be asked of the backend."""
+    """A fault from which the device does not recover: nothing more may be asked of the backend, and nothing in its memory counts."""
 
 
 SCORE_MAX = 3e38

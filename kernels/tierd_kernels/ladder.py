@@ -11,6 +11,7 @@ import numba
 import numpy as np
 
 from tierd_kernels.call import Call, Result
+from tierd_kernels.host import copy_to_scratch, hot_block_bytes, reserve
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.quantise.cpu import group_norms, quantise_blocks
 from tierd_kernels.step import Step
@@ -59,4 +60,14 @@ def _attend(layout: Layout, memory: Memory, call: Call, num_q_heads: int, space:
         parts[0].canary_failures,
     )
 
-__all__ = ["Call", "Result", "attend", "group_norms", "limit_threads", "quantise_blocks"]
+__all__ = [
+    "Call",
+    "Result",
+    "attend",
+    "copy_to_scratch",
+    "group_norms",
+    "hot_block_bytes",
+    "limit_threads",
+    "quantise_blocks",
+    "reserve",
+]

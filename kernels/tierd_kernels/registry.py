@@ -1,14 +1,58 @@
-"""The backends: each is a module with `attend`, `quantise_blocks`, `group_norms` and `limit_threads`, as `ladder` has them."""
+"""The backends: modules with `reserve`, `hot_block_bytes`, `copy_to_scratch`, `quantise_blocks`, `group_norms`, `attend` and
+`limit_threads`, as `ladder` has them."""
 
 import importlib
+import logging
 from types import ModuleType
+from typing import NamedTuple
 
-MODULES = {"cpu": "tierd_kernels.ladder"}
+from tierd_kernels.errors import DeviceUnavailable
+from tierd_kernels.layout import Memory
+
+log = logging.getLogger(__name__)
+MODULES = {"cpu": "tierd_kernels.ladder", "cuda": "tierd_kernels.cuda.backend"}
+REMEDIES = {"cuda": "needs the extra `gpu`: pip install 'tierd[gpu]'"}
+AUTO = "auto"
+
+
+class Started(NamedTuple):
+    """A backend that runs: its name, its module and its arenas."""
+
+    name: str
+    kernels: ModuleType
+    memory: Memory
+
+
+def resolve(backend: str, hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> Started:
+    """Start the backend of that name; "auto" is cuda where it can start with arenas of these sizes, and cpu elsewhere.
+
+    Raises DeviceUnavailable with the cause and a remedy, ValueError for an unknown name.
+    """
+    sizes = hot_bytes, scratch_bytes, originals_bytes
+    if backend != AUTO:
+        return _start(backend, *sizes)
+    try:
+        return _start("cuda", *sizes)
+    except DeviceUnavailable as error:
+        log.info("no cuda backend: %s", error)
+        return _start("cpu", *sizes)
 
 
 def load(backend: str) -> ModuleType:
-    """The backend's module, imported only now: a backend may need packages or devices that are not there. Raises ValueError for an
-    unknown name."""
+    """The backend's module, imported only now: a backend may need packages that are not there, then this raises DeviceUnavailable.
+    Raises ValueError for an unknown name."""
     if backend not in MODULES:
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(MODULES)}")
-    return importlib.import_module(MODULES[backend])
+    try:
+        return importlib.import_module(MODULES[backend])
+    except ImportError as error:
+        if backend not in REMEDIES or (error.name or "").startswith("tierd_kernels"):  # ours: a fault, not a package to install
+            raise
+        raise DeviceUnavailable(f"the {backend} backend {REMEDIES[backend]} ({error})") from error
+
+
+def _start(backend: str, *sizes: int) -> Started:
+    kernels = load(backend)
+    started = Started(backend, kernels, kernels.reserve(*sizes))
+    log.info("the backend is %s", backend)
+    return started

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from tierd_kernels import host
 from tierd_kernels.call import Call, Result
 from tierd_kernels.kvview import narrow, widen
 from tierd_kernels.layout import NUMPY_DTYPE, Layout, Memory
@@ -45,16 +46,34 @@ class FakeKernels:
     are exact, read originals alone and draw no canaries.
 
     `faults` are raised, one a launch; a ValueError is returned for the launch's first call instead. `quantise_faults` are raised
-    after the hot records were written. `unkept` returns a bound above its budget.
+    after the hot records were written, `copy_faults` after the copy was. `unkept` returns a bound above its budget. A hot block is
+    `hot_padding` bytes larger than the CPU's.
     """
 
     def __init__(self, promote_every: int = 1) -> None:
         self.promote_every = promote_every
         self.faults: list[Exception] = []
         self.quantise_faults: list[Exception] = []
+        self.copy_faults: list[Exception] = []
+        self.hot_padding = 0
         self.unkept = False
         self.launches: list[int] = []  # calls in each
         self.during: Callable[[], None] = lambda: None  # runs inside every attend
+
+    def reserve(self, hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> Memory:
+        return host.reserve(hot_bytes, scratch_bytes, originals_bytes)
+
+    def hot_block_bytes(self, layout: Layout) -> int:
+        return layout.hot_block_bytes + self.hot_padding
+
+    def copy_to_scratch(self, memory: Memory, source: int, target: int, nbytes: int) -> NDArray[np.uint8]:
+        arrived = host.copy_to_scratch(memory, source, target, nbytes)
+        if self.copy_faults:
+            raise self.copy_faults.pop()
+        return arrived
+
+    def limit_threads(self, count: int) -> None:
+        pass
 
     def quantise_blocks(self, layout: Layout, memory: Memory, original_offsets: Offsets, hot_offsets: Offsets) -> None:
         for original, hot in zip(original_offsets.tolist(), hot_offsets.tolist(), strict=True):

@@ -45,7 +45,7 @@ def test_settings_do_not_change() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("backend", "cuda", "backend: Input should be 'cpu'"),
+        ("backend", "tpu", "backend: Input should be 'cpu', 'cuda' or 'auto'"),
         ("hot_bytes", 100, "hot_bytes: Input should be greater than or equal to 1048576"),
         ("originals_bytes", -1, "originals_bytes: Input should be greater than or equal to 1048576"),
         ("scratch_bytes", -1, "scratch_bytes: Input should be greater than or equal to 0"),

@@ -1,12 +1,15 @@
 """The small parts: which copies go, which records come, who has a lease, the copier, names and clocks."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import xxhash
 from hypothesis import given
+from numpy.typing import NDArray
+from tierd_kernels.host import copy_to_scratch
 from tierd_kernels.layout import Memory
 
 from tierd.clock import ManualClock, SystemClock
@@ -80,7 +83,26 @@ def test_leases() -> None:
 
 def make_migrator(limit: int) -> tuple[Migrator, Memory]:
     memory = Memory(np.zeros(0, np.uint8), np.zeros(256, np.uint8), np.arange(256, dtype=np.uint8))
-    return Migrator(memory, limit), memory
+    return Migrator(partial(copy_to_scratch, memory), limit), memory
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_a_copy_that_fails_is_reported_and_the_next_is_done(threaded: bool) -> None:
+    memory = make_migrator(1)[1]
+
+    def copier(source: int, target: int, nbytes: int) -> NDArray[np.uint8]:
+        if source == 64:
+            raise RuntimeError("broken")
+        return copy_to_scratch(memory, source, target, nbytes)
+
+    migrator = Migrator(copier, 2)
+    if threaded:
+        migrator.start()
+    migrator.submit([CopyOrder(5, 64, 128, 32), CopyOrder(6, 0, 0, 16)])
+    if threaded:
+        migrator.stop()
+    assert migrator.poll() == [CopyDone(5, None), CopyDone(6, xxhash.xxh3_64_intdigest(bytes(range(16))))]
+    assert migrator.room == 2
 
 
 @pytest.mark.parametrize("threaded", [False, True])

@@ -8,6 +8,7 @@ import pytest
 import xxhash
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tierd_kernels.host import hot_block_bytes, reserve
 from tierd_kernels.layout import Layout
 
 from tierd.errors import CapacityExceeded, CertificateUnavailable
@@ -21,8 +22,8 @@ RECORDS = [(kind, head) for kind in (0, 1) for head in (0, 1)]
 
 
 def make() -> Residency:
-    arenas = Arenas(HOT * LAYOUT.hot_block_bytes, COPIES * LAYOUT.original_record_bytes, BLOCKS * LAYOUT.original_block_bytes)
-    return Residency(arenas)
+    memory = reserve(HOT * LAYOUT.hot_block_bytes, COPIES * LAYOUT.original_record_bytes, BLOCKS * LAYOUT.original_block_bytes)
+    return Residency(Arenas(memory), hot_block_bytes)
 
 
 def ids(*blocks: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:

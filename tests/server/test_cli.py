@@ -52,7 +52,7 @@ def test_what_config_prints_configures_the_same(capsys: pytest.CaptureFixture[st
     [
         (["--queue-max", "0"], "queue_max: Input should be greater than or equal to 1"),
         (["--queue-max", "many"], "queue_max: Input should be a valid integer"),
-        (["--backend", "tpu"], "backend: Input should be 'cpu'"),
+        (["--backend", "tpu"], "backend: Input should be 'cpu', 'cuda' or 'auto'"),
         (["--listen", "0.0.0.0:7400"], "'0.0.0.0' is not a loopback address; allowed: 127.0.0.1"),
         (["--listen", "somewhere"], "neither unix:///path nor host:port"),
         (["--listen", "unix://relative.sock"], "must be absolute"),

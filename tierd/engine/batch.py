@@ -24,7 +24,22 @@ NO_BLOCKS = np.empty(0, dtype=np.int64)
 
 
 class Kernels(Quantiser, Protocol):
-    """All kernels that the daemon calls; `tierd_kernels.ladder` is one."""
+    """A backend: all that the daemon asks of it. `tierd_kernels.registry` names those that exist.
+
+    DeviceLost may be raised (and is never returned) by all that touches the arenas; afterwards nothing more may be asked.
+    """
+
+    def reserve(self, hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> Memory:
+        """The arenas, zeros. `originals` is a numpy array, the others are the backend's. Raises DeviceUnavailable."""
+        ...
+
+    def hot_block_bytes(self, layout: Layout) -> int:
+        """What the backend's quantised form of one block, all KV heads, takes in the hot arena."""
+        ...
+
+    def copy_to_scratch(self, memory: Memory, source: int, target: int, nbytes: int) -> NDArray[np.uint8]:
+        """Copies from originals to scratch (byte offsets), on the migrator's thread; returns the bytes as they arrived there."""
+        ...
 
     def attend(self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
         """One answer, or the exception that explains its absence, per call."""

@@ -25,9 +25,12 @@ class ScratchCache:
         self._step = 0
 
     def collect(self) -> None:
-        """Make finished copies visible to kernels; one that does not match its checksum is dropped and counted."""
+        """Make finished copies visible to kernels; one that failed or does not match its checksum is dropped and counted."""
         for done in self._migrator.poll():
-            if not self._residency.finish_copy(done.copy_id, done.digest):
+            arrived = self._residency.finish_copy(done.copy_id, done.digest)
+            if done.digest is None:
+                self._counters.events["failed_copy"] += 1
+            elif not arrived:
                 self._counters.events["corrupt_copy"] += 1
                 log.warning("a copy to scratch failed its checksum and was dropped")
 

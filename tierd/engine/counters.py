@@ -12,7 +12,8 @@ class Counters:
     """Totals. `head_steps`: (query head, token) pairs answered. `hits`, `misses`: original records read from scratch, from the host.
 
     `host_bytes`: originals read from the host by the kernels. `events`: by name, what should not happen: `corrupt_original`,
-    `canary_repaired`, `corrupt_copy`, `broken_promise`, `fault`; and what may: `lease_expired`, `deadline_exceeded`, `undone`.
+    `canary_repaired`, `corrupt_copy`, `failed_copy`, `broken_promise`, `fault`, `device_lost`; and what may: `lease_expired`,
+    `deadline_exceeded`, `undone`.
     """
 
     commands: int = 0

@@ -10,10 +10,13 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 from tierd_kernels import registry
+from tierd_kernels.errors import DeviceUnavailable
+from tierd_kernels.layout import Memory
 
 from tierd.clock import Clock, SystemClock
 from tierd.commands import (
@@ -34,6 +37,7 @@ from tierd.config import EngineConfig
 from tierd.engine.batch import Batch, Job, Kernels
 from tierd.engine.caching import ScratchCache
 from tierd.engine.counters import Counters
+from tierd.engine.device import Device
 from tierd.engine.sessions import Sessions
 from tierd.engine.timed import TimedFuture
 from tierd.errors import CapacityExceeded, DeadlineExceeded, InvalidArgument, TierdError, Unavailable
@@ -45,10 +49,12 @@ from tierd.residency import Residency
 
 log = logging.getLogger(__name__)
 IDLE_TICK_S = 1.0  # how often an idle engine looks for leases that ran out
+NEED_NO_DEVICE = (Status, CloseSession, CloseWorker)
 
 
 class Engine:
     """All sessions and pools of one daemon. `kernels` None: those of the configured backend. `seed`: of the canaries' draw.
+    Raises Unavailable, naming cause and remedy, if the backend cannot start. `backend` is the name of the one that runs.
 
     Without `start` there are no threads: `run_once` does everything on the caller's.
     """
@@ -60,13 +66,15 @@ class Engine:
         self.epoch = new_epoch()
         self.counters = Counters()
         self._clock = clock or SystemClock()
-        kernels = kernels or cast(Kernels, registry.load(config.backend))
-        self.residency = Residency(Arenas(config.hot_bytes, config.scratch_bytes, config.originals_bytes))
-        self._kernels = kernels
+        self.backend, kernels, memory = _started(config, kernels)
+        self._device = device = Device(self.backend, kernels)
+        # One key, written once: safe on whichever thread meets the fault.
+        device.lost.add_done_callback(lambda _: self.counters.events.update(device_lost=1))
+        self.residency = Residency(Arenas(memory), device.hot_block_bytes)
         self._leases = Leases(self._clock, config.lease_s or None)
-        self.sessions = Sessions(config, self.residency, kernels, self._leases)
-        self._batch = Batch(self.residency, kernels, self.sessions.by_id, self.counters, config.canary_share, seed)
-        self._migrator = Migrator(self.residency.arenas.memory, max(1, config.migrations_max))
+        self.sessions = Sessions(config, self.residency, device, self._leases)
+        self._batch = Batch(self.residency, device, self.sessions.by_id, self.counters, config.canary_share, seed)
+        self._migrator = Migrator(partial(device.copy_to_scratch, memory), max(1, config.migrations_max))
         self._cache = ScratchCache(self.residency, self._migrator, self.counters, config.migrations_max)
         self._handlers: dict[type[Command], Callable[[Any], Any]] = {
             OpenSession: self.sessions.open,
@@ -87,6 +95,12 @@ class Engine:
         self._jobs: list[Job] = []
         self._busy: set[str] = set()  # sessions of the waiting batch
         self._num_rows = 0
+
+    @property
+    def lost(self) -> "Future[str]":
+        """Completed with the fault's text, on any thread, when the device is lost: from then on every command fails with Unavailable,
+        except those that ask for the status or close sessions."""
+        return self._device.lost
 
     def submit(self, command: Command) -> TimedFuture:
         """Queue a command, from any thread. Raises CapacityExceeded when the queue is full, Unavailable when stopping.
@@ -164,7 +178,8 @@ class Engine:
         }
         return {
             "epoch": self.epoch,
-            "backend": self.config.backend,
+            "backend": self.backend,
+            "fault": self.lost.result() if self.lost.done() else "",
             "sessions": len(self.sessions.by_id),
             "workers": self._leases.num_workers,
             "queue": len(self._queue),
@@ -185,7 +200,7 @@ class Engine:
 
     def _run(self) -> None:
         if self.config.threads:
-            self._kernels.limit_threads(self.config.threads)
+            self._device.limit_threads(self.config.threads)
         while True:
             with self._wake:
                 if not self._queue and not self._stopping:
@@ -211,6 +226,8 @@ class Engine:
             return
         try:
             self._check_deadline(command)
+            if not isinstance(command, NEED_NO_DEVICE):
+                self._device.check()
             if isinstance(command, Attend):
                 self._join_batch(command, future)
                 return
@@ -253,3 +270,15 @@ class Engine:
         jobs, self._jobs, self._busy, self._num_rows = self._jobs, [], set(), 0
         return jobs
 
+
+
+def _started(config: EngineConfig, kernels: Kernels | None) -> tuple[str, Kernels, Memory]:
+    """The backend's name, its kernels and its arenas. Raises Unavailable."""
+    sizes = config.hot_bytes, config.scratch_bytes, config.originals_bytes
+    try:
+        if kernels is not None:
+            return config.backend, kernels, kernels.reserve(*sizes)
+        name, module, memory = registry.resolve(config.backend, *sizes)
+        return name, cast(Kernels, module), memory
+    except DeviceUnavailable as error:
+        raise Unavailable(str(error)) from error

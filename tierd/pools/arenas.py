@@ -1,20 +1,18 @@
-"""The three memories of the CPU backend, reserved once."""
+"""The three memories of a backend and the accounts of what is used of them."""
 
-import numpy as np
-from numpy.typing import NDArray
 from tierd_kernels.layout import ALIGNMENT, Memory
 
 from tierd.pools.ranges import RangeAllocator
 
 
 class Arenas:
-    """Storage and accounts of the hot, scratch and originals pools. Sizes in bytes, fixed for life."""
+    """The hot, scratch and originals pools over the memory that a backend reserved; they are as large as its arrays, for life."""
 
-    def __init__(self, hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> None:
-        self.memory = Memory(_reserve(hot_bytes), _reserve(scratch_bytes), _reserve(originals_bytes))
-        self.hot = RangeAllocator(hot_bytes, ALIGNMENT, "hot")
-        self.scratch = RangeAllocator(scratch_bytes, ALIGNMENT, "scratch")
-        self.originals = RangeAllocator(originals_bytes, ALIGNMENT, "originals")
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.hot = RangeAllocator(memory.hot.nbytes, ALIGNMENT, "hot")
+        self.scratch = RangeAllocator(memory.scratch.nbytes, ALIGNMENT, "scratch")
+        self.originals = RangeAllocator(memory.originals.nbytes, ALIGNMENT, "originals")
 
     @property
     def pools(self) -> tuple[RangeAllocator, RangeAllocator, RangeAllocator]:
@@ -24,10 +22,3 @@ class Arenas:
         """Assert that every pool's accounts agree."""
         for pool in self.pools:
             pool.check()
-
-
-def _reserve(nbytes: int) -> NDArray[np.uint8]:
-    """`nbytes` of zeros whose first byte is aligned in memory, so that an aligned offset is an aligned address."""
-    raw = np.zeros(nbytes + ALIGNMENT, dtype=np.uint8)
-    skip = -int(raw.ctypes.data) % ALIGNMENT
-    return raw[skip : skip + nbytes]

@@ -21,10 +21,12 @@ class BlockTable:
 
     `hot_offset` [id] is -1 while the block is a tail. `location` [kind, id, Hkv] is what kernels read: a byte offset in
     scratch, or `~offset` in originals. `copy_id` [kind, id, Hkv] is -1 where no copy exists or is under way.
+    `hot_block_bytes` is the size of a hot slot, which the backend chooses.
     """
 
-    def __init__(self, layout: Layout, arenas: Arenas) -> None:
+    def __init__(self, layout: Layout, arenas: Arenas, hot_block_bytes: int) -> None:
         self.layout = layout
+        self.hot_block_bytes = hot_block_bytes
         self.arenas = arenas
         heads = layout.num_kv_heads
         self.hot_offset = np.full(0, -1, dtype=np.int64)
@@ -57,7 +59,7 @@ class BlockTable:
 
     def give_hot(self, ids: Ids) -> None:
         """Reserve hot slots for tails that are about to fill. Raises CapacityExceeded; nothing changes then."""
-        self.hot_offset[ids] = self.arenas.hot.allocate_many(self.layout.hot_block_bytes, len(ids))
+        self.hot_offset[ids] = self.arenas.hot.allocate_many(self.hot_block_bytes, len(ids))
 
     def seal(self, ids: Ids) -> None:
         """Record checksums of full blocks' originals as they are now."""

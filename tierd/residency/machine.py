@@ -15,7 +15,7 @@ and is never written. A RESIDENT copy of a pinned block stays where it is. An OR
 has let go of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -56,10 +56,11 @@ class ScratchCopy:
 
 
 class Residency:
-    """All tables and all scratch copies over one set of arenas."""
+    """All tables and all scratch copies over one set of arenas. `hot_block_bytes`: of a layout's hot block, as the backend stores it."""
 
-    def __init__(self, arenas: Arenas) -> None:
+    def __init__(self, arenas: Arenas, hot_block_bytes: Callable[[Layout], int]) -> None:
         self.arenas = arenas
+        self._hot_block_bytes = hot_block_bytes
         self.tables: dict[Layout, BlockTable] = {}
         self._copies: dict[int, ScratchCopy] = {}  # least recently used first
         self._next_copy_id = 0
@@ -67,7 +68,7 @@ class Residency:
     def table(self, layout: Layout) -> BlockTable:
         """The table of `layout`, made when first asked for."""
         if layout not in self.tables:
-            self.tables[layout] = BlockTable(layout, self.arenas)
+            self.tables[layout] = BlockTable(layout, self.arenas, self._hot_block_bytes(layout))
         return self.tables[layout]
 
     # Blocks
@@ -121,8 +122,9 @@ class Residency:
         table.copy_id[kind, block, head] = copy.copy_id
         return copy
 
-    def finish_copy(self, copy_id: int, digest: int) -> bool:
-        """The copier is done and its bytes hash to `digest`. False: they are not the original's; the copy was dropped."""
+    def finish_copy(self, copy_id: int, digest: int | None) -> bool:
+        """The copier is done and its bytes hash to `digest` (None: none arrived). False: they are not the original's; the copy was
+        dropped."""
         copy = self._copies[copy_id]
         if copy.state is CopyState.ORPHAN:
             self._forget(copy)
@@ -186,7 +188,7 @@ class Residency:
             full = live[table.hot_offset[live] >= 0]
             assert (table.references[np.setdiff1d(live, full)] == 1).all(), "a tail is shared"
             assert (np.flatnonzero(table.hot_offset >= 0) == full).all(), "a dead block owns a hot slot"
-            hot += len(full) * self.arenas.hot.size_of(layout.hot_block_bytes)
+            hot += len(full) * self.arenas.hot.size_of(table.hot_block_bytes)
             originals += len(live) * self.arenas.originals.size_of(layout.original_block_bytes)
             num_blocks, num_hot = num_blocks + len(live), num_hot + len(full)
             self._check_locations(table, live)

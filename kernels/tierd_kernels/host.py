@@ -1,0 +1,37 @@
+"""The arenas of a backend whose kernels run on the host."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd_kernels.errors import DeviceUnavailable
+from tierd_kernels.layout import ALIGNMENT, Layout, Memory
+
+
+def reserve(hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> Memory:
+    """Three arenas of zeros, of these sizes. Raises DeviceUnavailable if the host has no room for them."""
+    try:
+        return Memory(_aligned(hot_bytes), _aligned(scratch_bytes), _aligned(originals_bytes))
+    except (MemoryError, ValueError) as error:  # ValueError: more than there are addresses
+        raise DeviceUnavailable(
+            f"the host cannot reserve pools of {hot_bytes} (hot), {scratch_bytes} (scratch) and {originals_bytes} (originals) bytes: "
+            f"{error}; make them smaller"
+        ) from error
+
+
+def hot_block_bytes(layout: Layout) -> int:
+    """What one quantised block, all KV heads, takes in the hot arena."""
+    return layout.hot_block_bytes
+
+
+def copy_to_scratch(memory: Memory, source: int, target: int, nbytes: int) -> NDArray[np.uint8]:
+    """Copies `nbytes` at `source` in the originals to `target` in scratch; returns what then lies there, uint8 [nbytes]."""
+    arrived = memory.scratch[target : target + nbytes]
+    arrived[:] = memory.originals[source : source + nbytes]
+    return arrived
+
+
+def _aligned(nbytes: int) -> NDArray[np.uint8]:
+    """`nbytes` of zeros whose first byte is aligned in memory, so that an aligned offset is an aligned address."""
+    raw = np.zeros(nbytes + ALIGNMENT, dtype=np.uint8)
+    skip = -int(raw.ctypes.data) % ALIGNMENT
+    return raw[skip : skip + nbytes]
