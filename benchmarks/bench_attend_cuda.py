@@ -3,8 +3,8 @@
 Everything runs in CUDA graphs over several caches in turn, more than the L2 holds, as the layers of a model would. Dense opponents are
 SDPA by flash attention and by cuDNN; ratios are to the faster. "rung 0" are the three kernels of a step that needs no more, "step" is
 the whole ladder, whose upper kernels return at once where no row needs them; "promoted" is the step at the tolerance at which that share
-of the blocks is promoted, keys and values counted alike. Outputs are held against float64 attention first: a bound below the true error ends
-the run without a report. Times are of one step of one layer, or of all eight sessions where batch is 8.
+of the blocks is promoted, keys and values counted alike. Outputs are held against float64 attention first: a bound below the true error
+ends the run without a report. Times are of one step of one layer, or of all eight sessions where batch is 8.
 
     python benchmarks/bench_attend_cuda.py
 """

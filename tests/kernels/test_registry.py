@@ -58,7 +58,8 @@ def test_every_backend_can_be_configured(name: str) -> None:
 
 def test_cuda_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stand_in(monkeypatch, tmp_path, WITHOUT_CUPY)
-    with pytest.raises(DeviceUnavailable, match=r"the cuda backend needs the extra `gpu`: pip install 'tierd\[gpu\]' \(No module named 'cupy'\)"):
+    expected = r"the cuda backend needs the extra `gpu`: pip install 'tierd\[gpu\]' \(No module named 'cupy'\)"
+    with pytest.raises(DeviceUnavailable, match=expected):
         registry.resolve("cuda", *SIZES)
 
 

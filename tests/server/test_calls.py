@@ -9,6 +9,7 @@ from typing import Any, cast
 import grpc
 import pytest
 from daemon_process import SMALL, open_request
+from tierd_kernels import host
 from tierd_proto.v1 import tierd_pb2 as pb
 from tierd_proto.v1 import tierd_pb2_grpc
 
@@ -30,7 +31,7 @@ class HeldEngine(Engine):
     """Without a thread: commands wait until `run_once`. Without kernels: nothing here is ever attended to."""
 
     def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config, kernels=cast(Kernels, object()))
+        super().__init__(config, kernels=cast(Kernels, host))
 
     def start(self) -> None:
         pass
