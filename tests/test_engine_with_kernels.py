@@ -1,5 +1,6 @@
-"""The engine over the real CPU kernels, held against the oracle: growth token by token, fork, truncate, atomicity, corruption."""
+"""The engine over each backend's kernels, held against the oracle: growth token by token, fork, truncate, atomicity, corruption."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,17 @@ from tierd.errors import CapacityExceeded, CertificateUnavailable, InvalidArgume
 from tierd.residency import CopyState
 
 CONFIG = EngineConfig(hot_bytes=4 << 20, originals_bytes=8 << 20, scratch_bytes=1 << 20, canary_share=0.05)
+Start = Callable[..., Engine]
 GEOMETRY = Geometry(num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=64, dtype="float32")
 Floats = NDArray[np.float32]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def start(request: pytest.FixtureRequest) -> Start:
+    """An engine over the backend, with changes to CONFIG."""
+    if request.param == "cuda":
+        request.getfixturevalue("cuda")
+    return lambda **changes: Engine(replace(CONFIG, backend=request.param, **changes))
 
 
 def run(engine: Engine, command: Any) -> Any:
@@ -38,8 +48,8 @@ def check(k: Floats, v: Floats, q: Floats, reply: RowResult, rtol: float) -> Non
     check_reply(k, v, q, reply.output, reply.certificate, rtol, 0.0, softmax_scale=64**-0.5)
 
 
-def test_a_session_that_grows_forks_and_is_cut_keeps_the_promise() -> None:
-    rng, engine = np.random.default_rng(0), Engine(CONFIG)
+def test_a_session_that_grows_forks_and_is_cut_keeps_the_promise(start: Start) -> None:
+    rng, engine = np.random.default_rng(0), start()
     session = opened(engine)
     k, v = numbers(rng, 2, 1100), numbers(rng, 2, 1100)
     run(engine, Append(session, 0, k, v, worker="w"))
@@ -62,8 +72,8 @@ def test_a_session_that_grows_forks_and_is_cut_keeps_the_promise() -> None:
     assert (arenas.hot.used_bytes, arenas.originals.used_bytes) == (0, 0)
 
 
-def test_a_step_that_fails_stores_nothing() -> None:
-    rng, engine = np.random.default_rng(1), Engine(CONFIG)
+def test_a_step_that_fails_stores_nothing(start: Start) -> None:
+    rng, engine = np.random.default_rng(1), start()
     session = opened(engine)
     k, v = numbers(rng, 2, 31), numbers(rng, 2, 31)
     run(engine, Append(session, 0, k, v, worker="w"))
@@ -79,8 +89,8 @@ def test_a_step_that_fails_stores_nothing() -> None:
     check(k, v, q, run(engine, Attend([Row(session, 0, q)], worker="w"))[0], 0.1)
 
 
-def test_a_full_pool_refuses_at_once_and_keeps_what_is_stored() -> None:
-    rng, engine = np.random.default_rng(2), Engine(replace(CONFIG, originals_bytes=1 << 20))
+def test_a_full_pool_refuses_at_once_and_keeps_what_is_stored(start: Start) -> None:
+    rng, engine = np.random.default_rng(2), start(originals_bytes=1 << 20)
     session = opened(engine)
     k, v = numbers(rng, 2, 500), numbers(rng, 2, 500)
     run(engine, Append(session, 0, k, v, worker="w"))
@@ -91,8 +101,8 @@ def test_a_full_pool_refuses_at_once_and_keeps_what_is_stored() -> None:
     check(k, v, q, run(engine, Attend([Row(session, 0, q)], worker="w"))[0], 0.1)
 
 
-def test_a_corrupt_original_is_never_answered_from() -> None:
-    rng, engine = np.random.default_rng(3), Engine(CONFIG)
+def test_a_corrupt_original_is_never_answered_from(start: Start) -> None:
+    rng, engine = np.random.default_rng(3), start()
     session = opened(engine)
     k, v = numbers(rng, 2, 160), numbers(rng, 2, 160)
     run(engine, Append(session, 0, k, v, worker="w"))
@@ -101,8 +111,8 @@ def test_a_corrupt_original_is_never_answered_from() -> None:
         run(engine, Attend([Row(session, 0, numbers(rng, 4, 1), tolerance=Tolerance(0.0))], worker="w"))
 
 
-def test_an_exact_head_trusts_no_original_because_scratch_has_a_copy() -> None:
-    rng, engine = np.random.default_rng(5), Engine(replace(CONFIG, canary_share=0.0))
+def test_an_exact_head_trusts_no_original_because_scratch_has_a_copy(start: Start) -> None:
+    rng, engine = np.random.default_rng(5), start(canary_share=0.0)
     session = opened(engine)
     k, v, q = numbers(rng, 2, 160), numbers(rng, 2, 160), numbers(rng, 4, 1)
     run(engine, Append(session, 0, k, v, worker="w"))
@@ -114,8 +124,8 @@ def test_an_exact_head_trusts_no_original_because_scratch_has_a_copy() -> None:
         run(engine, Attend([Row(session, 0, q, tolerance=Tolerance(0.0))], worker="w"))
 
 
-def test_corrupt_codes_are_found_and_rebuilt() -> None:
-    rng, engine = np.random.default_rng(4), Engine(replace(CONFIG, canary_share=1.0))
+def test_corrupt_codes_are_found_and_rebuilt(start: Start) -> None:
+    rng, engine = np.random.default_rng(4), start(canary_share=1.0)
     session = opened(engine)
     k, v = numbers(rng, 2, 160), numbers(rng, 2, 160)
     run(engine, Append(session, 0, k, v, worker="w"))

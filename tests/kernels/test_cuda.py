@@ -1,8 +1,13 @@
-"""The CUDA kernels on a device: records against the reference, every bound against the oracle, the same bits twice."""
+"""The CUDA kernels: records against the reference, every bound against the oracle, the same bits twice.
 
-import importlib.util
+On a device all of it, elsewhere a sample in the emulator.
+"""
+
+from itertools import product
+from random import Random
 from typing import Any
 
+import device
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -15,16 +20,7 @@ from tierd_kernels.layout import AMP, SV, Layout
 from tierd_kernels.policy import Budget
 from tierd_kernels.quantise.reference import dequantise_values, quantise_block
 
-
-def device() -> bool:
-    if importlib.util.find_spec("cupy") is None:
-        return False
-    import cupy
-
-    return bool(cupy.cuda.is_available())
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not device(), reason="needs CuPy and a CUDA device")]
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 Raw = NDArray[Any]
 
 
@@ -147,9 +143,12 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("rtol", [0.0, 0.002, 0.02, 0.3])
-@pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize(("layout", "query_heads", "n", "tokens"), SHAPES, ids=str)
+CASES = [(*shape, regime, rtol) for shape, regime, rtol in product(SHAPES, REGIMES, (0.0, 0.002, 0.02, 0.3))]
+if not device.real():  # an n of 130 takes the emulator ten seconds, others one
+    CASES = Random(1).sample([case for case in CASES if case[2] < 130], 40)
+
+
+@pytest.mark.parametrize(("layout", "query_heads", "n", "tokens", "regime", "rtol"), CASES, ids=str)
 def test_every_answer_keeps_its_promise(layout: Layout, query_heads: int, n: int, tokens: int, regime: str, rtol: float) -> None:
     from tierd_kernels.cuda import backend
 
@@ -242,12 +241,12 @@ def test_scores_beyond_any_are_refused_by_name() -> None:
 EXTREMES = Layout(1, 64, 64, 32, "float32"), Layout(1, 80, 32, 32, "bfloat16"), Layout(1, 128, 16, 16, "float16")
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(20 if device.real() else 2))
 def test_numbers_of_any_size_are_answered_or_refused_by_name(seed: int) -> None:
     from tierd_kernels.cuda import backend
 
     random, memory = np.random.default_rng(seed), backend.reserve(1 << 20, 64, 1 << 22)
-    for _ in range(60):
+    for _ in range(60 if device.real() else 15):
         layout = EXTREMES[random.integers(len(EXTREMES))]
         tokens, d, group = int(random.integers(1, 250)), layout.head_dim, int(random.integers(1, 6))
         n = int(random.integers(1, min(4, tokens) + 1))

@@ -1,6 +1,5 @@
 """Backends by name: which one starts, and what is said where one cannot."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def test_the_cpu_has_what_the_engine_calls() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="needs CuPy")
+@pytest.mark.usefixtures("cuda")
 def test_cuda_has_what_the_engine_calls() -> None:
     assert all(callable(getattr(registry.load("cuda"), name)) for name in OPERATIONS)
 

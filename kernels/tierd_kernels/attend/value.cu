@@ -6,12 +6,6 @@
 constexpr int VALUE_STAGES = 4;  // at 131,072 tokens: 3 42 us, 4 40, 6 42
 constexpr float WEIGHT_SCALE = 16384.f;
 
-// (w & mask) | magic in one instruction, which the compiler makes two of where mask and magic are constants.
-__device__ __forceinline__ u32 either(u32 w, u32 mask, u32 magic) {
-  u32 x;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(x) : "r"(w), "r"(mask), "r"(magic));
-  return x;
-}
 // Two codes, as FP16 with `bias` added, to values.
 __device__ __forceinline__ u32 dequantise(u32 biased, __half2 bias, u32 scale, u32 offset) {
   return as_bits(__hfma2(__hsub2(as_half2(biased), bias), as_half2(scale), as_half2(offset)));
@@ -38,8 +32,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   const bool tail = split == call.splits;
   const int each = call.per / WARPS, first = split * call.per + warp * each, count = tail ? 0 : max(0, min(each, call.full - first));
   if (lane < VALUE_STAGES) barrier_init(&bars[warp][lane]);
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  __syncwarp();
+  barriers_ready();
   const i64 offset = lane < count ? call.hot[first + lane] : 0;
   const float *weights = call.weights + ((i64)base * (call.full + 1) + first) * TILES * WEIGHT_FLOATS;
   const unsigned char *pool = call.pool + (i64)h * RECORD_BYTES + SCORE_BYTES;
@@ -100,9 +93,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
       const u32 a1 = dequantise(either(upper, 0x000f000fu, 0x64006400u), thousand, s.x, s.z);
       const u32 a2 = dequantise(either(code, 0x00f000f0u, 0x54005400u), sixty, s.y, s.w);
       const u32 a3 = dequantise(either(upper, 0x00f000f0u, 0x54005400u), sixty, s.y, s.w);
-      asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-          : "+f"(acc[m][0]), "+f"(acc[m][1]), "+f"(acc[m][2]), "+f"(acc[m][3])
-          : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+      mma_f16(acc[m], a0, a1, a2, a3, b0, b1);
     }
     __syncwarp();
     if (i + VALUE_STAGES < items) issue(i + VALUE_STAGES, now);

@@ -3,17 +3,6 @@
 //
 // Lanes of a warp are named as the MMA instructions name them: r = lane / 4, c = lane % 4. A tile of rows is ROW_TILE query rows of
 // one KV head; a split is the run of blocks that one thread block handles.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#ifdef __CUDACC_RTC__  // which has no math.h
-#define INFINITY __int_as_float(0x7f800000)
-#define NAN __int_as_float(0x7fffffff)
-#endif
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
-
 constexpr int SPLITS_MAX = 2048, ROW_TILE = 4, WARPS = 4, LANES = 32, TILE = 16;
 constexpr int KEY_STEPS = (D + 31) / 32, KEY_DIM = 32 * KEY_STEPS;  // channels of the score MMA, padded with zeros
 constexpr int SPLIT_TOKENS = 2048, SPLIT_BLOCKS = SPLIT_TOKENS / BLOCK;  // at most
@@ -105,62 +94,6 @@ __device__ __forceinline__ double store(void *p, i64 i, double x) {
   return ((float *)p)[i] = (float)x;
 }
 
-__device__ __forceinline__ u32 shared_at(const void *p) { return (u32)__cvta_generic_to_shared(p); }
-
-// A bulk copy from global to shared memory, completing on a barrier (one arrival, then bytes).
-__device__ __forceinline__ void barrier_init(u64 *bar) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_at(bar)) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u64 *bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_at(bar)), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void bulk_copy(void *to, const void *from, u32 bytes, u64 *bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_at(to)),
-               "l"(from), "r"(bytes), "r"(shared_at(bar))
-               : "memory");
-}
-// Records are read once a step: they leave the L2 first, so that weights and statistics stay in it.
-__device__ __forceinline__ u64 stream_policy() {
-  u64 policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-__device__ __forceinline__ void bulk_stream(void *to, const void *from, u32 bytes, u64 *bar, u64 policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                   shared_at(to)),
-               "l"(from), "r"(bytes), "r"(shared_at(bar)), "l"(policy)
-               : "memory");
-}
-// Shared memory by its own addresses: a constant offset is then part of the instruction, where the compiler would work it out anew.
-__device__ __forceinline__ u32 shared32(u32 at) {
-  u32 x;
-  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(at));
-  return x;
-}
-__device__ __forceinline__ uint2 shared64(u32 at) {
-  uint2 x;
-  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(at));
-  return x;
-}
-__device__ __forceinline__ uint4 shared128(u32 at) {
-  uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
-  return x;
-}
-__device__ __forceinline__ void barrier_wait(u64 *bar, u32 parity) {
-  asm volatile(
-      "{\n .reg .pred done;\n again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @!done bra again;\n}" ::"r"(
-          shared_at(bar)),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ float exp2_approx(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // Sums eight values over the eight lanes of equal c, each to a lane of its own: lane r returns the sum of value r. Seven shuffles
 // where eight butterflies would take twenty-four.
 __device__ __forceinline__ float fold8(float (&v)[8], int lane) {
@@ -182,12 +115,6 @@ __device__ __forceinline__ float downscale(float x, int e) { return ldexpf(ldexp
 // 2^-unit, for a unit within [-60, 120]. Norms that no such unit brings near 1 leave a bound that is too large to certify anything.
 __device__ __forceinline__ float unit_factor(int unit) { return __int_as_float((127 - unit) << 23); }
 __device__ __forceinline__ double power_of_two(int e) { return __hiloint2double((1023 + e) << 20, 0); }
-// Off by 2^-22 at most; far cheaper than the rounded one.
-__device__ __forceinline__ float sqrt_approx(float x) {
-  float y;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 __device__ __forceinline__ u32 as_bits(__half2 x) { return *(u32 *)&x; }
 __device__ __forceinline__ __half2 as_half2(u32 x) { return *(__half2 *)&x; }
 

@@ -29,7 +29,7 @@ TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
 
 def source(layout: Layout, kernel: str) -> tuple[str, tuple[str, ...]]:
     """CUDA C++ of one kernel of `PARTS`, and the options that fix the layout."""
-    text = "".join((FOLDER / name).read_text() for name in ("cuda/common.cuh", *PARTS[kernel]))
+    text = "".join((FOLDER / name).read_text() for name in ("cuda/ptx.cuh", "cuda/common.cuh", *PARTS[kernel]))
     sizes = {"D": layout.head_dim, "BLOCK": layout.block_size, "GROUP": layout.value_group, "DTYPE": DTYPE_CODE[layout.dtype]}
     return text, ("--std=c++17", *(f"-D{name}={value}" for name, value in sizes.items()))
 

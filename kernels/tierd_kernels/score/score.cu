@@ -45,11 +45,6 @@ __device__ __forceinline__ RowFacts load_query(const Call &call, int h, int grou
 struct __align__(16) BlockFacts { float offset_dot, delta, d_norm, eps; };
 struct RowSize { float size, q_norm, unit; };  // |softmax scale| as `load_query` has it, in natural units; ||q||; 2^-unit
 
-__device__ __forceinline__ void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, uint2 b) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b.x), "r"(b.y));
-}
 __device__ __forceinline__ u32 halves(float x, float y) { return as_bits(__floats2half2_rn(x, y)); }
 // x, y >= 0 in FP16, not below: the factor is worth more than rounding, the sum more than a subnormal's.
 __device__ __forceinline__ u32 halves_above(float x, float y) { return halves(fmaf(x, 1.001f, 1.2e-7f), fmaf(y, 1.001f, 1.2e-7f)); }
@@ -105,9 +100,10 @@ __device__ __forceinline__ void block_facts(const unsigned char *low, const unsi
     for (int k = 0; k < 2; k++) {
       const u32 a0 = k ? s0.z : s0.x, a1 = k ? s1.z : s1.x, a2 = k ? s0.w : s0.y, a3 = k ? s1.w : s1.y;
       float part[4] = {0.f, 0.f, 0.f, 0.f};  // an accumulator of its own: one MMA's rounding, not that of a chain
-      mma_f16(part, k ? z0.z : z0.x, k ? z1.z : z1.x, k ? z0.w : z0.y, k ? z1.w : z1.y, operands[j][k][0][lane]);
-      mma_f16(l1, a0, a1, a2, a3, operands[j][k][1][lane]);
-      mma_f16(l2, scale_squares(a0), scale_squares(a1), scale_squares(a2), scale_squares(a3), operands[j][k][2][lane]);
+      const uint2 b = operands[j][k][0][lane], up = operands[j][k][1][lane], squares = operands[j][k][2][lane];
+      mma_f16(part, k ? z0.z : z0.x, k ? z1.z : z1.x, k ? z0.w : z0.y, k ? z1.w : z1.y, b.x, b.y);
+      mma_f16(l1, a0, a1, a2, a3, up.x, up.y);
+      mma_f16(l2, scale_squares(a0), scale_squares(a1), scale_squares(a2), scale_squares(a3), squares.x, squares.y);
 #pragma unroll
       for (int i = 0; i < 4; i++) dot[i] += part[i];
     }
@@ -203,8 +199,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   const int full = call.full, each = call.per / WARPS, first = split * call.per + warp * each, count = max(0, min(each, full - first));
   const unsigned char *pool = call.pool + (i64)h * RECORD_BYTES;
   if (lane < SCORE_STAGES) barrier_init(&bars[warp][lane]);
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  __syncwarp();
+  barriers_ready();
   const i64 offset = lane < count ? call.hot[first + lane] : 0;
   const u64 policy = stream_policy();
   auto issue = [&](int i, int s) {
@@ -287,10 +282,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       int d[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // two chains: half the latency
 #pragma unroll
       for (int j = 0; j < KEY_STEPS; j++) {
-        const uint4 x = shared128(record + (t * KEY_STEPS + j) * LANES * 16 + lane * 16);
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-            : "+r"(d[j & 1][0]), "+r"(d[j & 1][1]), "+r"(d[j & 1][2]), "+r"(d[j & 1][3])
-            : "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(b[2 * j]), "r"(b[2 * j + 1]));
+        mma_s8(d[j & 1], shared128(record + (t * KEY_STEPS + j) * LANES * 16 + lane * 16), b[2 * j], b[2 * j + 1]);
       }
       const int left = seen - (first + i) * BLOCK - t * TILE - r;  // of the row's tokens, from this one on
       const float x = fmaf((float)((d[0][0] + d[1][0]) * 256 + d[0][1] + d[1][1]), step, fact.offset_dot) * scale;

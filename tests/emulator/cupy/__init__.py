@@ -1,0 +1,186 @@
+"""Stands in for CuPy where there is no device: memory of the "device" is the host's, kernels run in `emulator.h`.
+
+Only what `tierd_kernels.cuda` uses is here. Streams do everything at once; a captured stream records its launches and copies instead.
+"""
+
+import ctypes
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent.parent
+KERNELS = HERE.parent.parent / "kernels" / "tierd_kernels"
+DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+) (\w+)\[\];")
+FLAGS = ("-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-mf16c", "-mfma", "-mavx2", "-ffp-contract=off")
+PROCESSORS = 132
+
+
+class CUDARuntimeError(RuntimeError):
+    pass
+
+
+class CUDADriverError(RuntimeError):
+    pass
+
+
+class OutOfMemoryError(MemoryError):
+    pass
+
+
+class Array(np.ndarray):  # type: ignore[type-arg]
+    """An array "on the device"."""
+
+    @property
+    def data(self) -> Any:
+        return SimpleNamespace(ptr=self.ctypes.data)
+
+    def get(self, stream: Any = None) -> Any:
+        return np.array(self)
+
+    def set(self, array: Any) -> None:
+        self[...] = array
+
+
+def __getattr__(name: str) -> Any:
+    found = getattr(np, name)
+    if isinstance(found, type) or not callable(found):
+        return found
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = found(*args, **kwargs)
+        return result.view(Array) if isinstance(result, np.ndarray) else result
+
+    return wrapped
+
+
+class Stream:
+    """`recorded`: what a graph would hold, while one is captured."""
+
+    ptr = 0
+
+    def __init__(self, non_blocking: bool = False) -> None:
+        self.recorded: list[Callable[[], None]] | None = None
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        assert self.recorded is None, "a captured stream must not be waited for"
+
+    def begin_capture(self) -> None:
+        self.recorded = []
+        _capturing.append(self)
+
+    def end_capture(self) -> Any:
+        recorded, self.recorded = self.recorded, None
+        _capturing.remove(self)
+        assert recorded is not None
+        return SimpleNamespace(launch=lambda stream=None: [do() for do in recorded] and None)
+
+
+_capturing: list[Stream] = []
+
+
+def _do(work: Callable[[], None]) -> None:
+    """At once, or when the graph that is being captured runs."""
+    if _capturing:
+        recorded = _capturing[-1].recorded
+        assert recorded is not None
+        recorded.append(work)
+    else:
+        work()
+
+
+class RawModule:
+    """Compiled by the host's compiler; kept by the text, so that a kernel is built once."""
+
+    def __init__(self, code: str, options: tuple[str, ...], backend: str) -> None:
+        own = code.removeprefix((KERNELS / "cuda" / "ptx.cuh").read_text())
+        assert own != code, "the source does not begin with ptx.cuh"
+        text = (HERE / "emulator.h").read_text() + DYNAMIC.sub(r"\1 *\2 = (\1 *)emulator::dynamic;", own)
+        flags = (*FLAGS, *(option for option in options if option.startswith("-D")))
+        name = hashlib.sha256(repr((text, flags)).encode()).hexdigest()[:24]
+        folder = Path(tempfile.gettempdir()) / f"tierd-emulator-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.path = folder / f"{name}.so"
+        if not self.path.exists():
+            self._build(text, flags)
+        self._library = ctypes.CDLL(str(self.path))
+        self._library.emulator_launch.restype = ctypes.c_char_p
+
+    def _build(self, text: str, flags: tuple[str, ...]) -> None:
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as folder:
+            source, built = Path(folder) / "kernel.cpp", Path(folder) / "kernel.so"
+            source.write_text(text)
+            done = subprocess.run(["g++", *flags, "-o", built, source], capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+            built.rename(self.path)
+
+    def get_function(self, name: str) -> "Function":
+        return Function(self._library, name)
+
+
+class Function:
+    """A kernel. A launch raises CUDARuntimeError where the emulator finds a fault."""
+
+    def __init__(self, library: Any, name: str) -> None:
+        self._library, self._name, self.max_dynamic_shared_size_bytes = library, name, 48 << 10
+        self._at = ctypes.cast(getattr(library, name), ctypes.c_void_p)
+
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_mem: int = 0, stream: Any = None
+    ) -> None:
+        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        values = [x.data.ptr if isinstance(x, np.ndarray) else int(x) & (1 << 64) - 1 for x in args]
+        passed = (ctypes.c_uint64 * 6)(*values)
+        sizes = [*grid, 1, 1][:3]
+
+        def launch(keep: Any = args) -> None:
+            fault = self._library.emulator_launch(self._at, *map(ctypes.c_uint32, (*sizes, block[0], shared_mem)), passed)
+            if fault:
+                raise CUDARuntimeError(f"{self._name}: {fault.decode()}")
+
+        _do(launch)
+
+
+def _copy(to: int, source: int, nbytes: int, kind: int, stream: int = 0) -> None:
+    _do(lambda: ctypes.memmove(to, source, nbytes) and None)
+
+
+def _fill(at: int, value: int, nbytes: int, stream: int = 0) -> None:
+    _do(lambda: ctypes.memset(at, value, nbytes) and None)
+
+
+class Device:
+    compute_capability = "90"
+    attributes: ClassVar[dict[str, int]] = {"MultiProcessorCount": PROCESSORS}
+    mem_info = (80 << 30, 80 << 30)
+
+    def synchronize(self) -> None:
+        pass
+
+
+cuda = SimpleNamespace(
+    Device=Device,
+    Stream=Stream,
+    is_available=lambda: True,
+    alloc_pinned_memory=lambda nbytes: memoryview(np.zeros(nbytes, np.uint8)),
+    memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+    driver=SimpleNamespace(CUDADriverError=CUDADriverError),
+    runtime=SimpleNamespace(
+        CUDARuntimeError=CUDARuntimeError, memcpyAsync=_copy, memcpy=_copy, memsetAsync=_fill, memcpyHostToDevice=1,
+        memcpyDeviceToHost=2, memcpyDeviceToDevice=3,
+    ),
+)  # fmt: skip

@@ -1,0 +1,310 @@
+// A CUDA device for tests, on one x86-64 core: what ptx.cuh and CUDA's own headers give the kernels, in plain C++.
+//
+// A thread block's threads are fibers that run in turn until they wait for one another: lanes of a warp at shuffles and MMAs, all threads at
+// barriers. Where none can go on the launch ends with an error: a barrier that some threads never reach is found here. What is faithful:
+// the order of operations, flushing of FP32 subnormals, FP16 rounding, copies that arrive no earlier than the wait for them (their target
+// holds NaN before), memory of exited lanes. What is not: speed, memory consistency between threads, `ex2.approx`'s own bits (it errs here by as
+// much as the bounds allow, in a direction that depends on the argument) and the order of an MMA's sum (exact, then truncated).
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <vector>
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+struct uint2 { u32 x, y; };
+struct uint4 { u32 x, y, z, w; };
+struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
+struct dim3 { u32 x, y, z; };
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+#define __device__
+#define __global__ __attribute__((visibility("default")))
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((__noinline__))
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __shared__ static
+
+namespace emulator {
+
+constexpr int LANES = 32, THREADS_MAX = 1024, STACK_BYTES = 1 << 16, SHARED_BYTES = 228 << 10;
+alignas(128) static unsigned char dynamic[SHARED_BYTES];
+
+// Threads that wait for one another, and what they exchange meanwhile: two buffers in turn, so that a slow reader is never overwritten.
+struct Group {
+  int live, arrived;
+  u32 turn;
+  u64 slots[2][LANES][4];
+  int any[2];
+};
+struct Fiber { void *stack, *at; dim3 index; bool done; };
+struct Copy { void *to; const void *from; u32 bytes; u64 *bar; };
+
+static Fiber fibers[THREADS_MAX];
+static Group warps[THREADS_MAX / LANES], block;
+static std::vector<Copy> copies;
+static Fiber *current;
+static void *scheduler;
+static dim3 block_index;
+static u64 progress;  // anything that may let another thread go on
+static void (*body)(u64, u64, u64, u64, u64, u64);
+static u64 arguments[6];
+
+extern "C" void emulator_switch(void **from, void *to) __attribute__((visibility("hidden")));
+asm(R"(
+.text
+.hidden emulator_switch
+.globl emulator_switch
+emulator_switch:
+  push %rbp
+  push %rbx
+  push %r12
+  push %r13
+  push %r14
+  push %r15
+  mov %rsp, (%rdi)
+  mov %rsi, %rsp
+  pop %r15
+  pop %r14
+  pop %r13
+  pop %r12
+  pop %rbx
+  pop %rbp
+  ret
+)");
+
+static void pause() { emulator_switch(&current->at, scheduler); }
+static void leave(Group &group) {
+  progress++;
+  if (--group.live == group.arrived && group.live) group.arrived = 0, group.turn++, group.any[group.turn & 1] = 0;
+}
+static Group &warp() { return warps[(current - fibers) / LANES]; }
+static int lane() { return (current - fibers) % LANES; }
+
+// Waits until all live threads of the group are here; returns which buffer they exchanged.
+static int meet(Group &group) {
+  const u32 turn = group.turn;
+  progress++;
+  if (++group.arrived == group.live) {
+    group.arrived = 0, group.turn++, group.any[group.turn & 1] = 0;
+  } else {
+    while (group.turn == turn) pause();
+  }
+  return turn & 1;
+}
+static void run() {
+  body(arguments[0], arguments[1], arguments[2], arguments[3], arguments[4], arguments[5]);
+  current->done = true;
+  leave(warp());
+  leave(block);
+  pause();
+}
+
+// What a lane of the warp gave: up to four words.
+static const u64 (*exchange(u64 a, u64 b = 0, u64 c = 0, u64 d = 0))[4] {
+  u64(*mine)[LANES][4] = warp().slots;
+  const u64 words[4] = {a, b, c, d};
+  memcpy(mine[warp().turn & 1][lane()], words, sizeof words);
+  return warp().slots[meet(warp())];
+}
+template <typename T>
+static T shuffle(T x, int source) {
+  u64 bits = 0;
+  memcpy(&bits, &x, sizeof x);
+  bits = exchange(bits)[source & (LANES - 1)][0];
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+static bool run_block(int threads) {
+  memset(dynamic, 0xff, sizeof dynamic);
+  copies.clear();
+  memset(&block, 0, sizeof block);
+  block.live = threads;
+  for (int t = 0; t < threads; t++) {
+    if (t % LANES == 0) memset(&warps[t / LANES], 0, sizeof(Group)), warps[t / LANES].live = threads - t < LANES ? threads - t : LANES;
+    Fiber &fiber = fibers[t];
+    if (!fiber.stack) fiber.stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    void **top = (void **)((char *)fiber.stack + STACK_BYTES) - 2;
+    *top = (void *)run;
+    fiber.at = top - 6, fiber.done = false, fiber.index = {(u32)t, 0, 0};
+  }
+  for (int left = threads; left;) {
+    const u64 before = progress;
+    left = 0;
+    for (int t = 0; t < threads; t++) {
+      current = &fibers[t];
+      if (!current->done) emulator_switch(&scheduler, current->at), left += !current->done;
+    }
+    if (left && progress == before) return false;
+  }
+  return true;
+}
+
+// Runs a grid; returns a text that says what went wrong, or null. Arguments are integers and addresses: six at most.
+extern "C" __global__ const char *emulator_launch(void *kernel, u32 gx, u32 gy, u32 gz, u32 threads, u32 shared, const u64 *values) {
+  static char text[160];
+  if (threads > THREADS_MAX || shared > SHARED_BYTES) return "more threads or shared memory than a device has";
+  body = (decltype(body))kernel;
+  memcpy(arguments, values, sizeof arguments);
+  const u32 mode = _mm_getcsr();
+  _mm_setcsr(mode | 0x8040);  // FP32 subnormals count as zero, as in what CuPy builds
+  bool good = true;
+  for (u32 z = 0; z < gz && good; z++)
+    for (u32 y = 0; y < gy && good; y++)
+      for (u32 x = 0; x < gx && good; x++) block_index = {x, y, z}, good = run_block(threads);
+  _mm_setcsr(mode);
+  if (good) return nullptr;
+  snprintf(text, sizeof text, "threads of block (%u, %u, %u) wait for others that never come", block_index.x, block_index.y, block_index.z);
+  return text;
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::current->index)
+#define blockIdx (emulator::block_index)
+#define __shfl_xor_sync(mask, x, bit) emulator::shuffle(x, emulator::lane() ^ (bit))
+#define __shfl_sync(mask, x, source) emulator::shuffle(x, source)
+inline void __syncwarp() { emulator::meet(emulator::warp()); }
+inline void __syncthreads() { emulator::meet(emulator::block); }
+inline int __syncthreads_or(int x) {
+  emulator::block.any[emulator::block.turn & 1] |= x != 0;
+  return emulator::block.any[emulator::meet(emulator::block)];
+}
+inline u32 __ballot_sync(u32, bool x) {
+  const u64(*given)[4] = emulator::exchange(x);
+  u32 bits = 0;
+  for (int i = 0; i < 32; i++) bits |= (u32)(given[i][0] & 1) << i;
+  return bits;
+}
+inline u32 atomicOr(u32 *p, u32 x) { u32 old = *p; *p |= x; return old; }
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
+template <typename To, typename From> inline To bits_as(From x) { To y; static_assert(sizeof x == sizeof y, ""); memcpy(&y, &x, sizeof x); return y; }
+inline float __int_as_float(int x) { return bits_as<float>(x); }
+inline float __uint_as_float(u32 x) { return bits_as<float>(x); }
+inline u32 __float_as_uint(float x) { return bits_as<u32>(x); }
+inline double __hiloint2double(int high, int low) { return bits_as<double>((u64)(u32)high << 32 | (u32)low); }
+inline int __ffs(u32 x) { return __builtin_ffs((int)x); }
+inline float __fdividef(float a, float b) { return a / b; }
+inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
+  const u64 both = (u64)y << 32 | x;
+  u32 out = 0;
+  for (int i = 0; i < 4; i++) out |= (u32)(both >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  return out;
+}
+
+// Rounding of a double to FP32, down, up or to odd: what is rounded to odd can be rounded again to fewer bits as if it were the double.
+inline float towards(double x, bool up) {
+  float y = (float)x;
+  if (x != x || (double)y == x) return y;
+  return ((double)y < x) == up ? nextafterf(y, up ? INFINITY : -INFINITY) : y;
+}
+inline float __double2float_ru(double x) { return towards(x, true); }
+inline float __double2float_rd(double x) { return towards(x, false); }
+inline float to_odd(double x) {
+  const float low = towards(x, false), high = towards(x, true);
+  return low == high || __float_as_uint(low) & 1 ? low : high;
+}
+
+struct __half { unsigned short bits; };
+struct __half2 { __half x, y; };
+struct __nv_bfloat16 { unsigned short bits; };
+template <int mode> inline __half as_half(float x) { return {(unsigned short)_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), mode), 0)}; }
+inline __half __float2half(float x) { return as_half<_MM_FROUND_TO_NEAREST_INT>(x); }
+inline __half __float2half_ru(float x) { return as_half<_MM_FROUND_TO_POS_INF>(x); }
+inline __half __float2half_rd(float x) { return as_half<_MM_FROUND_TO_NEG_INF>(x); }
+inline __half __double2half(double x) { return __float2half(to_odd(x)); }
+inline float __half2float(__half x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
+inline __half __ushort_as_half(unsigned short x) { return {x}; }
+inline __half __uint2half_rn(u32 x) { return __float2half((float)x); }
+inline __half2 __half2half2(__half x) { return {x, x}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half(x), __float2half(y)}; }
+inline float2 __half22float2(__half2 x) { return {__half2float(x.x), __half2float(x.y)}; }
+inline __half __hfma(__half a, __half b, __half c) { return __double2half((double)__half2float(a) * __half2float(b) + __half2float(c)); }
+inline __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }
+inline __half2 __hsub2(__half2 a, __half2 b) {
+  return {__float2half(__half2float(a.x) - __half2float(b.x)), __float2half(__half2float(a.y) - __half2float(b.y))};
+}
+inline __half2 __hmul2(__half2 a, __half2 b) {
+  return {__float2half(__half2float(a.x) * __half2float(b.x)), __float2half(__half2float(a.y) * __half2float(b.y))};
+}
+inline __nv_bfloat16 __double2bfloat16(double x) {
+  const u32 bits = __float_as_uint(to_odd(x));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
+  return {(unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float((u32)x.bits << 16); }
+
+// What follows stands for ptx.cuh. A shared address is the distance from the dynamic part.
+inline u32 shared_at(const void *p) { return (u32)((const char *)p - (const char *)emulator::dynamic); }
+inline unsigned char *from_shared(u32 at) { return emulator::dynamic + (int)at; }
+inline u32 shared32(u32 at) { u32 x; memcpy(&x, from_shared(at), sizeof x); return x; }
+inline uint2 shared64(u32 at) { uint2 x; memcpy(&x, from_shared(at), sizeof x); return x; }
+inline uint4 shared128(u32 at) { uint4 x; memcpy(&x, from_shared(at), sizeof x); return x; }
+
+// A barrier: the phase in its last bit, arrivals that are missing in the next, bytes that are missing above.
+inline void barrier_init(u64 *bar) { *bar = 2; }
+inline void barriers_ready() { __syncwarp(); }
+inline void barrier_expect(u64 *bar, u32 bytes) { *bar = (*bar & ~2ull) + ((u64)bytes << 8); }
+inline void bulk_copy(void *to, const void *from, u32 bytes, u64 *bar) {
+  if ((u64)to % 16 || (u64)from % 16 || bytes % 16) fprintf(stderr, "a bulk copy is not aligned\n"), __builtin_trap();
+  memset(to, 0xff, bytes);
+  emulator::copies.push_back({to, from, bytes, bar});
+}
+inline u64 stream_policy() { return 0; }
+inline void bulk_stream(void *to, const void *from, u32 bytes, u64 *bar, u64) { bulk_copy(to, from, bytes, bar); }
+inline void barrier_wait(u64 *bar, u32 parity) {
+  for (size_t i = 0; i < emulator::copies.size();) {
+    const emulator::Copy copy = emulator::copies[i];
+    if (copy.bar != bar) { i++; continue; }
+    memcpy(copy.to, copy.from, copy.bytes);
+    *bar -= (u64)copy.bytes << 8;
+    emulator::copies.erase(emulator::copies.begin() + i);
+    emulator::progress++;
+  }
+  if ((*bar & ~1ull) == 0) *bar = (*bar ^ 1) | 2, emulator::progress++;
+  while ((*bar & 1) == parity) emulator::pause();
+}
+
+inline float exp2_approx(float x) {
+  const float y = exp2f(x);
+  return y * (__float_as_uint(x) * 2654435761u >> 31 ? 1.f + 0x1p-23f : 1.f - 0x1p-23f);
+}
+inline float sqrt_approx(float x) { return sqrtf(x); }
+inline u32 either(u32 w, u32 mask, u32 magic) { return (w & mask) | magic; }
+
+inline float truncated(double x) { return fabs(x) < 0x1p-126 ? 0.f : towards(x, x < 0.); }
+inline void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  const u64(*given)[4] = emulator::exchange((u64)a1 << 32 | a0, (u64)a3 << 32 | a2, (u64)b1 << 32 | b0);
+  const int r = emulator::lane() / 4, c = emulator::lane() % 4;
+  double sums[4] = {d[0], d[1], d[2], d[3]};
+  for (int k = 0; k < 16; k++) {
+    const int from = k % 8 / 2, upper = k / 8, odd = 16 * (k % 2);
+    for (int i = 0; i < 4; i++) {
+      const u64 a = given[4 * r + from][upper] >> (32 * (i / 2) + odd), b = given[4 * (2 * c + i % 2) + from][2] >> (32 * upper + odd);
+      sums[i] += (double)__half2float({(unsigned short)a}) * __half2float({(unsigned short)b});
+    }
+  }
+  for (int i = 0; i < 4; i++) d[i] = truncated(sums[i]);
+}
+inline void mma_s8(int (&d)[4], uint4 x, u32 b0, u32 b1) {
+  const u64(*given)[4] = emulator::exchange((u64)x.y << 32 | x.x, (u64)x.w << 32 | x.z, (u64)b1 << 32 | b0);
+  const int r = emulator::lane() / 4, c = emulator::lane() % 4;
+  for (int k = 0; k < 32; k++) {
+    const int from = k % 16 / 4, upper = k / 16, byte = 8 * (k % 4);
+    for (int i = 0; i < 4; i++) {
+      const u64 a = given[4 * r + from][upper] >> (32 * (i / 2) + byte), b = given[4 * (2 * c + i % 2) + from][2] >> (32 * upper + byte);
+      d[i] += (int)(signed char)a * (int)(signed char)b;
+    }
+  }
+}
