@@ -186,6 +186,7 @@ inline u32 __ballot_sync(u32, bool x) {
   return bits;
 }
 inline u32 atomicOr(u32 *p, u32 x) { u32 old = *p; *p |= x; return old; }
+inline int atomicAdd(int *p, int x) { int old = *p; *p += x; return old; }
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
@@ -195,6 +196,7 @@ inline float __uint_as_float(u32 x) { return bits_as<float>(x); }
 inline u32 __float_as_uint(float x) { return bits_as<u32>(x); }
 inline double __hiloint2double(int high, int low) { return bits_as<double>((u64)(u32)high << 32 | (u32)low); }
 inline int __ffs(u32 x) { return __builtin_ffs((int)x); }
+inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline float __fdividef(float a, float b) { return a / b; }
 inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
   const u64 both = (u64)y << 32 | x;

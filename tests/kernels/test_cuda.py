@@ -17,7 +17,7 @@ from tierd_kernels.call import Call, Result
 from tierd_kernels.cuda.record import OFFSET_NORM, Record, encode
 from tierd_kernels.errors import ScoreOverflow
 from tierd_kernels.layout import AMP, SV, Layout
-from tierd_kernels.policy import Budget
+from tierd_kernels.policy import Budget, Coverage
 from tierd_kernels.quantise.reference import dequantise_values, quantise_block
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
@@ -202,7 +202,106 @@ def test_calls_of_different_lengths_in_one_launch_answer_as_alone() -> None:
         assert np.array_equal(together.output, alone.output)
         assert np.array_equal(together.states, alone.states)
         for name, x in alone.fields.items():
-            assert np.array_equal(together.fields[name], x), name
+            assert np.array_equal(together.fields[name], x, equal_nan=True), name
+
+
+def passage(layout: Layout, tokens: int, query_heads: int, n: int, seed: int, pull: float) -> tuple[Raw, Raw, Raw]:
+    """Queries that look one way, and one passage of 80 tokens whose keys lie there: it holds the more mass the stronger the pull."""
+    random, d = np.random.default_rng(seed), layout.head_dim
+    k, v = random.standard_normal((2, layout.num_kv_heads, tokens, d))
+    lead = random.standard_normal((layout.num_kv_heads, 1, d))
+    q = np.repeat(lead, query_heads // layout.num_kv_heads, axis=0) + 0.3 * random.standard_normal((query_heads, n, d))
+    start = int(random.integers(tokens - 80))
+    k[:, start : start + 80] += pull * lead
+    return raw(k, layout.dtype), raw(v, layout.dtype), raw(q, layout.dtype)
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[4]], ids=str)
+@pytest.mark.parametrize("n", [1, 3])
+def test_blocks_of_little_mass_are_skipped_within_the_promise(layout: Layout, n: int) -> None:
+    from tierd_kernels.cuda.step import Part, Step
+
+    heads = 4 * layout.num_kv_heads
+    k, v, q = passage(layout, 4100, heads, n, 7, 2.0)
+    cache, skipped = store(layout, k, v), {}
+    for share in (0.0, 0.1, 0.9):
+        call = cache.call(q, 0.2, Budget(skip_share=share))
+        step = Step(layout, cache.memory, [Part(call, 0, n)], split_blocks=1024 // layout.block_size * 2)  # type: ignore[arg-type]
+        step.upload()
+        step.launch()
+        (answer,) = step.answers()
+        fields = answer.fields
+        certificate = fields | {"exact": answer.states == 4, "rung": np.zeros_like(answer.states)}
+        for name in ("promoted_key_blocks", "promoted_value_blocks", "skipped_blocks"):
+            certificate[name] = certificate[name].astype(np.int64)
+        blank = np.zeros(answer.states.shape, np.int64)
+        certificate |= {"rank_certified": blank > 0, "host_bytes": blank, "rung": np.where(answer.states == 4, 4, 0)}
+        check_reply(k, v, q, answer.output, certificate, 0.2, 0.0, softmax_scale=layout.head_dim**-0.5, block_size=layout.block_size)
+        assert ((fields["skip_error"] > 0) | (fields["skipped_blocks"] == 0)).all()
+        skipped[share] = float(fields["skipped_blocks"].mean()) / len(cache.hot)
+    assert skipped[0.0] == 0.0 < skipped[0.1] <= skipped[0.9]
+    assert skipped[0.9] > 0.3
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_required_ranking_is_certified_or_the_head_is_exact(apart: bool) -> None:
+    from tierd_kernels.cuda import backend
+
+    layout = LAYOUTS[0]
+    k, v, q = passage(layout, 1111, 8, 2, 3, 0.0)
+    if apart:
+        k[:, 500:507] += 6 * q[::4, :1]  # a few tokens of one block
+    else:
+        k = np.tile(k[:, :16], (1, 70, 1))[:, :1111]  # all blocks are alike
+    cache = store(layout, k, v)
+    (result,) = backend.attend(layout, cache.memory, [cache.call(q, 0.3, Budget(require_rank=True))], 8)
+    assert isinstance(result, Result)
+    check_reply(k, v, q, result.output, result.certificate, 0.3, 0.0, softmax_scale=layout.head_dim**-0.5, block_size=16)
+    assert result.certificate["rank_certified"].all()
+    assert (~result.certificate["exact"]).any() == apart
+
+
+@pytest.mark.parametrize("policy", [
+    Coverage(tau_cov=0.9, boundary_check=False), Coverage(tau_cov=0.5, k_max=4, key_bound_max=1e9, boundary_check=False),
+    Coverage(tau_cov=0.99, k_min=3, k_max=500, v_tol=0.001, boundary_check=False), Coverage(), Coverage(k_min=0, k_max=0),
+])  # fmt: skip
+def test_coverage_promotes_what_the_cpu_promotes(policy: Coverage) -> None:
+    from kernels_cache import store as store_on_cpu
+    from tierd_kernels import ladder
+    from tierd_kernels.cuda import backend
+
+    layout = LAYOUTS[0]
+    k, v, q = passage(layout, 1500, 8, 2, 5, 0.5)
+    cache, other = store(layout, k, v), store_on_cpu(layout, k, v)
+    (result,) = backend.attend(layout, cache.memory, [cache.call(q, 0.5, policy)], 8)
+    (reference,) = ladder.attend(layout, other.memory, [other.call(q, 0.5, policy)], 8)
+    assert isinstance(result, Result) and isinstance(reference, Result)
+    got, want = result.certificate, reference.certificate
+    check_reply(k, v, q, result.output, got, 0.5, 0.0, softmax_scale=layout.head_dim**-0.5, block_size=16)
+    print({name: (got[name].ravel().tolist(), want[name].ravel().tolist()) for name in ("promoted_key_blocks", "exact", "paper_key_bound")})
+    for name in ("promoted_key_blocks", "promoted_value_blocks"):
+        assert (np.abs(got[name] - want[name]) <= 1).all(), name
+    same = got["promoted_key_blocks"] == want["promoted_key_blocks"]
+    assert same.mean() > 0.8 and (got["exact"] == want["exact"]).mean() > 0.8
+    assert np.allclose(got["paper_key_bound"][same], want["paper_key_bound"][same], rtol=0.02)
+
+
+def test_a_context_that_grows_is_not_captured_at_each_step() -> None:
+    from tierd_kernels.cuda import backend
+
+    layout = LAYOUTS[4]
+    k, v, q = draw(layout, 700, 1, 1, "diffuse", 5)
+    cache, answers = store(layout, k, v), {}
+    for tokens in (*range(640, 700), *range(640, 700)):
+        call = cache.call(q, 0.1, Budget())
+        call.num_tokens, full = tokens, tokens // layout.block_size
+        for name in ("hot_offsets", "key_locations", "value_locations"):
+            setattr(call, name, getattr(call, name)[:full])
+        call.original_offsets = call.original_offsets[: -(-tokens // layout.block_size)]
+        (result,) = backend.attend(layout, cache.memory, [call], 1)
+        assert isinstance(result, Result)
+        assert np.array_equal(answers.setdefault(tokens, result.output), result.output)  # as a graph, and as it was enqueued
+    assert cache.memory.graphs.captured <= 2  # type: ignore[attr-defined]
 
 
 def test_corruption_is_seen_by_the_canary_and_a_copy_in_scratch_is_read() -> None:

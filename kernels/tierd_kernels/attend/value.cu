@@ -3,6 +3,9 @@
 // Sixteen channels are the M of mma.m16n8k16 and sixteen tokens its K. A value is code * scale + offset, rounded once to FP16
 // (`E_out` has that rounding); the weights, times 2^14, are the B operand as FP16 high and low parts: columns part * 4 + row.
 // Codes lie in fragment order, scales and offsets by token pairs as lanes want them: no conversion, no shuffle.
+//
+// Blocks of so little mass in all rows of the tile that leaving them out costs at most a share of the budget are not read: a block may spend
+// an equal part of that share. Those whose copies are issued first, before masses are known, are read anyhow.
 constexpr int VALUE_STAGES = 4;  // at 131,072 tokens: 3 42 us, 4 40, 6 42
 constexpr float WEIGHT_SCALE = 16384.f;
 
@@ -15,6 +18,33 @@ __device__ __forceinline__ u32 dequantise(u32 biased, __half2 bias, u32 scale, u
 __device__ __forceinline__ u32 part(float x, float y, float low) {
   float2 high = __half22float2(__floats2half2_rn(x, y));
   return as_bits(__floats2half2_rn(fmaf(-low, high.x, x), fmaf(-low, high.y, y)));
+}
+
+// What a skipped block may cost each row, in units of its mass: m e^Delta (nu + ||O||) at most this; and ||O||, as long as it is not known.
+struct Limits { float most[ROW_TILE], output[ROW_TILE]; };
+
+// For a thread block of WARPS warps, all of whose threads come here. Never so much that the heaviest block could go.
+__device__ __forceinline__ void row_limits(const Call &call, int h, int base, const float (&tops)[ROW_TILE], Limits &limits) {
+  __shared__ float of_warp[2][WARPS][ROW_TILE];
+  const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE;
+  const int splits = call.splits + (call.tokens > call.full * BLOCK), lane = threadIdx.x % LANES, row = threadIdx.x % ROW_TILE;
+  float mass = 0.f, norm = 0.f;
+  for (int i = threadIdx.x / ROW_TILE; i < splits; i += WARPS * LANES / ROW_TILE) {
+    const float *p = partials + (i64)i * PARTIALS * ROW_TILE + row;
+    const float f = exp2_approx(p[SPLIT_TOP * ROW_TILE] - tops[row]);
+    mass += f * p[MASS * ROW_TILE], norm += f * p[NORM * ROW_TILE];
+  }
+#pragma unroll
+  for (int bit = 4; bit < 32; bit <<= 1) mass += __shfl_xor_sync(~0u, mass, bit), norm += __shfl_xor_sync(~0u, norm, bit);
+  if (lane < ROW_TILE) of_warp[0][threadIdx.x / LANES][lane] = mass, of_warp[1][threadIdx.x / LANES][lane] = norm;
+  __syncthreads();
+  if (threadIdx.x < ROW_TILE) {
+    for (int w = 1; w < WARPS; w++) mass += of_warp[0][w][row], norm += of_warp[1][w][row];
+    const float vbar = norm / mass, budget = (float)fmin(call.atol * power_of_two(-call.unit[h]) + call.rtol * vbar, (double)vbar);
+    // A tenth is held back, as in step.py; and more than half of the mass is kept, so that the difference of two sums is still within THETA.
+    limits.most[row] = fminf(0.9f * (float)call.skip_share, 0.45f) * budget * mass / (call.full + 1), limits.output[row] = vbar;
+  }
+  __syncthreads();
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *calls, int heads, int group, int again) {
@@ -33,29 +63,36 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   const int each = call.per / WARPS, first = split * call.per + warp * each, count = tail ? 0 : max(0, min(each, call.full - first));
   if (lane < VALUE_STAGES) barrier_init(&bars[warp][lane]);
   barriers_ready();
-  const i64 offset = lane < count ? call.hot[first + lane] : 0;
+  i64 offset = lane < count ? call.hot[first + lane] : 0;
+  int block = lane;  // of this warp's, the one that is lane-th to be read; `offset` is its own
   const float *weights = call.weights + ((i64)base * (call.full + 1) + first) * TILES * WEIGHT_FLOATS;
   const unsigned char *pool = call.pool + (i64)h * RECORD_BYTES + SCORE_BYTES;
   const u64 policy = stream_policy();
   auto issue = [&](int i, int s) {
     i64 at = __shfl_sync(~0u, offset, i / TILES) + i % TILES * VALUE_BYTES;
+    const int tile_of_tokens = __shfl_sync(~0u, block, i / TILES) * TILES + i % TILES;
     if (lane == 0) {
       barrier_expect(&bars[warp][s], VALUE_BYTES + WEIGHT_FLOATS * 4);
       bulk_stream(stage + s * STAGE_BYTES, pool + at, VALUE_BYTES, &bars[warp][s], policy);
-      bulk_copy(stage + s * STAGE_BYTES + VALUE_BYTES, weights + i * WEIGHT_FLOATS, WEIGHT_FLOATS * 4, &bars[warp][s]);
+      bulk_copy(stage + s * STAGE_BYTES + VALUE_BYTES, weights + tile_of_tokens * WEIGHT_FLOATS, WEIGHT_FLOATS * 4, &bars[warp][s]);
     }
   };
-  const int items = count * TILES;
+  constexpr int BLOCKS_AHEAD = (VALUE_STAGES + TILES - 1) / TILES;
+  int items = count * TILES;
   for (int i = 0; i < min(items, VALUE_STAGES); i++) issue(i, i);
 
   row_tops(call, base, tops);
   const int row = r & 3;
   const float top = tops[row];
   float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
+  float *skips = call.skips + ((i64)base * (call.splits + 1) + split) * SKIPS * ROW_TILE;
+  __shared__ float skipped[WARPS][SKIPS][ROW_TILE];
+  if (lane < SKIPS * ROW_TILE) skipped[warp][lane / ROW_TILE][lane % ROW_TILE] = 0.f;
 
   if (tail) {
     const int count = call.tokens - call.full * BLOCK;
     if (!count) return;
+    if (threadIdx.x < SKIPS * ROW_TILE) skips[threadIdx.x] = 0.f;
     const unsigned char *values = call.originals + call.original[call.full] + (i64)(heads + h) * ORIGINAL_BYTES;
     const float top = tops[warp];
     const float *w = call.weights + ((i64)base * (call.full + 1) + call.full) * TILES * WEIGHT_FLOATS;
@@ -66,6 +103,50 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
       sums[warp * D + i] = sum;
     }
     return;
+  }
+
+  if (!again && call.skip_share > 0. && each > BLOCKS_AHEAD) {
+    __shared__ Limits limits;
+    __shared__ unsigned char order[WARPS][LANES];
+    row_limits(call, h, base, tops, limits);
+    const float *partials = call.partials + ((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE;
+    bool any = count > BLOCKS_AHEAD;  // and each row has a block that it could do without
+#pragma unroll
+    for (int k = 0; k < ROW_TILE; k++)
+    {
+      const float lightest = exp2_approx(partials[SPLIT_TOP * ROW_TILE + k] - tops[k]) * partials[LIGHTEST * ROW_TILE + k];
+      any = any && !(lightest * limits.output[k] > limits.most[k]);
+    }
+    if (any) {
+      const float *x = call.statistics + ((i64)base * (call.full + 1) + first + min(lane, count - 1)) * STATISTIC_FLOATS;
+      float mass[ROW_TILE], grown[ROW_TILE], nu = x[BLOCK_NOTES + 2];
+      bool skip = lane >= BLOCKS_AHEAD && lane < count;
+#pragma unroll
+      for (int k = 0; k < ROW_TILE; k++) {
+        mass[k] = x[SUM * ROW_TILE + k] > 0.f ? exp2_approx(x[TOP * ROW_TILE + k] - tops[k]) * x[SUM * ROW_TILE + k] : 0.f;
+        grown[k] = mass[k] > 0.f ? mass[k] * expf(x[DELTA * ROW_TILE + k]) * (1.f + 1e-6f) : 0.f;
+        skip = skip && (mass[k] == 0.f || grown[k] * (nu + limits.output[k]) <= limits.most[k]);
+      }
+      const u32 gone = __ballot_sync(~0u, skip), wanted = (count == LANES ? ~0u : (1u << count) - 1) & ~gone;
+      if (gone) {
+#pragma unroll
+        for (int k = 0; k < ROW_TILE; k++) {
+          const float left = skip ? grown[k] : 0.f, parts[SKIPS] = {skip ? mass[k] : 0.f, left, left > 0.f ? left * nu : 0.f, skip ? 1.f : 0.f};
+#pragma unroll
+          for (int i = 0; i < SKIPS; i++) {
+            float sum = parts[i];
+#pragma unroll
+            for (int bit = 1; bit < 32; bit <<= 1) sum += __shfl_xor_sync(~0u, sum, bit);
+            if (lane == 0) skipped[warp][i][k] = sum;
+          }
+        }
+        if (wanted >> lane & 1) order[warp][__popc(wanted & ((1u << lane) - 1))] = lane;
+        __syncwarp();
+        items = __popc(wanted) * TILES;
+        block = lane < __popc(wanted) ? order[warp][lane] : 0;
+        offset = __shfl_sync(~0u, offset, block);
+      }
+    }
   }
 
   float acc[VALUE_TILES][4];
@@ -117,5 +198,11 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
 #pragma unroll
     for (int w = 0; w < WARPS; w++) x += ((const float *)shared)[w * ROW_TILE * D + i];
     sums[i] = x * (1.f / WEIGHT_SCALE);
+  }
+  if (threadIdx.x < SKIPS * ROW_TILE) {
+    float x = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) x += skipped[w][threadIdx.x / ROW_TILE][threadIdx.x % ROW_TILE];
+    skips[threadIdx.x] = x;
   }
 }

@@ -72,7 +72,7 @@ __device__ __forceinline__ void split_sums(const Call &call, int base, int split
   const int pairs = max(0, min(call.per, call.full - split * call.per)) * ROW_TILE;
   const i64 first = (i64)base * (call.full + 1) + split * call.per;
   const float *of_split = call.statistics + first * STATISTIC_FLOATS;
-  float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
+  float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f, lightest = INFINITY;
   constexpr int ROUNDS = (SPLIT_BLOCKS * ROW_TILE + WARPS * LANES - 1) / (WARPS * LANES);
   Stats read[ROUNDS];  // what a thread reads is on its way at once
 #pragma unroll
@@ -86,6 +86,7 @@ __device__ __forceinline__ void split_sums(const Call &call, int base, int split
   }
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++) {
+    if (threadIdx.x + i * WARPS * LANES < pairs && !(read[i][SUM] > 0.f)) lightest = 0.f;
     if (!(read[i][SUM] > 0.f)) continue;
     const bool exact_values = marked && call.marks[base * call.full + split * call.per + threadIdx.x / ROW_TILE + i * WARPS * LANES / ROW_TILE] >> (4 + row) & 1;
     const Terms t = block_terms(read[i], exp2_approx(read[i][TOP] - reference), exact_values);
@@ -93,12 +94,14 @@ __device__ __forceinline__ void split_sums(const Call &call, int base, int split
     p0[ERROR2] += t.error2, p0[AMPLITUDE] += t.amplitude;
     p1[KEY_SQUARES - 8] += t.squares, p1[VALUE - 8] += t.value, p1[SQUARES - 8] += t.coded, p1[NORM - 8] += t.norm, p1[ERROR - 8] += t.bad;
     const float nu = read[i][STATISTICS + 2], amp = read[i][STATISTICS + 1];
+    lightest = fminf(lightest, t.rho);
     delta_max = fmaxf(delta_max, read[i][DELTA]);
     norm_top = fmaxf(norm_top, nu);
     amplitude_top = fmaxf(amplitude_top, exact_values && !(amp < INFINITY) ? nu : fmaxf(amp, nu));
   }
 #pragma unroll
   for (int bit = 4; bit < 32; bit <<= 1) {
+    lightest = fminf(lightest, __shfl_xor_sync(~0u, lightest, bit));
     delta_max = fmaxf(delta_max, __shfl_xor_sync(~0u, delta_max, bit));
     norm_top = fmaxf(norm_top, __shfl_xor_sync(~0u, norm_top, bit));
     amplitude_top = fmaxf(amplitude_top, __shfl_xor_sync(~0u, amplitude_top, bit));
@@ -110,6 +113,7 @@ __device__ __forceinline__ void split_sums(const Call &call, int base, int split
   sums[warp][r][c] = low;
   sums[warp][8 + r][c] = high;
   if (r == 0) sums[warp][AMPLITUDE_TOP][c] = amplitude_top;
+  if (r == 1) sums[warp][LIGHTEST][c] = lightest;
   __syncthreads();
   if (threadIdx.x < PARTIALS * ROW_TILE) {
     int k = threadIdx.x / ROW_TILE;
@@ -117,7 +121,8 @@ __device__ __forceinline__ void split_sums(const Call &call, int base, int split
 #pragma unroll
     for (int w = 1; w < WARPS; w++) {
       float y = sums[w][k][row];
-      x = k == SPLIT_TOP || k == DELTA_MAX || k == NORM_TOP || k == AMPLITUDE_TOP ? fmaxf(x, y) : x + y;
+      const bool largest = k == SPLIT_TOP || k == DELTA_MAX || k == NORM_TOP || k == AMPLITUDE_TOP;
+      x = largest ? fmaxf(x, y) : k == LIGHTEST ? fminf(x, y) : x + y;
     }
     call.partials[((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE + threadIdx.x] = x;
   }

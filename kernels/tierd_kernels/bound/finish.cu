@@ -21,9 +21,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
   const int splits = call.splits + (tokens > full * BLOCK), base = h * tiles + tile;
   const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE + row;
   const float *sums = call.sums + ((i64)base * (call.splits + 1) * ROW_TILE + row) * D;
-  extern __shared__ float own[];  // the row's partials, [splits][PARTIALS]
+  extern __shared__ float own[];  // the row's partials, [splits][PARTIALS], and skips, [splits][SKIPS]
+  const float *skips = call.skips + (i64)base * (call.splits + 1) * SKIPS * ROW_TILE + row;
 #pragma unroll 4
   for (int i = threadIdx.x; i < splits * PARTIALS; i += THREADS) own[i] = partials[i * ROW_TILE];
+  for (int i = threadIdx.x; i < splits * SKIPS; i += THREADS) own[splits * PARTIALS + i] = skips[i * ROW_TILE];
   auto part = [&](int i, int k) { return own[i * PARTIALS + k]; };
 
   // Every warp finds the row's largest score and its mass by itself: no barrier.
@@ -42,6 +44,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
 #pragma unroll 4
   for (int i = lane; i < splits; i += LANES) mass += exp2_approx(part(i, SPLIT_TOP) - top) * part(i, MASS);
   mass = warp_sum(mass);
+  auto skipped = [&](int k) {
+    float sum = 0.f;
+    for (int i = lane; i < splits; i += LANES) sum += own[splits * PARTIALS + i * SKIPS + k];
+    return warp_sum(sum);
+  };
+  mass -= skipped(SKIP_MASS);  // of what was kept; sums over all blocks, divided by it, only grow
 
   float norm2 = 0.f, error2 = 0.f;
   const i64 at = ((i64)(h * group + index / call.n) * call.n + index % call.n) * D;
@@ -99,28 +107,39 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
   }
   key = warp_sum(key) * ROOM, value = warp_sum(value) * ROOM, low = warp_sum(low), norm = warp_sum(norm), failed = warp_sum(failed) * ROOM;
   delta_max = warp_max(delta_max), norm_top = warp_max(norm_top), amplitude_top = warp_max(amplitude_top);
+  const float left_norm = skipped(SKIP_NORM) / mass * ROOM, left_grown = skipped(SKIP_GROWN) / mass * ROOM, left_count = skipped(SKIP_COUNT);
   if (lane) return;
   // Weights that counted as zero; low parts of weights, off by 2^-25 in units of 2^-14.
   const float lost = tokens * 0x1p-123f * (norm_top + o);
   float arithmetic = VALUE_ROUNDING * (norm * ROOM + failed) + THETA * o + rounding + LEAST + tokens * (0x1p-39f * amplitude_top);
-  const float skip = lost * expf(delta_max), denominator = 1.f - low * LOW_ROUNDING;
+  const float flushed = lost * expf(delta_max), denominator = 1.f - low * LOW_ROUNDING;
+  float skip = flushed + left_norm + left_grown * o;
   float stretch = denominator > 1e-4f ? (1.f + THETA) * SAFETY / denominator : INFINITY, total = (key + value + skip + arithmetic) * stretch;
   const float tilt = tanhf(delta_max) * ROOM * (norm_top + o + value + arithmetic);
   const float capped = (tilt + value + 2.f * lost + arithmetic) * ((1.f + THETA) * SAFETY);
-  if (!(total <= capped)) total = capped, key = tilt, stretch = (1.f + THETA) * SAFETY;
+  if (!(left_grown > 0.f) && !(total <= capped)) total = capped, key = tilt, skip = 2.f * lost, stretch = (1.f + THETA) * SAFETY;
   // Infinite or NaN wherever something was, whatever comparisons made of it.
   if (!(failed < INFINITY) || !(total < INFINITY) || !(mass > 0.f)) total = INFINITY;
   // The budget, rounded down; in double, as the fields: tolerances and values may lie where units do not.
-  const double size = power_of_two(unit), reference = call.relative_to_output ? sqrtf(norm2) * (1.f - 1e-5f) : fmaxf(norm * NORM_RETURN - 2.f * NORM_FLOOR, 0.f);
+  const float vbar = fmaxf((norm - left_norm) * NORM_RETURN - 2.f * NORM_FLOOR, 0.f);
+  const double size = power_of_two(unit), reference = call.relative_to_output ? sqrtf(norm2) * (1.f - 1e-5f) : vbar;
   const double budget = fmin((call.atol * power_of_two(-unit) + call.rtol * reference) * (1. - 2e-5), BUDGET_MAX);
   const bool good = total <= budget && o < INFINITY;
-  *state = good ? CERTIFIED : again ? DUE : OPEN;
-  const float facts[ROW_FACTS] = {top, mass, o, (float)fmin(budget, 1e30), skip + arithmetic};
-  for (int k = 0; k < ROW_FACTS; k++) call.facts[(i64)(h * rows + index) * ROW_FACTS + k] = facts[k];
-  const double fields[CANDIDATE] = {total * size, fmin(budget * size, BUDGET_MAX), key * stretch * size, value * stretch * size,
-                                    arithmetic * stretch * size, norm * NORM_RETURN * size, o * size};
   double *out = call.fields + h * rows + index;
   const i64 stride = (i64)heads * rows;
+  if (!again) {
+    const bool unranked = call.require_rank && !(out[RANKED * stride] > 0.);
+    *state = unranked ? DUE : good && !call.coverage ? CERTIFIED : OPEN;
+  } else {
+    *state = good ? CERTIFIED : DUE;
+  }
+  const float facts[ROW_FACTS] = {top, mass, o, (float)fmin(budget, 1e30), flushed + arithmetic, 0.f};  // promoted rows skip nothing
+  for (int k = 0; k < ROW_FACTS; k++) call.facts[(i64)(h * rows + index) * ROW_FACTS + k] = facts[k];
+  const double fields[CANDIDATE] = {total * size, fmin(budget * size, BUDGET_MAX), key * stretch * size, value * stretch * size,
+                                    skip * stretch * size, arithmetic * stretch * size, vbar * size, o * size, left_count};
   for (int k = 0; k < CANDIDATE; k++) out[k * stride] = fields[k];
-  if (!again) out[CANDIDATE * stride] = total * size, out[KEYS * stride] = out[VALUES * stride] = out[SCORE_TOP * stride] = 0.;
+  if (again) return;
+  out[CANDIDATE * stride] = total * size, out[KEYS * stride] = out[VALUES * stride] = out[SCORE_TOP * stride] = 0.;
+  out[PAPER_KEY_BOUND * stride] = NAN;
+  if (!call.require_rank) out[RANKED * stride] = 0.;
 }

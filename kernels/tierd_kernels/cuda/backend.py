@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.call import Call, Result
-from tierd_kernels.cuda.launch import CERTIFIED, EXACT, Kernels
+from tierd_kernels.cuda.launch import CERTIFIED, EXACT, FIELDS, Kernels
 from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, reserve
 from tierd_kernels.cuda.norms import group_bounds
 from tierd_kernels.cuda.record import Record
@@ -172,16 +172,15 @@ def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
     top = joined("score_top")[exact]
     if not np.all(top <= SCORE_MAX):
         raise ScoreOverflow(f"a score of {np.nanmax(top):.3g} is above {SCORE_MAX:g}, the largest that is answered")
-    names = ("bound", "budget", "key_error", "value_error", "arith_error", "value_norm", "output_norm", "candidate_bound")
-    fields: dict[str, NDArray[np.generic]] = {name: joined(name) for name in names}
-    keys, values = (joined(name).astype(np.int64) for name in ("promoted_key_blocks", "promoted_value_blocks"))
+    counts = ("promoted_key_blocks", "promoted_value_blocks", "skipped_blocks")
+    fields: dict[str, NDArray[np.generic]] = {name: joined(name) for name in FIELDS if name not in ("score_top", "rank_certified", *counts)}
+    keys, values, skipped = (joined(name).astype(np.int64) for name in counts)
     whole = np.broadcast_to(exact.all(axis=0), exact.shape)
     reads, host = _reads(layout, call, answers, exact)
     fields |= {
-        "skip_error": np.zeros(exact.shape), "paper_key_bound": np.full(exact.shape, np.nan), "exact": exact,
-        "rank_certified": exact.copy(), "promoted_key_blocks": keys,
+        "exact": exact, "rank_certified": joined("rank_certified") > 0,
         "rung": np.where(whole, 4, np.where(exact, 3, np.where(values > 0, 2, np.where(keys > 0, 1, 0)))),
-        "promoted_value_blocks": values, "skipped_blocks": np.zeros(exact.shape, np.int64), "host_bytes": host,
+        "promoted_key_blocks": keys, "promoted_value_blocks": values, "skipped_blocks": skipped, "host_bytes": host,
     }  # fmt: skip
     failures = [(int(call.canary_blocks[i]), int(h)) for i, h in np.argwhere(answers[0].failures)]
     output = np.concatenate([x.output for x in answers], axis=1)

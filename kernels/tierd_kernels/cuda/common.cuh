@@ -24,7 +24,11 @@ constexpr int TOPS_AT = ROW_TILE * TILE, WEIGHT_FLOATS = TOPS_AT + ROW_TILE;
 enum { SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, SUM_SQUARE_USED, SUM_SQUARE_ERROR, TOP, DELTA, D_NORM, EPSILON, STATISTICS };
 constexpr int BLOCK_NOTES = STATISTICS * ROW_TILE, STATISTIC_FLOATS = BLOCK_NOTES + 4;
 // Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE].
-enum { MASS, LOW, T1, MASS_ERROR, SPREAD, USED, ERROR2, AMPLITUDE, KEY_SQUARES, VALUE, SQUARES, NORM, SPLIT_TOP, DELTA_MAX, NORM_TOP, ERROR, AMPLITUDE_TOP, PARTIALS };
+enum { MASS, LOW, T1, MASS_ERROR, SPREAD, USED, ERROR2, AMPLITUDE, KEY_SQUARES, VALUE, SQUARES, NORM, SPLIT_TOP, DELTA_MAX, NORM_TOP, ERROR, AMPLITUDE_TOP,
+       LIGHTEST, PARTIALS };
+// What the value pass left out of a split, relative to the row's largest score: [SKIPS][ROW_TILE]. Sums over skipped blocks of their mass m, of
+// m e^Delta and of m e^Delta nu, and their number.
+enum { SKIP_MASS, SKIP_GROWN, SKIP_NORM, SKIP_COUNT, SKIPS };
 
 constexpr double BUDGET_MAX = 1e250;  // keeps a budget finite in any unit
 constexpr float U32F = 5.9604644775390625e-8f;
@@ -40,25 +44,28 @@ struct Call {
   const i64 *hot, *original, *key_at, *value_at;
   const int *unit;                                 // [Hkv], within [-60, 120]: norms are counted in units of 2^unit
   const float *group_values, *group_errors;        // [groups][Hkv]: SV and SR of complete groups of 1024 tokens
-  float *weights, *statistics, *partials, *sums;   // by tile of rows: [full + 1 blocks] (weights: of TILES each), [splits + 1]
+  float *weights, *statistics, *partials, *sums, *skips;  // by tile of rows: [full + 1 blocks] (weights: of TILES each), [splits + 1]
   double *fields;                                  // [FIELDS][Hkv * rows]
   float *facts, *dots;                             // [Hkv * rows][ROW_FACTS]; o_G . O of each split, [Hkv * rows][splits + 1]
   int *state;                                      // [Hkv * rows]
   u32 *marks;                                      // [tiles][full]: promoted keys, a bit a row, and values, the next four bits
   double *dense;                                   // [tiles][splits + 1][ROW_TILE][DENSE_FACTS + D]
   const int *canaries;                             // [num_canaries] full blocks
-  unsigned char *failures;                         // [num_canaries][Hkv], zeros
-  double scale, rtol, atol;
+  unsigned char *failures;                         // [num_canaries][Hkv]
+  double scale, rtol, atol, skip_share;            // of the budget, for skipped blocks
+  double tau_cov, key_bound_max, v_tol;            // of the coverage policy
   int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
-  int relative_to_output, exact_only, num_canaries, pad;
+  int relative_to_output, exact_only, num_canaries, require_rank, coverage, k_min, k_max, boundary_check;
 };
 
 // A row is open until finish has certified it; what selection could not bring within budget, or finish not after promotion, is due to be
 // computed exactly.
 enum { OPEN, CERTIFIED, PROMOTED, DUE, EXACT };
-enum { BOUND, BUDGET, KEY_ERROR, VALUE_ERROR, ARITH_ERROR, VALUE_NORM, OUTPUT_NORM, CANDIDATE, KEYS, VALUES, SCORE_TOP, FIELDS };
-// What finish leaves for selection: largest score, mass, ||O||, the budget, and what promotion does not change of the numerator; in units.
-enum { ROW_TOP, ROW_MASS, ROW_NORM, ROW_BUDGET, ROW_FIXED, ROW_FACTS };
+enum { BOUND, BUDGET, KEY_ERROR, VALUE_ERROR, SKIP_ERROR, ARITH_ERROR, VALUE_NORM, OUTPUT_NORM, SKIPPED, CANDIDATE, KEYS, VALUES, SCORE_TOP, RANKED,
+       PAPER_KEY_BOUND, FIELDS };
+// What finish leaves for selection: largest score, mass, ||O||, the budget, and what promotion does not change of the numerator; in units. From
+// selection: whether the trailing block is one of those that cover the mass.
+enum { ROW_TOP, ROW_MASS, ROW_NORM, ROW_BUDGET, ROW_FIXED, ROW_TAIL, ROW_FACTS };
 // Of a split, exactly: largest score, sum of weights, of weights times norms, largest |score|, squares of the largest norms.
 enum { DENSE_TOP, DENSE_MASS, DENSE_NORM, DENSE_SCORE, DENSE_KEY, DENSE_VALUE, DENSE_FACTS };
 

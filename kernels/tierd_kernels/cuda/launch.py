@@ -1,8 +1,7 @@
 """Compiling and launching the CUDA kernels. Needs CuPy and a device of compute capability 9.0 or more."""
 
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import cupy as cp
 import numpy as np
@@ -13,7 +12,9 @@ from tierd_kernels.cuda.sources import (
     LANES,
     PARTIALS,
     QUANTISE_THREADS,
+    RANK_THREADS,
     SELECT_THREADS,
+    SKIPS,
     SPLIT_TOKENS_MAX,
     WARPS,
     shared_bytes,
@@ -23,21 +24,25 @@ from tierd_kernels.layout import Layout
 
 RESIDENT = 4  # thread blocks of a pass on one multiprocessor
 FIELDS = (
-    "bound", "budget", "key_error", "value_error", "arith_error", "value_norm", "output_norm", "candidate_bound", "promoted_key_blocks",
-    "promoted_value_blocks", "score_top",
+    "bound", "budget", "key_error", "value_error", "skip_error", "arith_error", "value_norm", "output_norm", "skipped_blocks",
+    "candidate_bound", "promoted_key_blocks", "promoted_value_blocks", "score_top", "rank_certified", "paper_key_bound",
 )  # fmt: skip
 # Of `state` in common.cuh, when a step is over: the row is certified, or was computed exactly.
 CERTIFIED, EXACT = 1, 4
 # `Call` of common.cuh: addresses on the device, or of pinned memory.
 POINTERS = (
     "pool", "scratch", "originals", "q", "output", "hot", "original", "key_at", "value_at", "unit", "group_values", "group_errors",
-    "weights", "statistics", "partials", "sums", "fields", "facts", "dots", "state", "marks", "dense", "canaries", "failures",
+    "weights", "statistics", "partials", "sums", "skips", "fields", "facts", "dots", "state", "marks", "dense", "canaries", "failures",
 )  # fmt: skip
-NUMBERS = ("n", "tokens", "full", "splits", "per", "groups", "relative_to_output", "exact_only", "num_canaries")
+REALS = ("scale", "rtol", "atol", "skip_share", "tau_cov", "key_bound_max", "v_tol")
+NUMBERS = (
+    "n", "tokens", "full", "splits", "per", "groups", "relative_to_output", "exact_only", "num_canaries", "require_rank", "coverage",
+    "k_min", "k_max", "boundary_check",
+)  # fmt: skip
 CALL = np.dtype(
-    [(name, np.uint64) for name in POINTERS] + [(name, np.float64) for name in ("scale", "rtol", "atol")]
-    + [(name, np.int32) for name in (*NUMBERS, "pad")]
+    [(name, np.uint64) for name in POINTERS] + [(name, np.float64) for name in REALS] + [(name, np.int32) for name in NUMBERS]
 )  # fmt: skip
+assert CALL.itemsize % 8 == 0
 
 
 @cache
@@ -49,15 +54,37 @@ def kernel(layout: Layout, name: str) -> Any:
     return function
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The largest of any call in a launch: splits and the trailing block, tiles of rows of all KV heads, rows of a KV head."""
+class Grid(NamedTuple):
+    """Of a launch, the largest of any call: calls, splits with the trailing block, tiles of rows of all KV heads, rows of a KV head, query
+    heads of a KV head, canaries. What lies beyond a call's own returns at once."""
 
     calls: int
     splits: int
     tiles: int
     rows: int
-    group: int  # query heads of a KV head
+    group: int
+    canaries: int
+
+    def rounded(self) -> "Grid":
+        """Up to a size that many launches share, so that a context that grows is not captured anew at each step."""
+        return Grid(
+            _above(self.calls, 1), _above(self.splits, 4), _above(self.tiles, 2), _above(self.rows, 2), self.group, _above(self.canaries, 1)
+        )
+
+
+def _above(x: int, bits: int) -> int:
+    """The least number that is at least x and has at most that many significant bits."""
+    unit = 1 << max(0, (x - 1).bit_length() - bits)
+    return -(-x // unit) * unit
+
+
+class Program(NamedTuple):
+    """Which kernels a launch needs: `certifies`, some call is not exact from the start; `ranks`, `covers`: some require a ranking, or go by
+    the coverage policy."""
+
+    certifies: bool
+    ranks: bool
+    covers: bool
 
 
 class Kernels:
@@ -79,45 +106,51 @@ class Kernels:
             per *= 2
         return per
 
-    def certify(self, calls: int, grid: "Grid", stream: Any) -> None:
-        """Rung 0 of all calls (address of an array of CALL): score, value, finish."""
-        self._passes(("score", "value"), calls, grid, stream)
-        self._finish(calls, grid, False, stream)
+    def step(self, calls: int, grid: Grid, program: Program, stream: Any) -> None:
+        """All of the ladder over calls (address of an array of CALL): rung 0; for rows that need it promotion, and the exact rungs. Where
+        none does, every kernel above rung 0 returns at once."""
+        if grid.canaries:
+            self._over("canary", (grid.canaries, self.layout.num_kv_heads, grid.calls), WARPS * LANES, calls, grid, stream)
+        if program.certifies:
+            self.certify(calls, grid, program.ranks, stream)
+            self._rows("select_blocks", SELECT_THREADS, calls, grid, stream)
+            if program.covers:
+                self._rows("cover", SELECT_THREADS, calls, grid, stream)
+            self._passes("rescore", calls, grid, stream)
+            if program.covers:
+                self._rows("rank", RANK_THREADS, calls, grid, stream, 1)
+            self._passes("value", calls, grid, stream, 1)
+            self._passes("correct", calls, grid, stream)
+            self._finish(calls, grid, 1, stream)
+        else:
+            self._finish(calls, grid, 0, stream)
+        self._passes("dense", calls, grid, stream)
+        self._rows("dense_finish", -(-self.layout.head_dim // LANES) * LANES, calls, grid, stream)
 
-    def climb(self, calls: int, grid: "Grid", stream: Any) -> None:
-        """What is above rung 0, for rows that need it: promotion, and the exact rungs. Where none does, every kernel returns at once."""
-        args = (np.uint64(calls), np.int32(self.layout.num_kv_heads), np.int32(grid.group))
-        self._launch("select_blocks", (grid.rows, self.layout.num_kv_heads, grid.calls), SELECT_THREADS, args, stream)
-        self._passes(("rescore", "value", "correct"), calls, grid, stream)
-        self._finish(calls, grid, True, stream)
-        self.dense(calls, grid, stream)
+    def certify(self, calls: int, grid: Grid, ranks: bool, stream: Any) -> None:
+        """Rung 0 alone: score, value pass, bound."""
+        self._passes("score", calls, grid, stream)
+        if ranks:
+            self._rows("rank", RANK_THREADS, calls, grid, stream, 0)
+        self._passes("value", calls, grid, stream, 0)
+        self._finish(calls, grid, 0, stream)
 
-    def due(self, calls: int, grid: "Grid", stream: Any) -> None:
-        """Marks the rows of calls that only want to be exact."""
-        self._finish(calls, grid, False, stream)
+    def _passes(self, name: str, calls: int, grid: Grid, stream: Any, *more: int) -> None:
+        """One thread block a tile of rows, split and call."""
+        self._over(name, (grid.tiles, grid.splits, grid.calls), WARPS * LANES, calls, grid, stream, *more)
 
-    def dense(self, calls: int, grid: "Grid", stream: Any) -> None:
-        """The exact rungs, for the rows that are due."""
-        args = (np.uint64(calls), np.int32(self.layout.num_kv_heads), np.int32(grid.group))
-        self._passes(("dense",), calls, grid, stream)
-        threads = -(-self.layout.head_dim // LANES) * LANES
-        self._launch("dense_finish", (grid.rows, self.layout.num_kv_heads, grid.calls), threads, args, stream)
+    def _rows(self, name: str, threads: int, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None) -> None:
+        """One thread block a row, KV head and call."""
+        self._over(name, (grid.rows, self.layout.num_kv_heads, grid.calls), threads, calls, grid, stream, *more, shared=shared)
 
-    def canary(self, calls: int, grid: "Grid", most: int, stream: Any) -> None:
-        """Scores canaries from codes and originals; `most`: of any call."""
-        args = (np.uint64(calls), np.int32(self.layout.num_kv_heads), np.int32(grid.group))
-        self._launch("canary", (most, self.layout.num_kv_heads, grid.calls), WARPS * LANES, args, stream)
+    def _finish(self, calls: int, grid: Grid, again: int, stream: Any) -> None:
+        self._rows("finish", FINISH_THREADS, calls, grid, stream, again, shared=4 * grid.splits * (PARTIALS + SKIPS))
 
-    def _passes(self, names: tuple[str, ...], calls: int, grid: "Grid", stream: Any) -> None:
-        again = np.int32("rescore" in names)
-        for name in names:
-            args = (np.uint64(calls), np.int32(self.layout.num_kv_heads), np.int32(grid.group)) + ((again,) if name == "value" else ())
-            self._launch(name, (grid.tiles, grid.splits, grid.calls), WARPS * LANES, args, stream)
-
-    def _finish(self, calls: int, grid: "Grid", again: bool, stream: Any) -> None:
-        args = (np.uint64(calls), np.int32(self.layout.num_kv_heads), np.int32(grid.group), np.int32(again))
-        shape = (grid.rows, self.layout.num_kv_heads, grid.calls)
-        self._launch("finish", shape, FINISH_THREADS, args, stream, 4 * grid.splits * PARTIALS)
+    def _over(
+        self, name: str, shape: tuple[int, ...], threads: int, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None
+    ) -> None:
+        args = (np.uint64(calls), *(np.int32(x) for x in (self.layout.num_kv_heads, grid.group, *more)))
+        self._launch(name, shape, threads, args, stream, shared)
 
     def _launch(
         self, name: str, grid: tuple[int, ...], threads: int, args: tuple[Any, ...], stream: Any, shared: int | None = None

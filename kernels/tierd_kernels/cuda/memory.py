@@ -6,6 +6,7 @@ import cupy as cp
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd_kernels.cuda.graphs import Graphs
 from tierd_kernels.errors import DeviceUnavailable
 from tierd_kernels.layout import Memory
 
@@ -54,6 +55,13 @@ class Staging:
         self.host[at : at + data.size] = data
         return int(self.device.data.ptr) + at
 
+    def array(self, count: int, dtype: np.dtype[Any]) -> tuple[int, NDArray[Any]]:
+        """`count` zeros to be filled on the host's side, and their address on the device."""
+        at = self.region.take(count * dtype.itemsize)
+        array: NDArray[Any] = self.host[at : at + count * dtype.itemsize].view(dtype)
+        array[...] = np.zeros((), dtype)
+        return int(self.device.data.ptr) + at, array
+
     def room(self, nbytes: int) -> int:
         """An address on the device for something that comes back."""
         return int(self.device.data.ptr) + self.region.take(nbytes)
@@ -89,6 +97,7 @@ class DeviceMemory(Memory):
     landing: NDArray[np.uint8]
     exponents: NDArray[np.int16]
     processors: int
+    graphs: Graphs
 
 
 def reserve(hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> DeviceMemory:
@@ -126,5 +135,5 @@ def reserve(hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> DeviceM
     memory.stream, memory.copier = cp.cuda.Stream(non_blocking=True), cp.cuda.Stream(non_blocking=True)
     memory.workspace, memory.inputs, memory.outputs, memory.landing = workspace, inputs, outputs, landing
     memory.exponents = np.zeros(hot_bytes // BLOCK_BYTES_MIN + 1, np.int16)
-    memory.processors = int(device.attributes["MultiProcessorCount"])
+    memory.processors, memory.graphs = int(device.attributes["MultiProcessorCount"]), Graphs()
     return memory

@@ -11,7 +11,9 @@ PARTS = {
     "score": ("score/exact.cuh", "bound/bound.cuh", "score/score.cu"),
     "value": ("attend/value.cu",),
     "finish": ("bound/bound.cuh", "bound/finish.cu"),
+    "rank": ("bound/rank.cu",),
     "select_blocks": ("bound/bound.cuh", "select/select.cu"),
+    "cover": ("bound/bound.cuh", "select/cover.cu"),
     "rescore": ("score/exact.cuh", "bound/bound.cuh", "score/rescore.cu"),
     "correct": ("score/exact.cuh", "attend/correct.cu"),
     "dense": ("score/exact.cuh", "dense/dense.cu"),
@@ -20,10 +22,10 @@ PARTS = {
 }
 SHARED_MAX = 227 * 1024  # of a thread block, static and dynamic, from compute capability 9.0 on
 # As in the sources.
-WARPS, LANES, ROW_TILE, FINISH_THREADS, SELECT_THREADS, QUANTISE_THREADS = 4, 32, 4, 512, 512, 512
+WARPS, LANES, ROW_TILE, FINISH_THREADS, SELECT_THREADS, RANK_THREADS, QUANTISE_THREADS = 4, 32, 4, 512, 512, 256, 512
 SCORE_STAGES, VALUE_STAGES = 2, 4
-STATISTIC_FLOATS, PARTIALS, SPLITS_MAX, SPLIT_TOKENS_MAX = 48, 17, 2048, 2048
-ROW_FACTS, DENSE_FACTS = 5, 6
+STATISTIC_FLOATS, PARTIALS, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 48, 18, 4, 2048, 2048
+ROW_FACTS, DENSE_FACTS = 6, 6
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
 
 
@@ -42,8 +44,8 @@ def shared_bytes(layout: Layout, kernel: str) -> int:
     if kernel == "value":  # tiles of tokens with their weights under way; a warp's sums
         tile = -(-(record.value_bytes + 4 * TILE_WEIGHT_FLOATS) // 128) * 128
         return WARPS * max(VALUE_STAGES * tile, 4 * ROW_TILE * layout.head_dim)
-    if kernel == "finish":  # the row's partials
-        return 4 * SPLITS_MAX * PARTIALS
+    if kernel == "finish":  # the row's partials and skips
+        return 4 * SPLITS_MAX * (PARTIALS + SKIPS)
     if kernel in ("rescore", "canary"):  # a record of keys in FP32
         return 4 * rows
     if kernel == "dense":  # the scores of a split; a record in FP32

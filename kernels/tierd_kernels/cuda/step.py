@@ -1,7 +1,8 @@
 """One launch: parts of calls over one layout, packed, run through the ladder on the device, and read back.
 
 A part is a run of query tokens of a call. The order on the device: score, value pass, bound; then, for rows that missed their budget,
-selection, their promoted blocks anew, value pass and bound again; then the exact rungs. Nothing in between waits for the host.
+selection, their promoted blocks anew, value pass and bound again; then the exact rungs. Nothing in between waits for the host: all of it
+is one CUDA graph.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.call import Call
-from tierd_kernels.cuda.launch import CALL, FIELDS, Grid, Kernels
+from tierd_kernels.cuda.launch import CALL, FIELDS, Grid, Kernels, Program
 from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, Region
 from tierd_kernels.cuda.record import TILE
 from tierd_kernels.cuda.sources import (
@@ -20,13 +21,14 @@ from tierd_kernels.cuda.sources import (
     PARTIALS,
     ROW_FACTS,
     ROW_TILE,
+    SKIPS,
     SPLITS_MAX,
     STATISTIC_FLOATS,
     TILE_WEIGHT_FLOATS,
 )
 from tierd_kernels.layout import Layout
 from tierd_kernels.numerics import Array
-from tierd_kernels.policy import Budget
+from tierd_kernels.policy import Coverage
 
 UNIT_MIN, UNIT_MAX = -60, 120  # from below: what FP32 flushes to zero stays far under 2^-40 of a unit
 
@@ -64,9 +66,8 @@ class Answer:
 
 
 def needs_exact(call: Call) -> bool:
-    """Whether a call goes to the exact rungs at once: nothing else would do, or its queries hold numbers that FP32 flushes to zero.
-    Ranking is not computed on the device, so whoever requires it goes there too."""
-    if (call.rtol == 0 and call.atol == 0) or not isinstance(call.policy, Budget) or call.policy.require_rank:
+    """Whether a call goes to the exact rungs at once: nothing else would do, or its queries hold numbers that FP32 flushes to zero."""
+    if call.rtol == 0 and call.atol == 0:
         return True
     if call.q.dtype == np.float16:
         return False
@@ -74,12 +75,21 @@ def needs_exact(call: Call) -> bool:
     return bool(np.any((bits & 0x7F800000 == 0) & (bits & 0x7FFFFF != 0)))
 
 
+def policy_numbers(call: Call) -> dict[str, float]:
+    """What `CALL` says of the policy. Blocks are skipped where the budget is one of values: that of an output is not known before."""
+    policy = call.policy
+    if isinstance(policy, Coverage):
+        names = ("tau_cov", "k_min", "k_max", "key_bound_max", "v_tol", "boundary_check")
+        return {name: float(getattr(policy, name)) for name in names} | {"coverage": 1.0}
+    return {"skip_share": policy.skip_share if call.relative_to == "values" else 0.0, "require_rank": float(policy.require_rank)}
+
+
 def workspace_bytes(layout: Layout, group: int, part: Part, splits: int) -> int:
     """An upper bound on what `Step` takes of the workspace for a part."""
     rows = layout.num_kv_heads * group * part.n
     tiles = layout.num_kv_heads * -(-group * part.n // ROW_TILE)
     block = 4 * (layout.block_size // TILE * TILE_WEIGHT_FLOATS + STATISTIC_FLOATS + 1)
-    split = 4 * ROW_TILE * (PARTIALS + layout.head_dim) + 8 * ROW_TILE * (DENSE_FACTS + layout.head_dim)
+    split = 4 * ROW_TILE * (PARTIALS + SKIPS + layout.head_dim) + 8 * ROW_TILE * (DENSE_FACTS + layout.head_dim)
     return tiles * ((part.full(layout) + 1) * block + (splits + 1) * split) + rows * 4 * (ROW_FACTS + splits + 1) + 16 * 256
 
 
@@ -94,23 +104,27 @@ class Step:
         memory.inputs.reset()
         memory.outputs.reset()
         region = Region(memory.workspace.nbytes)
-        self.calls = np.zeros(len(parts), CALL)
+        calls_most = Grid(len(parts), 1, 1, 1, group, 0).rounded().calls
+        # First in the staged range, so that all steps find their calls at one address; those beyond the last are empty.
+        self.at, calls = memory.inputs.array(calls_most, CALL)
+        self.calls = calls[: len(parts)]
         for i, part in enumerate(parts):
             call, full = part.call, part.full(layout)
             per = split_blocks or self.kernels.split_blocks(full, sum(tiles), memory.processors)
             splits = -(-full // per)
             if splits >= SPLITS_MAX:
                 raise ValueError(f"{full} blocks are {splits} splits; at most {SPLITS_MAX - 1}")
-            self._fill(self.calls[i], part, full, splits)
+            self._fill(self.calls[i], part, full)
             numbers = {
                 "n": part.n, "tokens": part.tokens, "full": full, "splits": splits, "per": per, "groups": len(call.group_value_norms),
                 "relative_to_output": call.relative_to == "output", "exact_only": needs_exact(call), "scale": call.softmax_scale,
-                "rtol": call.rtol, "atol": call.atol,
+                "rtol": call.rtol, "atol": call.atol, **policy_numbers(call),
             }  # fmt: skip
             rows, weights = heads * group * part.n, layout.block_size // TILE * TILE_WEIGHT_FLOATS
             sizes = {
                 "weights": 4 * tiles[i] * (full + 1) * weights, "statistics": 4 * tiles[i] * (full + 1) * STATISTIC_FLOATS,
                 "partials": 4 * tiles[i] * (splits + 1) * PARTIALS * ROW_TILE, "sums": 4 * tiles[i] * (splits + 1) * ROW_TILE * d,
+                "skips": 4 * tiles[i] * (splits + 1) * SKIPS * ROW_TILE,
                 "dense": 8 * tiles[i] * (splits + 1) * ROW_TILE * (DENSE_FACTS + d), "facts": 4 * rows * ROW_FACTS,
                 "dots": 4 * rows * (splits + 1), "marks": 4 * tiles[i] * full,
             }  # fmt: skip
@@ -118,13 +132,12 @@ class Step:
                 numbers[name] = memory.workspace.data.ptr + region.take(size)
             for name, number in numbers.items():
                 self.calls[i][name] = number
-        splits_most = max(int(x) for x in self.calls["splits"]) + 1
-        self.grid = Grid(len(parts), splits_most, max(tiles), group * max(part.n for part in parts), group)
-        self.at = memory.inputs.put(self.calls.view(np.uint8))
-        self.canaries = int(self.calls["num_canaries"].max())
-        self.certifies = not self.calls["exact_only"].all()
+        splits_most, rows_most = (int(x.max()) for x in (self.calls["splits"] + 1, group * self.calls["n"]))
+        self.grid = Grid(len(parts), splits_most, max(tiles), rows_most, group, int(self.calls["num_canaries"].max())).rounded()
+        able = self.calls[self.calls["exact_only"] == 0]
+        self.program = Program(len(able) > 0, bool(able["require_rank"].any()), bool(able["coverage"].any()))
 
-    def _fill(self, out: Any, part: Part, full: int, splits: int) -> None:
+    def _fill(self, out: Any, part: Part, full: int) -> None:
         """What comes from the host, and goes back to it."""
         call, heads, inputs, outputs = part.call, self.layout.num_kv_heads, self.memory.inputs, self.memory.outputs
         out["pool"], out["scratch"], out["originals"] = self.memory.hot_at, self.memory.scratch_at, self.memory.originals_at
@@ -159,21 +172,13 @@ class Step:
     def upload(self) -> None:
         self.memory.inputs.upload(self.memory.stream)
 
-    def launch(self, stream: Any = None) -> None:
-        """All kernels, in order, none of which waits for the host."""
-        stream = stream or self.memory.stream
-        if self.canaries:
-            for call in self.calls:
-                if call["num_canaries"]:
-                    size = int(call["num_canaries"]) * self.layout.num_kv_heads
-                    cp.cuda.runtime.memsetAsync(int(call["failures"]), 0, size, stream.ptr)
-            self.kernels.canary(self.at, self.grid, self.canaries, stream)
-        if self.certifies:
-            self.kernels.certify(self.at, self.grid, stream)
-            self.kernels.climb(self.at, self.grid, stream)
-        else:
-            self.kernels.due(self.at, self.grid, stream)
-            self.kernels.dense(self.at, self.grid, stream)
+    def enqueue(self, stream: Any) -> None:
+        """All kernels, in order."""
+        self.kernels.step(self.at, self.grid, self.program, stream)
+
+    def launch(self) -> None:
+        """The same as a graph, captured by the first launch of this shape."""
+        self.memory.graphs.launch((self.layout, self.grid, self.program), self.enqueue, self.memory.stream)
 
     def answers(self) -> list[Answer]:
         """What came back; waits for the device."""

@@ -48,9 +48,9 @@ extern "C" __global__ void __launch_bounds__((D + LANES - 1) / LANES *LANES) den
   const double candidate = (most + output) * SAFETY;
   out[BOUND * stride] = out[ARITH_ERROR * stride] = bound;
   out[BUDGET * stride] = budget;
-  out[KEY_ERROR * stride] = out[VALUE_ERROR * stride] = 0.;
-  out[VALUE_NORM * stride] = norm, out[OUTPUT_NORM * stride] = output, out[SCORE_TOP * stride] = largest;
-  if (call.exact_only) out[CANDIDATE * stride] = candidate, out[KEYS * stride] = out[VALUES * stride] = 0.;
+  out[KEY_ERROR * stride] = out[VALUE_ERROR * stride] = out[SKIP_ERROR * stride] = out[SKIPPED * stride] = 0.;
+  out[VALUE_NORM * stride] = norm, out[OUTPUT_NORM * stride] = output, out[SCORE_TOP * stride] = largest, out[RANKED * stride] = 1.;
+  if (call.exact_only) out[CANDIDATE * stride] = candidate, out[KEYS * stride] = out[VALUES * stride] = 0., out[PAPER_KEY_BOUND * stride] = NAN;
   else out[CANDIDATE * stride] = fmin(out[CANDIDATE * stride], candidate);
   *state = EXACT;
 }

@@ -176,7 +176,7 @@ __device__ __noinline__ void score_tail(const Call *at_call, int heads, int grou
   statistics[D_NORM * ROW_TILE] = d;
   const float mass = sum.v[SUM], phi = 1.f + eps, a2 = sqrtf(sum.v[SUM_SQUARES]), g = phi * mass * eps, c = phi * a2 * eps;
   const float parts[PARTIALS] = {mass, mass * eps, phi * eps * sum.v[SUM_NORM], g, phi * phi * mass * eps * eps, sum.v[SUM_SQUARE_USED], 0.f,
-                                 mass * norm_top, c * c, 0.f, 0.f, sum.v[SUM_NORM], largest, eps, norm_top, 0.f * (eps + sum.v[SUM_NORM] + mass), norm_top};
+                                 mass * norm_top, c * c, 0.f, 0.f, sum.v[SUM_NORM], largest, eps, norm_top, 0.f * (eps + sum.v[SUM_NORM] + mass), norm_top, INFINITY};
   float *out = call.partials + ((i64)(h * tiles + tile) * (call.splits + 1) + call.splits) * PARTIALS * ROW_TILE + row;
   for (int k = 0; k < PARTIALS; k++) out[k * ROW_TILE] = parts[k];
 }

@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_blocks(const Call *
   const Call &call = calls[blockIdx.z];
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   const int h = blockIdx.y, index = blockIdx.x, row = index % ROW_TILE, base = h * tiles + index / ROW_TILE;
-  if (index >= rows || call.exact_only) return;
+  if (index >= rows || call.exact_only || call.coverage) return;
   int *state = call.state + h * rows + index;
   if (*state != OPEN) return;
   const float *facts = call.facts + (i64)(h * rows + index) * ROW_FACTS, *dots = call.dots + (i64)(h * rows + index) * (call.splits + 1);
