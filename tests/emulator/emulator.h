@@ -23,6 +23,7 @@ struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct dim3 { u32 x, y, z; };
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 
 #define __device__
@@ -279,8 +280,8 @@ inline void barrier_wait(u64 *bar, u32 parity) {
 }
 
 inline float exp2_approx(float x) {
-  const float y = exp2f(x);
-  return y * (__float_as_uint(x) * 2654435761u >> 31 ? 1.f + 0x1p-23f : 1.f - 0x1p-23f);
+  const float y = (float)(exp2((double)x) * (__float_as_uint(x) * 2654435761u >> 31 ? 1. + 0x1.3p-24 : 1. - 0x1.3p-24));
+  return y < 0x1p-126f ? 0.f : y;
 }
 inline float sqrt_approx(float x) { return sqrtf(x); }
 inline u32 either(u32 w, u32 mask, u32 magic) { return (w & mask) | magic; }

@@ -15,7 +15,7 @@ from oracle import check_reply, exact_numbers
 from stored import GROUP, Cache
 from tierd_kernels.call import Call, Result
 from tierd_kernels.cuda.record import OFFSET_NORM, Record, encode
-from tierd_kernels.errors import ScoreOverflow
+from tierd_kernels.errors import DeviceUnavailable, ScoreOverflow
 from tierd_kernels.layout import AMP, SV, Layout
 from tierd_kernels.policy import Budget, Coverage
 from tierd_kernels.quantise.reference import dequantise_values, quantise_block
@@ -325,6 +325,15 @@ def test_corruption_is_seen_by_the_canary_and_a_copy_in_scratch_is_read() -> Non
     cache.memory.scratch[:] ^= 0x08  # type: ignore[index]
     (other,) = backend.attend(layout, cache.memory, [good], 8)
     assert isinstance(other, Result) and not np.array_equal(other.output[certified], result.output[certified])
+
+
+def test_arithmetic_that_bounds_do_not_allow_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tierd_kernels.cuda import backend, self_test
+
+    self_test.verify()
+    monkeypatch.setattr(self_test, "MMA_MAX", 0.1)
+    with pytest.raises(DeviceUnavailable, match=r"an FP16 MMA was off by \d+\.\d units of its terms' sum \(at most 0 are allowed"):
+        backend.reserve(1 << 20, 64, 1 << 20)
 
 
 def test_scores_beyond_any_are_refused_by_name() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tierd_kernels.cuda.record import FLAGS, LANES, NOTES, TILE, Record, encode
+from tierd_kernels.cuda.record import KEYS_RAW, LANES, NOTES, TILE, VALUES_RAW, Record, encode
 from tierd_kernels.cuda.sources import PARTS, SHARED_MAX, shared_bytes, source
 from tierd_kernels.layout import BLOCK_SIZES, HEAD_DIMS, VALUE_GROUPS, Layout
 from tierd_kernels.quantise.reference import quantise_block
@@ -44,7 +44,8 @@ def test_a_record_holds_every_code_and_scale_where_a_lane_looks_for_it(d: int, B
     assert pairs[at] == block.value_scale_BG[tile * TILE + token, channel // group]
     assert pairs[4 + at] == block.value_offset_BG[tile * TILE + token, channel // group]
     notes = raw[record.notes_at : record.notes_at + 4 * NOTES].view(np.float32)
-    assert np.array_equal(notes[:8], block.annotations) and notes[FLAGS : FLAGS + 1].view(np.uint32)[0] == block.flags
+    assert np.array_equal(notes[:8], block.annotations)
+    assert notes[KEYS_RAW : VALUES_RAW + 1].view(np.uint32).tolist() == [block.raw_keys, block.raw_values]
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")

@@ -13,8 +13,7 @@ constexpr int NOTES_AT = NORMS_AT + 4 * BLOCK, SCORE_BYTES = NOTES_AT + 64;
 constexpr int VALUE_SCALES_AT = 8 * D, VALUE_BYTES = VALUE_SCALES_AT + 64 * VALUE_GROUPS;  // of a tile
 constexpr int RECORD_BYTES = SCORE_BYTES + TILES * VALUE_BYTES;
 constexpr int ITEM = DTYPE == 2 ? 4 : 2, ORIGINAL_BYTES = BLOCK * D * ITEM;
-enum { H, RK, SK, SV, AMP, C1, VALUE_NORM_MAX, KEY_NORM_MAX, OFFSET_NORM, FLAGS };
-constexpr u32 RAW_KEYS = 1, RAW_VALUES = 2;
+enum { H, RK, SK, SV, AMP, C1, VALUE_NORM_MAX, KEY_NORM_MAX, OFFSET_NORM, KEYS_RAW, VALUES_RAW };  // the last two: 1 or 0, as integers
 
 // What the score pass leaves of a tile of rows and a tile of tokens: weights [ROW_TILE][TILE], then the rows' largest scores of the
 // whole block, in log2 units.

@@ -96,7 +96,7 @@ class Kernels:
     def quantise(self, originals: int, hot: int, original_at: Any, hot_at: Any, norms: Any, stream: Any) -> None:
         """Writes the hot records of n full blocks; offsets int64 [n] on the device; norms float32 [n, Hkv], max ||V_t||."""
         args = (np.uint64(originals), np.uint64(hot), original_at, hot_at, norms, np.int32(self.layout.num_kv_heads))
-        self._launch("quantise", (len(hot_at), self.layout.num_kv_heads), QUANTISE_THREADS, args, stream)
+        self._launch("quantise", (len(hot_at), self.layout.num_kv_heads, 2), QUANTISE_THREADS, args, stream)
 
     def split_blocks(self, full: int, tiles: int, processors: int) -> int:
         """Blocks of a split: the fewest, a power of two times the warps, with which all splits are resident at once (131,072 tokens:

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.cuda.graphs import Graphs
+from tierd_kernels.cuda.self_test import verify
 from tierd_kernels.errors import DeviceUnavailable
 from tierd_kernels.layout import Memory
 
@@ -112,6 +113,7 @@ def reserve(hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> DeviceM
             f"the device has compute capability {major}.{minor}; the kernels need {CAPABILITY[0]}.{CAPABILITY[1]} or more; serve with "
             f"--backend cpu"
         )
+    verify()
     needed, (free, total) = hot_bytes + scratch_bytes + WORKSPACE_BYTES + 2 * STAGING_BYTES, device.mem_info
     if needed > free:
         raise DeviceUnavailable(

@@ -5,8 +5,8 @@ from typing import Any
 import cupy as cp
 import numpy as np
 
-from tierd_kernels.cuda.record import FLAGS, TILE, Record
-from tierd_kernels.layout import RAW_VALUES, Layout
+from tierd_kernels.cuda.record import TILE, VALUES_RAW, Record
+from tierd_kernels.layout import Layout
 from tierd_kernels.quantise.reference import SPECTRAL_ROOM
 
 
@@ -32,7 +32,7 @@ def decoded_values(layout: Layout, hot: Any, hot_at: Any) -> tuple[Any, Any]:
     heads, d, tiles, groups, count = layout.num_kv_heads, layout.head_dim, layout.block_size // TILE, layout.num_value_groups, len(hot_at)
     bytes_at = hot_at[:, None, None] + (cp.arange(heads) * record.nbytes)[:, None] + cp.arange(record.nbytes)
     records = hot[bytes_at]
-    flags = cp.ascontiguousarray(records[..., record.notes_at + 4 * FLAGS :][..., :4]).view(cp.uint32)[..., 0]
+    raw = cp.ascontiguousarray(records[..., record.notes_at + 4 * VALUES_RAW :][..., :4]).view(cp.uint32)[..., 0]
     parts = records[..., record.score_bytes :].reshape(count, heads, tiles, record.value_bytes)
     words = cp.ascontiguousarray(parts[..., : record.value_scales_at]).view(cp.uint32).reshape(count, heads, tiles, d // 16, 8, 4)
     pairs = cp.ascontiguousarray(parts[..., record.value_scales_at :]).view(cp.float16)
@@ -47,7 +47,7 @@ def decoded_values(layout: Layout, hot: Any, hot_at: Any) -> tuple[Any, Any]:
             exact.astype(cp.float16), -1, -3
         )
     values = out.reshape(count, heads, layout.block_size, d).transpose(1, 0, 2, 3)
-    return values, ((flags & RAW_VALUES) != 0).T
+    return values, (raw != 0).T
 
 
 def group_bounds(layout: Layout, originals: Any, hot: Any, hot_at: Any) -> tuple[Any, Any]:

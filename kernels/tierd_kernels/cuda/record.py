@@ -8,7 +8,8 @@ c = lane % 4), so that a lane's operands are one aligned load. B block size, d h
     key_scale      f16   [d']
     key_offset     f16   [d']
     norms          u32   [B]                          nu_t, bf16, in the low half, eta_t, bf16, in the high one
-    notes          f32   [16]                         h, rK, sK, sV, amp, C1, max ||V_t||, max ||K_t||, ||key_offset||, flags (bits)
+    notes          f32   [16]                         h, rK, sK, sV, amp, C1, max ||V_t||, max ||K_t||, ||key_offset||; as u32: 1 where
+                                                      keys, and where values, stay original
     for each sixteen tokens:
     value_codes    u32   [d / 16, lane]               nibbles (r, 2c), (r, 2c + 8), (r + 8, 2c), (r + 8, 2c + 8): channel of sixteen, token;
                                                       the same of tokens 2c + 1, 2c + 9 in the upper half
@@ -24,7 +25,7 @@ from tierd_kernels.layout import Layout
 from tierd_kernels.quantise.reference import QuantisedBlock
 
 TILE, LANES, NOTES = 16, 32, 16
-OFFSET_NORM, FLAGS = 8, 9
+OFFSET_NORM, KEYS_RAW, VALUES_RAW = 8, 9, 10
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def encode(block: QuantisedBlock, layout: Layout) -> NDArray[np.uint8]:
     norms = block.value_norm_B.astype(np.uint32) | block.value_error_B.astype(np.uint32) << 16
     notes = np.zeros(NOTES, np.float32)
     notes[:8] = block.annotations
-    notes[FLAGS : FLAGS + 1].view(np.uint32)[0] = block.flags
+    notes[KEYS_RAW : VALUES_RAW + 1].view(np.uint32)[:] = block.raw_keys, block.raw_values
     # tile, upper tokens, c, odd, m, upper channels, r -> tile, m, r, c, odd, upper channels, upper tokens
     nibbles = block.value_codes_Bd.reshape(B // TILE, 2, 4, 2, d // 16, 2, 8).transpose(0, 4, 6, 2, 3, 5, 1).astype(np.uint32)
     shifts = np.array([[[0, 4], [8, 12]], [[16, 20], [24, 28]]], np.uint32)

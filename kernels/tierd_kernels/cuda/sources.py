@@ -19,6 +19,7 @@ PARTS = {
     "dense": ("score/exact.cuh", "dense/dense.cu"),
     "dense_finish": ("dense/finish.cu",),
     "canary": ("score/exact.cuh", "score/canary.cu"),
+    "self_test": ("cuda/self_test.cu",),
 }
 SHARED_MAX = 227 * 1024  # of a thread block, static and dynamic, from compute capability 9.0 on
 # As in the sources.

@@ -1,4 +1,4 @@
-// Codes, scales and annotations of full blocks: one thread block a block and KV head. Codes, scales and offsets are those of
+// Codes, scales and annotations of full blocks: one thread block a block, KV head, and keys or values. Codes, scales and offsets are those of
 // quantise/reference.py bit for bit; a value is dequantised with one rounding to FP16, as the value pass does it, and all annotations
 // are measured from that, in double, rounded up.
 constexpr int QUANTISE_WARPS = 16, THREADS = QUANTISE_WARPS * LANES, ROW = D + 1;
@@ -73,30 +73,23 @@ __device__ double row_norms(const double *x, double *norms, double *shared) {
   return reduce(largest, true, shared);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    quantise(const unsigned char *originals, unsigned char *hot, const i64 *original_at, const i64 *hot_at, float *norms_out, int heads) {
-  extern __shared__ __align__(128) unsigned char shared[];
-  double *x = (double *)shared, *a = x + BLOCK * ROW, *b = a + BLOCK * BLOCK;
-  float *raw = (float *)a;  // [BLOCK][ROW], done with before `a` and `b` are used
-  __shared__ double scratch[QUANTISE_WARPS], norms[2][BLOCK];
-  __shared__ float notes[16];
-  __shared__ __half scales[BLOCK * VALUE_GROUPS > KEY_DIM ? BLOCK * VALUE_GROUPS : KEY_DIM], offsets[BLOCK * VALUE_GROUPS > KEY_DIM ? BLOCK * VALUE_GROUPS : KEY_DIM];
-  const int h = blockIdx.y, t = threadIdx.x;
-  const unsigned char *keys = originals + original_at[blockIdx.x] + (i64)h * ORIGINAL_BYTES, *values = keys + (i64)heads * ORIGINAL_BYTES;
-  unsigned char *record = hot + hot_at[blockIdx.x] + (i64)h * RECORD_BYTES;
-  u32 flags = 0;
-  if (t < 16) notes[t] = INFINITY;
+// A thread block's: the originals of a half in double, [BLOCK][ROW], later the residuals; and in FP32, in the room that Gram matrices take
+// afterwards; scales and offsets; the record's notes.
+struct Room {
+  double *x, *a, *b, *scratch;
+  float *raw, *notes;
+  double (&norms)[2][BLOCK];
+  __half *scales, *offsets;
+};
 
-  // Values are asked for at once with the keys: both come over the host link.
-  constexpr int EACH = (BLOCK * D + THREADS - 1) / THREADS;
-  float ahead[EACH];
-#pragma unroll
-  for (int i = 0; i < EACH; i++) ahead[i] = i * THREADS + t < BLOCK * D ? as_float(values, i * THREADS + t) : 0.f;
-
-  // Keys: a scale and an offset per channel.
-  for (int i = t; i < BLOCK * D; i += THREADS) x[i / D * ROW + i % D] = raw[i / D * ROW + i % D] = as_float(keys, i);
-  __syncthreads();
-  double key_norm = row_norms(x, norms[0], scratch), wrong = 0., offset2 = 0.;
+// A scale and an offset per channel.
+__device__ __forceinline__ void quantise_keys(const Room &room, unsigned char *record) {
+  const int t = threadIdx.x;
+  double *x = room.x, *a = room.a, *b = room.b, *scratch = room.scratch, (&norms)[2][BLOCK] = room.norms;
+  float *raw = room.raw, *notes = room.notes;
+  __half *scales = room.scales, *offsets = room.offsets;
+  const double key_norm = row_norms(x, norms[0], scratch);
+  double wrong = 0., offset2 = 0.;
   for (int c = t; c < KEY_DIM; c += THREADS) {
     __half scale = __double2half(0.), offset = scale;
     if (c < D) {
@@ -114,9 +107,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     scales[c] = scale, offsets[c] = offset;
   }
-  bool usable = reduce(wrong, true, scratch) == 0.;
+  const bool usable = reduce(wrong, true, scratch) == 0.;
   offset2 = reduce(offset2, false, scratch);
-  if (!usable) flags |= RAW_KEYS;
   for (int c = t; c < KEY_DIM; c += THREADS) {
     ((__half *)(record + KEY_SCALE_AT))[c] = usable ? scales[c] : __double2half(c < D ? LEAST_SCALE : 0.);
     ((__half *)(record + KEY_OFFSET_AT))[c] = usable ? offsets[c] : __double2half(0.);
@@ -152,18 +144,17 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       notes[C1] = (float)code_sum, notes[OFFSET_NORM] = f32_above(sqrt(offset2) * SUM_ROOM);
     }
   }
-  if (t == 0) notes[KEY_NORM_MAX] = f32_above(key_norm);
-  __syncthreads();
+  if (t == 0) notes[KEY_NORM_MAX] = f32_above(key_norm), notes[KEYS_RAW] = __uint_as_float(!usable);
+}
 
-  // Values: a scale and an offset per token and group of channels.
-#pragma unroll
-  for (int k = 0; k < EACH; k++) {
-    const int i = k * THREADS + t;
-    if (i < BLOCK * D) x[i / D * ROW + i % D] = raw[i / D * ROW + i % D] = ahead[k];
-  }
-  __syncthreads();
+// A scale and an offset per token and group of channels. Returns the largest norm.
+__device__ __forceinline__ float quantise_values(const Room &room, unsigned char *record) {
+  const int t = threadIdx.x;
+  double *x = room.x, *a = room.a, *b = room.b, *scratch = room.scratch, (&norms)[2][BLOCK] = room.norms;
+  float *raw = room.raw, *notes = room.notes;
+  __half *scales = room.scales, *offsets = room.offsets;
   const double value_norm = row_norms(x, norms[0], scratch);
-  wrong = 0.;
+  double wrong = 0.;
   for (int k = t; k < BLOCK * VALUE_GROUPS; k += THREADS) {
     int token = k / VALUE_GROUPS, first = k % VALUE_GROUPS * GROUP, last = min(first + GROUP, D);
     double least = INFINITY, most = -INFINITY;
@@ -177,8 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (!(fabsf(__half2float(offset)) < INFINITY) || !(__half2float(scale) < INFINITY)) wrong = 1.;
     scales[k] = scale, offsets[k] = offset;
   }
-  usable = reduce(wrong, true, scratch) == 0.;
-  if (!usable) flags |= RAW_VALUES;
+  const bool usable = reduce(wrong, true, scratch) == 0.;
   for (int k = t; k < BLOCK * VALUE_GROUPS; k += THREADS) {
     int token = k / VALUE_GROUPS, group = k % VALUE_GROUPS, in = token % TILE;
     __half *pair = (__half *)(record + SCORE_BYTES + token / TILE * VALUE_BYTES + VALUE_SCALES_AT) + (group * 4 + in % 8 / 2) * 8;
@@ -212,10 +202,34 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (t == 0) notes[SV] = f32_above(spectral), notes[AMP] = f32_above(amplitude * (1. + 1. / 1024));  // a value is rounded to FP16
   }
   if (t < BLOCK) ((u32 *)(record + NORMS_AT))[t] = bf16_above(norms[0][t]) | bf16_above(usable ? norms[1][t] : INFINITY) << 16;
-  if (t == 0) {
-    notes[VALUE_NORM_MAX] = norms_out[blockIdx.x * heads + h] = f32_above(value_norm);
-    notes[FLAGS] = __uint_as_float(flags);
+  const float norm = f32_above(value_norm);
+  if (t == 0) notes[VALUE_NORM_MAX] = norm, notes[VALUES_RAW] = __uint_as_float(!usable);
+  return norm;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    quantise(const unsigned char *originals, unsigned char *hot, const i64 *original_at, const i64 *hot_at, float *norms_out, int heads) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  double *x = (double *)shared, *a = x + BLOCK * ROW;
+  float *raw = (float *)a;
+  constexpr int SCALES = BLOCK * VALUE_GROUPS > KEY_DIM ? BLOCK * VALUE_GROUPS : KEY_DIM;
+  __shared__ double scratch[QUANTISE_WARPS], norms[2][BLOCK];
+  __shared__ float notes[16];
+  __shared__ __half scales[SCALES], offsets[SCALES];
+  const Room room = {x, a, a + BLOCK * BLOCK, scratch, raw, notes, norms, scales, offsets};
+  const int h = blockIdx.y, t = threadIdx.x, values = blockIdx.z;
+  const unsigned char *half = originals + original_at[blockIdx.x] + (i64)(values * heads + h) * ORIGINAL_BYTES;
+  unsigned char *record = hot + hot_at[blockIdx.x] + (i64)h * RECORD_BYTES;
+  if (t < 16) notes[t] = t < KEYS_RAW ? INFINITY : 0.f;
+  for (int i = t; i < BLOCK * D; i += THREADS) x[i / D * ROW + i % D] = raw[i / D * ROW + i % D] = as_float(half, i);
+  __syncthreads();
+  if (!values) {
+    quantise_keys(room, record);
+  } else {
+    const float norm = quantise_values(room, record);
+    if (t == 0) norms_out[blockIdx.x * heads + h] = norm;
   }
   __syncthreads();
-  if (t < 16) ((float *)(record + NOTES_AT))[t] = t > FLAGS ? 0.f : notes[t];
+  const bool of_keys = t == H || t == RK || t == SK || t == C1 || t == KEY_NORM_MAX || t == OFFSET_NORM || t == KEYS_RAW;
+  if (t < 16 && of_keys != (bool)values) ((float *)(record + NOTES_AT))[t] = notes[t];
 }

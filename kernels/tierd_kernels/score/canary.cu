@@ -10,7 +10,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) canary(const Call *ca
   const unsigned char *record = call.pool + call.hot[b] + (i64)h * RECORD_BYTES;
   const float *notes = (const float *)(record + NOTES_AT);
   unsigned char *failure = call.failures + blockIdx.x * heads + h;
-  if (__float_as_uint(notes[FLAGS]) & RAW_KEYS) {
+  if (__float_as_uint(notes[KEYS_RAW])) {
     if (threadIdx.x == 0) *failure = 0;
     return;
   }

@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) rescore(const Call *c
       __syncthreads();
     }
     if (!(mark >> row & 0x11)) continue;  // a warp a row
-    const bool keys = mark >> row & 1, values = mark >> row & 16, raw = __float_as_uint(((const float *)(record + NOTES_AT))[FLAGS]) & RAW_VALUES;
+    const bool keys = mark >> row & 1, values = mark >> row & 16, raw = ((const u32 *)(record + NOTES_AT))[VALUES_RAW];
     const i64 place = (i64)base * (full + 1) + first + b;
     float *weights = call.weights + place * TILES * WEIGHT_FLOATS, *statistics = call.statistics + place * STATISTIC_FLOATS + row;
     float largest = statistics[TOP * ROW_TILE], magnitude = 0.f;

@@ -107,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cover(const Call *calls, i
     if (b >= full) continue;
     float eta = 0.f;  // raw values err nowhere
     const unsigned char *record = call.pool + call.hot[b] + (i64)h * RECORD_BYTES;
-    if (!(__float_as_uint(((const float *)(record + NOTES_AT))[FLAGS]) & RAW_VALUES))
+    if (!((const u32 *)(record + NOTES_AT))[VALUES_RAW])
       for (int t = 0; t < BLOCK; t++) eta = fmaxf(eta, __uint_as_float(((const u32 *)(record + NORMS_AT))[t] & 0xffff0000u));
     const bool value = w / all.mass * eta > call.v_tol;
     if (key | value) atomicOr(call.marks + (i64)base * full + b, (key ? 1u : 0u) << row | (value ? 16u : 0u) << row);
