@@ -304,6 +304,23 @@ def test_a_context_that_grows_is_not_captured_at_each_step() -> None:
     assert cache.memory.graphs.captured <= 2  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2]], ids=str)
+def test_the_naive_passes_answer_as_rung_0_does(layout: Layout) -> None:
+    from tierd_kernels.cuda.launch import Kernels
+    from tierd_kernels.cuda.step import Part, Step
+
+    k, v, q = draw(layout, 2048, 4 * layout.num_kv_heads, 1, "diffuse", 5)
+    cache = store(layout, k, v)
+    outputs = []
+    for naive in (True, False):
+        step = Step(layout, cache.memory, [Part(cache.call(q, 0.3, Budget(skip_share=0.0)), 0, 1)])  # type: ignore[arg-type]
+        step.upload()
+        Kernels(layout, naive).certify(step.at, step.grid, False, step.memory.stream)
+        outputs.append(exact_numbers(step.answers()[0].output).astype(np.float64))
+    assert np.abs(outputs[0]).max() > 0
+    assert np.allclose(outputs[0], outputs[1], rtol=2e-3, atol=2e-5)  # of sums in another order, rounded to the originals' type
+
+
 def test_corruption_is_seen_by_the_canary_and_a_copy_in_scratch_is_read() -> None:
     from tierd_kernels.cuda import backend
 

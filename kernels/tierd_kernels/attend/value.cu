@@ -23,26 +23,38 @@ __device__ __forceinline__ u32 part(float x, float y, float low) {
 // What a skipped block may cost each row, in units of its mass: m e^Delta (nu + ||O||) at most this; and ||O||, as long as it is not known.
 struct Limits { float most[ROW_TILE], output[ROW_TILE]; };
 
-// For a thread block of WARPS warps, all of whose threads come here. Never so much that the heaviest block could go.
-__device__ __forceinline__ void row_limits(const Call &call, int h, int base, const float (&tops)[ROW_TILE], Limits &limits) {
-  __shared__ float of_warp[2][WARPS][ROW_TILE];
+// As row_tops, with the limits; one reading of the splits' sums for all. Never so much that the heaviest block could go.
+__device__ __forceinline__ void row_limits(const Call &call, int h, int base, float (&tops)[ROW_TILE], Limits &limits) {
+  __shared__ float of_warp[3][WARPS][ROW_TILE];
   const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE;
   const int splits = call.splits + (call.tokens > call.full * BLOCK), lane = threadIdx.x % LANES, row = threadIdx.x % ROW_TILE;
-  float mass = 0.f, norm = 0.f;
+  float top = -INFINITY, mass = 0.f, norm = 0.f;
+  auto join = [&](float other, float its_mass, float its_norm) {
+    const float largest = fmaxf(top, other);
+    if (!(largest > -INFINITY)) return;  // neither has seen a token
+    const float f = exp2_approx(top - largest), g = exp2_approx(other - largest);
+    top = largest, mass = f * mass + g * its_mass, norm = f * norm + g * its_norm;
+  };
   for (int i = threadIdx.x / ROW_TILE; i < splits; i += WARPS * LANES / ROW_TILE) {
     const float *p = partials + (i64)i * PARTIALS * ROW_TILE + row;
-    const float f = exp2_approx(p[SPLIT_TOP * ROW_TILE] - tops[row]);
-    mass += f * p[MASS * ROW_TILE], norm += f * p[NORM * ROW_TILE];
+    join(p[SPLIT_TOP * ROW_TILE], p[MASS * ROW_TILE], p[NORM * ROW_TILE]);
   }
 #pragma unroll
-  for (int bit = 4; bit < 32; bit <<= 1) mass += __shfl_xor_sync(~0u, mass, bit), norm += __shfl_xor_sync(~0u, norm, bit);
-  if (lane < ROW_TILE) of_warp[0][threadIdx.x / LANES][lane] = mass, of_warp[1][threadIdx.x / LANES][lane] = norm;
+  for (int bit = 4; bit < 32; bit <<= 1) {
+    const float other = __shfl_xor_sync(~0u, top, bit), its_mass = __shfl_xor_sync(~0u, mass, bit), its_norm = __shfl_xor_sync(~0u, norm, bit);
+    join(other, its_mass, its_norm);
+  }
+  if (lane < ROW_TILE) {
+    const int warp = threadIdx.x / LANES;
+    of_warp[0][warp][lane] = top, of_warp[1][warp][lane] = mass, of_warp[2][warp][lane] = norm;
+  }
   __syncthreads();
   if (threadIdx.x < ROW_TILE) {
-    for (int w = 1; w < WARPS; w++) mass += of_warp[0][w][row], norm += of_warp[1][w][row];
+    for (int w = 1; w < WARPS; w++) join(of_warp[0][w][row], of_warp[1][w][row], of_warp[2][w][row]);
     const float vbar = norm / mass, budget = (float)fmin(call.atol * power_of_two(-call.unit[h]) + call.rtol * vbar, (double)vbar);
     // A tenth is held back, as in step.py; and more than half of the mass is kept, so that the difference of two sums is still within THETA.
     limits.most[row] = fminf(0.9f * (float)call.skip_share, 0.45f) * budget * mass / (call.full + 1), limits.output[row] = vbar;
+    tops[row] = top;
   }
   __syncthreads();
 }
@@ -81,7 +93,10 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   int items = count * TILES;
   for (int i = 0; i < min(items, VALUE_STAGES); i++) issue(i, i);
 
-  row_tops(call, base, tops);
+  const bool skipping = !NAIVE && !again && call.skip_share > 0. && each > BLOCKS_AHEAD;
+  __shared__ Limits limits;
+  if (skipping) row_limits(call, h, base, tops, limits);
+  else row_tops(call, base, tops);
   const int row = r & 3;
   const float top = tops[row];
   float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
@@ -105,10 +120,8 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
     return;
   }
 
-  if (!again && call.skip_share > 0. && each > BLOCKS_AHEAD) {
-    __shared__ Limits limits;
+  if (skipping) {
     __shared__ unsigned char order[WARPS][LANES];
-    row_limits(call, h, base, tops, limits);
     const float *partials = call.partials + ((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE;
     bool any = count > BLOCKS_AHEAD;  // and each row has a block that it could do without
 #pragma unroll

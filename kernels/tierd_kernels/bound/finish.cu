@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
     for (int i = lane; i < splits; i += LANES) sum += own[splits * PARTIALS + i * SKIPS + k];
     return warp_sum(sum);
   };
-  mass -= skipped(SKIP_MASS);  // of what was kept; sums over all blocks, divided by it, only grow
+  if (!NAIVE) mass -= skipped(SKIP_MASS);  // of what was kept; sums over all blocks, divided by it, only grow
 
   float norm2 = 0.f, error2 = 0.f;
   const i64 at = ((i64)(h * group + index / call.n) * call.n + index % call.n) * D;
@@ -61,6 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
     stored[channel] = scaled;
     norm2 = scaled * scaled, error2 = off * off;
   }
+  if (NAIVE) return;
   norm2 = warp_sum(norm2), error2 = warp_sum(error2);
   if (lane == 0) norms[0][warp] = norm2, norms[1][warp] = error2;
   __syncthreads();

@@ -3,6 +3,9 @@
 //
 // Lanes of a warp are named as the MMA instructions name them: r = lane / 4, c = lane % 4. A tile of rows is ROW_TILE query rows of
 // one KV head; a split is the run of blocks that one thread block handles.
+#ifndef NAIVE  // the passes without what only the certificate needs, for a benchmark of its cost
+#define NAIVE 0
+#endif
 constexpr int SPLITS_MAX = 2048, ROW_TILE = 4, WARPS = 4, LANES = 32, TILE = 16;
 constexpr int KEY_STEPS = (D + 31) / 32, KEY_DIM = 32 * KEY_STEPS;  // channels of the score MMA, padded with zeros
 constexpr int SPLIT_TOKENS = 2048, SPLIT_BLOCKS = SPLIT_TOKENS / BLOCK;  // at most

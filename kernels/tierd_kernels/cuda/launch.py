@@ -46,9 +46,9 @@ assert CALL.itemsize % 8 == 0
 
 
 @cache
-def kernel(layout: Layout, name: str) -> Any:
+def kernel(layout: Layout, name: str, naive: bool = False) -> Any:
     """The compiled kernel."""
-    text, options = source(layout, name)
+    text, options = source(layout, name, naive)
     function = cp.RawModule(code=text, options=options, backend="nvrtc").get_function(name)
     function.max_dynamic_shared_size_bytes = shared_bytes(layout, name)
     return function
@@ -88,10 +88,10 @@ class Program(NamedTuple):
 
 
 class Kernels:
-    """The kernels of one layout. All launches are asynchronous, on `stream`."""
+    """The kernels of one layout. All launches are asynchronous, on `stream`. `naive` ones answer rung 0 without a certificate."""
 
-    def __init__(self, layout: Layout) -> None:
-        self.layout, self.record = layout, Record(layout)
+    def __init__(self, layout: Layout, naive: bool = False) -> None:
+        self.layout, self.record, self.naive = layout, Record(layout), naive
 
     def quantise(self, originals: int, hot: int, original_at: Any, hot_at: Any, norms: Any, stream: Any) -> None:
         """Writes the hot records of n full blocks; offsets int64 [n] on the device; norms float32 [n, Hkv], max ||V_t||."""
@@ -156,4 +156,4 @@ class Kernels:
         self, name: str, grid: tuple[int, ...], threads: int, args: tuple[Any, ...], stream: Any, shared: int | None = None
     ) -> None:
         size = shared_bytes(self.layout, name) if shared is None else shared
-        kernel(self.layout, name)(grid, (threads,), args, shared_mem=size, stream=stream)
+        kernel(self.layout, name, self.naive)(grid, (threads,), args, shared_mem=size, stream=stream)

@@ -30,10 +30,12 @@ ROW_FACTS, DENSE_FACTS = 6, 6
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
 
 
-def source(layout: Layout, kernel: str) -> tuple[str, tuple[str, ...]]:
-    """CUDA C++ of one kernel of `PARTS`, and the options that fix the layout."""
+def source(layout: Layout, kernel: str, naive: bool = False) -> tuple[str, tuple[str, ...]]:
+    """CUDA C++ of one kernel of `PARTS`, and the options that fix the layout. `naive`: without what only the certificate needs; of score,
+    value and finish."""
     text = "".join((FOLDER / name).read_text() for name in ("cuda/ptx.cuh", "cuda/common.cuh", *PARTS[kernel]))
     sizes = {"D": layout.head_dim, "BLOCK": layout.block_size, "GROUP": layout.value_group, "DTYPE": DTYPE_CODE[layout.dtype]}
+    sizes |= {"NAIVE": 1} if naive else {}
     return text, ("--std=c++17", *(f"-D{name}={value}" for name, value in sizes.items()))
 
 

@@ -102,10 +102,11 @@ __device__ __forceinline__ void block_facts(const unsigned char *low, const unsi
       float part[4] = {0.f, 0.f, 0.f, 0.f};  // an accumulator of its own: one MMA's rounding, not that of a chain
       const uint2 b = operands[j][k][0][lane], up = operands[j][k][1][lane], squares = operands[j][k][2][lane];
       mma_f16(part, k ? z0.z : z0.x, k ? z1.z : z1.x, k ? z0.w : z0.y, k ? z1.w : z1.y, b.x, b.y);
-      mma_f16(l1, a0, a1, a2, a3, up.x, up.y);
-      mma_f16(l2, scale_squares(a0), scale_squares(a1), scale_squares(a2), scale_squares(a3), squares.x, squares.y);
 #pragma unroll
       for (int i = 0; i < 4; i++) dot[i] += part[i];
+      if (NAIVE) continue;
+      mma_f16(l1, a0, a1, a2, a3, up.x, up.y);
+      mma_f16(l2, scale_squares(a0), scale_squares(a1), scale_squares(a2), scale_squares(a3), squares.x, squares.y);
     }
   }
 #pragma unroll
@@ -114,6 +115,7 @@ __device__ __forceinline__ void block_facts(const unsigned char *low, const unsi
     const float norm1 = l1[2 * k] * NORM_ROOM;  // no norm is above it, where a square was infinite
     const float norm2 = fminf(sqrt_approx(l2[2 * k]) * (NORM_ROOM / 64.f), norm1);
     facts[k].offset_dot = dot[2 * k] + dot[2 * k + 1];
+    if (NAIVE) continue;
     facts[k].delta = row.size * fminf(note[H] * norm1, note[RK] * norm2);
     facts[k].d_norm = row.size * note[SK] * norm2;
     facts[k].eps = row.size * (norm1 * (128.f * (16.f * U32F + SCORE_ROUNDINGS)) +
@@ -230,7 +232,14 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   BlockFacts(*facts)[ROW_TILE] = facts_of[warp];
   int now = 0;
   u32 parity = 0;
-  float highest = -INFINITY;
+  float highest = -INFINITY, running = 0.f;
+  auto next = [&](int i) {
+    statistics += STATISTIC_FLOATS, weights += TILES * WEIGHT_FLOATS;
+    __syncwarp();
+    if (i + SCORE_STAGES < count) issue(i + SCORE_STAGES, now);
+    now = now + 1 == SCORE_STAGES ? 0 : now + 1;
+    parity ^= now == 0;
+  };
   for (int i = 0; i < count; i++) {
     if (i % TILE == 0) {
       const i64 low = __shfl_sync(~0u, offset, min(i + r, count - 1)), high = __shfl_sync(~0u, offset, min(i + r + 8, count - 1));
@@ -240,7 +249,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
 #pragma unroll
       for (int k = 0; k < 2; k++) {
         facts[r + 8 * k][c] = found[k];
-        if (i + r + 8 * k < count) statistics[(r + 8 * k) * STATISTIC_FLOATS + BLOCK_NOTES + c] = notes[k];
+        if (!NAIVE && i + r + 8 * k < count) statistics[(r + 8 * k) * STATISTIC_FLOATS + BLOCK_NOTES + c] = notes[k];
       }
       __syncwarp();
     }
@@ -293,6 +302,23 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     }
 #pragma unroll
     for (int bit = 4; bit < 32; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
+    if (NAIVE) {
+      float mass = 0.f;
+#pragma unroll
+      for (int t = 0; t < 2 * TILES; t++) {
+        const float w = exp2_approx(s[t] - largest);
+        mass += w;
+        weights[(t / 2) * WEIGHT_FLOATS + c * TILE + (t & 1) * 8 + r] = w;
+      }
+#pragma unroll
+      for (int bit = 4; bit < 32; bit <<= 1) mass += __shfl_xor_sync(~0u, mass, bit);
+      if (r < TILES) weights[r * WEIGHT_FLOATS + TOPS_AT + c] = largest;
+      const float before = highest;
+      highest = fmaxf(highest, largest);
+      running = running * exp2_approx(before - highest) + mass * exp2_approx(largest - highest);
+      next(i);
+      continue;
+    }
     RowSums sum;
 #pragma unroll
     for (int t = 0; t < 2 * TILES; t++) {
@@ -312,11 +338,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     statistics[lane] = mass;
     if (r < 3) statistics[LANES + lane] = second * STORE;
     else if (r >= 4 && r < 4 + TILES) weights[(r - 4) * WEIGHT_FLOATS + TOPS_AT + c] = largest;
-    statistics += STATISTIC_FLOATS, weights += TILES * WEIGHT_FLOATS;
-    __syncwarp();
-    if (i + SCORE_STAGES < count) issue(i + SCORE_STAGES, now);
-    now = now + 1 == SCORE_STAGES ? 0 : now + 1;
-    parity ^= now == 0;
+    next(i);
   }
   if (r == 0) tops[warp][c] = highest;
   __syncthreads();
@@ -326,5 +348,15 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   float reference = tops[0][threadIdx.x % ROW_TILE];
 #pragma unroll
   for (int w = 1; w < WARPS; w++) reference = fmaxf(reference, tops[w][threadIdx.x % ROW_TILE]);
+  if (NAIVE) {
+    __shared__ float masses[WARPS][ROW_TILE];
+    if (r == 0) masses[warp][c] = running;
+    __syncthreads();
+    float *out = call.partials + ((i64)(h * tiles + tile) * (call.splits + 1) + split) * PARTIALS * ROW_TILE, mass = 0.f;
+    if (threadIdx.x >= ROW_TILE) return;
+    for (int w = 0; w < WARPS; w++) mass += masses[w][threadIdx.x] * exp2_approx(tops[w][threadIdx.x] - reference);
+    out[MASS * ROW_TILE + threadIdx.x] = mass, out[SPLIT_TOP * ROW_TILE + threadIdx.x] = reference;
+    return;
+  }
   split_sums<false>(call, h * tiles + tile, split, reference);
 }
