@@ -36,6 +36,10 @@ def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) 
     return answers
 
 
+def prepare(layout: Layout) -> None:
+    """Nothing: kernels are compiled for a type of originals when they first run, and serve every layout of it."""
+
+
 def limit_threads(count: int) -> None:
     """Kernels that the calling thread launches from now on run on `count` threads. Raises ValueError for more than there are cores."""
     numba.set_num_threads(count)
@@ -68,6 +72,7 @@ __all__ = [
     "group_norms",
     "hot_block_bytes",
     "limit_threads",
+    "prepare",
     "quantise_blocks",
     "reserve",
 ]

@@ -1,7 +1,11 @@
 """Compiling and launching the CUDA kernels. Needs CuPy and a device of compute capability 9.0 or more."""
 
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import cupy as cp
@@ -12,6 +16,7 @@ from tierd_kernels.cuda.sources import (
     FINISH_THREADS,
     LANES,
     PARTIALS,
+    PARTS,
     QUANTISE_THREADS,
     SELECT_THREADS,
     SPLIT_TOKENS_MAX,
@@ -21,6 +26,7 @@ from tierd_kernels.cuda.sources import (
 )
 from tierd_kernels.layout import Layout
 
+log = logging.getLogger(__name__)
 RESIDENT = 4  # thread blocks of a pass on one multiprocessor
 FIELDS = (
     "bound", "budget", "key_error", "value_error", "arith_error", "value_norm", "output_norm", "candidate_bound", "promoted_key_blocks",
@@ -47,6 +53,16 @@ def kernel(layout: Layout, name: str) -> Any:
     function = cp.RawModule(code=text, options=options, backend="nvrtc").get_function(name)
     function.max_dynamic_shared_size_bytes = shared_bytes(layout, name)
     return function
+
+
+@cache
+def prepare(layout: Layout) -> None:
+    """Compiles all kernels of a layout, side by side: NVRTC lets other threads run. CuPy keeps on disk what it compiled."""
+    log.info("compiling the CUDA kernels of %s", layout)
+    start_s = time.monotonic()
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(partial(kernel, layout), PARTS))
+    log.info("the CUDA kernels of %s are ready after %.1f s", layout, time.monotonic() - start_s)
 
 
 @dataclass(frozen=True)
