@@ -49,7 +49,7 @@ class FreePool:
         self._seen.append(self._name)
 
 
-POOLS = {"get_default_memory_pool", "get_default_pinned_memory_pool"}
+POOLS = ["get_default_memory_pool", "get_default_pinned_memory_pool"]
 
 
 def refused(match: str) -> None:
@@ -61,7 +61,8 @@ def refused(match: str) -> None:
 
 
 def let_go(held: list[Any]) -> bool:
-    return len(held) > len(POOLS) and held.count(None) == 0 and {x for x in held if isinstance(x, str)} == POOLS
+    """Something was allocated between two emptyings of the pools, at the second of which nobody referred to it any more."""
+    return held[:2] == POOLS and held[-2:] == POOLS and len(held) > 4
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
@@ -122,7 +123,7 @@ def test_too_little_device_memory(monkeypatch: pytest.MonkeyPatch, held: list[An
         rf"^hot_bytes {SIZES[0]} \+ scratch_bytes {SIZES[1]} \+ for calls {KEPT} are {free + 1} bytes; the device has {free} free of "
         rf"{80 << 30}: lower hot_bytes or scratch_bytes"
     )
-    assert held == []
+    assert held == POOLS  # emptied first: what they keep is free
 
 
 @pytest.mark.parametrize("refuses", ["zeros", "empty"])

@@ -159,7 +159,7 @@ def test_a_fault_of_the_device_ends_service_and_not_the_process(folder: Path, th
     prelude = FAULTY.format(thread=thread, trigger=trigger, owner=owner, name=name)
     with started(folder, prelude=prelude) as daemon, closing(grpc.insecure_channel(daemon.target)) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        watches = [health.Watch(health_pb2.HealthCheckRequest(service=service)) for service in ("tierd.v1.Tier", "")]
+        watches = [health.Watch(health_pb2.HealthCheckRequest(service=service), timeout=CALL_S) for service in ("tierd.v1.Tier", "")]
         assert [next(watch).status for watch in watches] == [health_pb2.HealthCheckResponse.SERVING] * 2
         with Worker(daemon.target) as worker:
             session = worker.open()

@@ -1,7 +1,6 @@
 """Compiling and launching the CUDA kernels. Needs CuPy and a device of compute capability 9.0 or more."""
 
 import logging
-import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -60,7 +59,7 @@ def prepare(layout: Layout) -> None:
     """Compiles all kernels of a layout, side by side: NVRTC lets other threads run. CuPy keeps on disk what it compiled."""
     log.info("compiling the CUDA kernels of %s", layout)
     start_s = time.monotonic()
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(len(PARTS)) as threads:
         list(threads.map(partial(kernel, layout), PARTS))
     log.info("the CUDA kernels of %s are ready after %.1f s", layout, time.monotonic() - start_s)
 

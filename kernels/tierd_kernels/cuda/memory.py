@@ -6,7 +6,7 @@ import cupy as cp
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd_kernels.cuda.start import FAULTS, one_line, pinned, probe, usable_device
+from tierd_kernels.cuda.start import FAULTS, empty_pools, one_line, pinned, probe, usable_device
 from tierd_kernels.errors import DeviceUnavailable
 from tierd_kernels.layout import Memory
 
@@ -95,9 +95,7 @@ def reserve(hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> DeviceM
         return _reserved(device, hot_bytes, scratch_bytes, originals_bytes)
     except DeviceUnavailable as error:
         refusal = str(error)
-    # Not from within `except`: the error holds on to what was allocated. So do CuPy's pools.
-    cp.get_default_memory_pool().free_all_blocks()
-    cp.get_default_pinned_memory_pool().free_all_blocks()
+    empty_pools()  # not from within `except`: there the error still refers to what was allocated
     raise DeviceUnavailable(refusal)
 
 

@@ -28,6 +28,7 @@ def usable_device(needed: dict[str, int]) -> Any:
     try:
         device = cp.cuda.Device()
         major, minor = divmod(int(device.compute_capability), 10)
+        empty_pools()
         free, total = device.mem_info
     except FAULTS as error:
         raise DeviceUnavailable(_no_device(error)) from error
@@ -44,6 +45,12 @@ def usable_device(needed: dict[str, int]) -> Any:
             f"the device"
         )
     return device
+
+
+def empty_pools() -> None:
+    """CuPy gives back what it keeps of memory that nobody refers to any more."""
+    cp.get_default_memory_pool().free_all_blocks()
+    cp.get_default_pinned_memory_pool().free_all_blocks()
 
 
 def pinned(nbytes: int, what: str) -> NDArray[np.uint8]:
