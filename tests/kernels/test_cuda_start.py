@@ -164,47 +164,36 @@ def test_pinned_memory_that_is_refused(monkeypatch: pytest.MonkeyPatch, held: li
     assert refuses == 4 or let_go(held)
 
 
-def test_more_pinned_memory_than_the_host_has_is_not_even_asked_for(monkeypatch: pytest.MonkeyPatch, held: list[Any]) -> None:
-    monkeypatch.setattr("tierd_kernels.cuda.start.host_free_bytes", lambda: 100)
-    refused(rf"^no {64 << 20} bytes of pinned host memory for calls: only 100 are free on this host or in its container; lower originals_b")
+def test_more_pinned_memory_than_the_container_has_is_not_even_asked_for(monkeypatch: pytest.MonkeyPatch, held: list[Any]) -> None:
+    monkeypatch.setattr("tierd_kernels.cuda.start.container_free_bytes", lambda: 100.0)
+    refused(rf"^no {64 << 20} bytes of pinned host memory for calls: its control group \(container\) leaves 100; lower originals_b")
     assert let_go(held)
-
-
-def host(folder: Path, limits: dict[str, tuple[str, str]], own: str = "/pod/tierd") -> int | None:
-    """`host_free_bytes` of a host with 1000 KiB free and control groups of these limits and uses."""
-    from tierd_kernels.cuda.start import host_free_bytes
-
-    (folder / "proc/self").mkdir(parents=True)
-    (folder / "proc/meminfo").write_text("MemTotal:  2000 kB\nMemAvailable:  1000 kB\n")
-    (folder / "proc/self/cgroup").write_text(f"1:name=systemd:/\n0::{own}\n")
-    for name, (limit, used) in limits.items():
-        group = folder / "sys/fs/cgroup" / name
-        group.mkdir(parents=True, exist_ok=True)
-        (group / "memory.max").write_text(f"{limit}\n")
-        (group / "memory.current").write_text(f"{used}\n")
-        (group / "memory.stat").write_text("anon 7\nactive_file 20\ninactive_file 3\n")
-    return host_free_bytes(folder)
 
 
 @pytest.mark.parametrize(
     ("limits", "free"),
     [
-        ({}, 1000 << 10),
-        ({"pod/tierd": ("max", "50000"), "pod": ("max", "90000")}, 1000 << 10),
+        ({}, float("inf")),
+        ({"pod/tierd": ("max", "50000"), "pod": ("max", "90000")}, float("inf")),
         ({"pod/tierd": ("max", "50000"), "pod": ("100000", "60000")}, 40023),
         ({"pod/tierd": ("70000", "50000"), "pod": ("100000", "60000")}, 20023),
         ({"pod/tierd": ("70000", "90000")}, 0),
         ({"": ("9000", "5000")}, 4023),
     ],
 )
-def test_what_the_host_and_its_control_groups_leave(tmp_path: Path, limits: dict[str, tuple[str, str]], free: int) -> None:
-    assert host(tmp_path, limits) == free
+def test_what_the_control_groups_leave(tmp_path: Path, limits: dict[str, tuple[str, str]], free: float) -> None:
+    from tierd_kernels.cuda.start import container_free_bytes
 
-
-def test_a_host_that_says_nothing_is_asked_all_the_same(tmp_path: Path) -> None:
-    from tierd_kernels.cuda.start import host_free_bytes
-
-    assert host_free_bytes(tmp_path) is None
+    assert container_free_bytes(tmp_path) == float("inf")  # a system without control groups
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("1:name=systemd:/\n0::/pod/tierd\n")
+    for name, (limit, used) in limits.items():
+        group = tmp_path / "sys/fs/cgroup" / name
+        group.mkdir(parents=True, exist_ok=True)
+        (group / "memory.max").write_text(f"{limit}\n")
+        (group / "memory.current").write_text(f"{used}\n")
+        (group / "memory.stat").write_text("anon 7\nactive_file 20\ninactive_file 3\n")
+    assert container_free_bytes(tmp_path) == free
 
 
 @pytest.mark.parametrize("said", ["CuPy failed to load libnvrtc.so.12: OSError", "x.cu 2: error:\n no source file cuda_fp16.h"])

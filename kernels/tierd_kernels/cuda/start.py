@@ -55,9 +55,10 @@ def empty_pools() -> None:
 
 def pinned(nbytes: int, what: str) -> NDArray[np.uint8]:
     """Pinned host memory, whose addresses the device reads too."""
-    free = host_free_bytes()
-    said = f"only {free} are free on this host or in its container" if free is not None and nbytes > free else ""
-    if not said:  # asking for more than there is may end in the process being killed instead of an error
+    free = container_free_bytes()
+    if nbytes > free:  # not even asked for: whoever takes more is killed instead of refused
+        said = f"its control group (container) leaves {free:.0f}"
+    else:
         try:
             return np.frombuffer(cp.cuda.alloc_pinned_memory(max(nbytes, 1)), np.uint8, nbytes)
         except (*FAULTS, MemoryError) as error:
@@ -89,16 +90,15 @@ def probe() -> None:
         raise DeviceUnavailable(f"the device does not write to pinned host memory; use another device, {OTHERWISE}")
 
 
-def host_free_bytes(root: Path = Path("/")) -> int | None:
-    """What this process may still take of the host's memory: what is free, or less by the limits of its control groups (v2). None: it
-    is not known."""
-    left: list[float] = [int(line.split()[1]) * 1024 for line in _lines(root / "proc/meminfo") if line.startswith("MemAvailable:")]
-    top = root / "sys/fs/cgroup"
+def container_free_bytes(root: Path = Path("/")) -> float:
+    """What the control groups (v2) of this process still let it take of the host's memory; infinite where they set no limit. What the host
+    itself has is not looked at: virtual machines may be given more when they take more."""
+    top, left = root / "sys/fs/cgroup", float("inf")
     for line in _lines(root / "proc/self/cgroup"):
         if line.startswith("0::"):
             own = top / line.removeprefix("0::").strip("/")
-            left += [_left(group) for group in (own, *own.parents) if group == top or top in group.parents]
-    return int(min(left)) if left else None
+            left = min(_left(group) for group in (own, *own.parents) if group == top or top in group.parents)
+    return left
 
 
 def one_line(error: BaseException) -> str:
