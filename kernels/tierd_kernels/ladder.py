@@ -11,7 +11,7 @@ import numba
 import numpy as np
 
 from tierd_kernels.call import Call, Result
-from tierd_kernels.host import copy_to_scratch, hot_block_bytes, reserve
+from tierd_kernels.host import copy_to_scratch, hot_block_bytes, prepare, reserve
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.quantise.cpu import group_norms, quantise_blocks
 from tierd_kernels.step import Step
@@ -34,10 +34,6 @@ def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) 
         except ValueError as error:
             answers.append(error)
     return answers
-
-
-def prepare(layout: Layout) -> None:
-    """Nothing: kernels are compiled for a type of originals when they first run, and serve every layout of it."""
 
 
 def limit_threads(count: int) -> None:
