@@ -15,7 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from numpy.typing import NDArray
 from oracle import check_reply
 from test_wire import refusal
-from tierd_client import Geometry, Result, Session, Tier, Tolerance, connect
+from tierd_client import DaemonUnavailable, Geometry, Result, Session, Tier, Tolerance, connect
 from tierd_proto.v1 import tierd_pb2 as pb
 from tierd_proto.v1 import tierd_pb2_grpc
 
@@ -106,6 +106,15 @@ def test_all_calls_in_this_process(cuda: None) -> None:
     with connect("inproc://", timeout=CALL_S, settings=settings) as tier:
         assert tier.backend == "cuda"
         exercise(tier)
+
+
+@emulated
+def test_a_start_in_this_process_that_fails_says_the_same(cuda: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cupy
+
+    monkeypatch.setattr(cupy.cuda.Device, "compute_capability", "80")
+    with pytest.raises(DaemonUnavailable, match=r"compute capability 8\.0; the kernels need 9\.0"):
+        connect("inproc://", settings={"backend": "cuda"})
 
 
 @emulated
