@@ -27,6 +27,7 @@ class NullKernels:
     """Every answer is zero and called exact: true of a session whose values are zero, and the oracle notices any other."""
 
     reserve = staticmethod(host.reserve)
+    prepare = staticmethod(host.prepare)
     hot_block_bytes = staticmethod(host.hot_block_bytes)
     copy_to_scratch = staticmethod(host.copy_to_scratch)
 

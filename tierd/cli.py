@@ -81,7 +81,7 @@ async def _run_daemon(settings: Settings) -> None:
     engine = Engine(settings.engine())
     daemon = Daemon(settings, engine)
     target = daemon.bind()
-    if engine.backend == "cpu":  # others compile what they need when it is first asked for
+    if engine.backend == "cpu":  # of others, those of a layout are compiled when its first session opens
         await asyncio.to_thread(warm_up)
     await daemon.start()
     if daemon.metrics_port is not None:

@@ -6,7 +6,7 @@ from typing import Any
 from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from tierd.commands import Command
@@ -89,6 +89,7 @@ class _StatusCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         status = self._status()
+        yield InfoMetricFamily("tierd", "what runs", value={name: status[name] for name in ("backend", "epoch")})
         for name, text in GAUGES.items():
             yield GaugeMetricFamily(f"tierd_{name}", text, value=status[name])
         for name, text in COUNTERS.items():

@@ -1,4 +1,4 @@
-"""The arenas of a backend whose kernels run on the host."""
+"""What backends whose kernels run on the host have in common: arenas, copies, nothing to prepare."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,10 @@ def reserve(hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> Memory:
             f"the host cannot reserve pools of {hot_bytes} (hot), {scratch_bytes} (scratch) and {originals_bytes} (originals) bytes: "
             f"{error}; make them smaller"
         ) from error
+
+
+def prepare(layout: Layout) -> None:
+    """Nothing: kernels are compiled for a type of originals when they first run, and serve every layout of it."""
 
 
 def hot_block_bytes(layout: Layout) -> int:

@@ -11,7 +11,7 @@ import numba
 import numpy as np
 
 from tierd_kernels.call import Call, Result
-from tierd_kernels.host import copy_to_scratch, hot_block_bytes, reserve
+from tierd_kernels.host import copy_to_scratch, hot_block_bytes, prepare, reserve
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.quantise.cpu import group_norms, quantise_blocks
 from tierd_kernels.step import Step
@@ -68,6 +68,7 @@ __all__ = [
     "group_norms",
     "hot_block_bytes",
     "limit_threads",
+    "prepare",
     "quantise_blocks",
     "reserve",
 ]

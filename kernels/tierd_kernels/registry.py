@@ -1,4 +1,4 @@
-"""The backends: modules with `reserve`, `hot_block_bytes`, `copy_to_scratch`, `quantise_blocks`, `group_norms`, `attend` and
+"""The backends: modules with `reserve`, `prepare`, `hot_block_bytes`, `copy_to_scratch`, `quantise_blocks`, `group_norms`, `attend` and
 `limit_threads`, as `ladder` has them."""
 
 import importlib
@@ -11,7 +11,6 @@ from tierd_kernels.layout import Memory
 
 log = logging.getLogger(__name__)
 MODULES = {"cpu": "tierd_kernels.ladder", "cuda": "tierd_kernels.cuda.backend"}
-REMEDIES = {"cuda": "needs the extra `gpu`: pip install 'tierd[gpu]'"}
 AUTO = "auto"
 
 
@@ -34,8 +33,9 @@ def resolve(backend: str, hot_bytes: int, scratch_bytes: int, originals_bytes: i
     try:
         return _start("cuda", *sizes)
     except DeviceUnavailable as error:
-        log.info("no cuda backend: %s", error)
-        return _start("cpu", *sizes)
+        reason = str(error)
+    log.warning("the backend is cpu, because cuda cannot start: %s", reason)
+    return _start("cpu", *sizes)
 
 
 def load(backend: str) -> ModuleType:
@@ -46,9 +46,16 @@ def load(backend: str) -> ModuleType:
     try:
         return importlib.import_module(MODULES[backend])
     except ImportError as error:
-        if backend not in REMEDIES or (error.name or "").startswith("tierd_kernels"):  # ours: a fault, not a package to install
+        if backend != "cuda" or (error.name or "").startswith("tierd_kernels"):  # ours: a fault, not a package to install
             raise
-        raise DeviceUnavailable(f"the {backend} backend {REMEDIES[backend]} ({error})") from error
+        raise DeviceUnavailable(_without_cupy(error)) from error
+
+
+def _without_cupy(error: ImportError) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"the cuda backend needs the extra `gpu`: pip install 'tierd[gpu]' ({error})"
+    said = " ".join(str(error).replace("=", " ").split())  # CuPy frames what it says
+    return f"CuPy is installed and cannot be loaded, as without an NVIDIA driver or with another CUDA than its own: {said}"
 
 
 def _start(backend: str, *sizes: int) -> Started:

@@ -46,8 +46,8 @@ class FakeKernels:
     are exact, read originals alone and draw no canaries.
 
     `faults` are raised, one a launch; a ValueError is returned for the launch's first call instead. `quantise_faults` are raised
-    after the hot records were written, `copy_faults` after the copy was. `unkept` returns a bound above its budget. A hot block is
-    `hot_padding` bytes larger than the CPU's.
+    after the hot records were written, `copy_faults` after the copy was, `prepare_faults` before anything is. `unkept` returns a bound
+    above its budget. A hot block is `hot_padding` bytes larger than the CPU's.
     """
 
     def __init__(self, promote_every: int = 1) -> None:
@@ -55,6 +55,7 @@ class FakeKernels:
         self.faults: list[Exception] = []
         self.quantise_faults: list[Exception] = []
         self.copy_faults: list[Exception] = []
+        self.prepare_faults: list[Exception] = []
         self.hot_padding = 0
         self.unkept = False
         self.launches: list[int] = []  # calls in each
@@ -62,6 +63,10 @@ class FakeKernels:
 
     def reserve(self, hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> Memory:
         return host.reserve(hot_bytes, scratch_bytes, originals_bytes)
+
+    def prepare(self, layout: Layout) -> None:
+        if self.prepare_faults:
+            raise self.prepare_faults.pop()
 
     def hot_block_bytes(self, layout: Layout) -> int:
         return layout.hot_block_bytes + self.hot_padding

@@ -52,6 +52,20 @@ def test_exact_tokens(name: str, tier: Tier) -> None:
     assert tier.status()["sessions"] == 0
 
 
+@pytest.mark.gpu
+def test_exact_tokens_over_the_cuda_backend(cuda: None, llama: PreTrainedModel) -> None:
+    ids, mask = left_padded([33, 20])
+    expected = greedy(llama, ids, DynamicCache(), new=8, attention_mask=mask)
+    llama.set_attn_implementation("tierd")
+    settings = {"backend": "cuda", "hot_bytes": 4 << 20, "originals_bytes": 8 << 20}
+    with connect("inproc://", timeout=120.0, settings=settings) as tier:
+        assert tier.backend == "cuda"
+        with TierdCache(tier, llama.config, tolerance=EXACT, max_tokens=64) as cache:
+            assert torch.equal(greedy(llama, ids, cache, new=8, attention_mask=mask), expected)
+            assert (cache.summary().answers == 2 * 7).all()
+    assert len(set(expected[:, 33:].flatten().tolist())) >= 8
+
+
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 5}, {"prefill_chunk_size": 17}])
 def test_ways_of_generating(options: dict[str, Any], head_dim: int, tier: Tier) -> None:

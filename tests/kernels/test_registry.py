@@ -10,7 +10,7 @@ from tierd_kernels.layout import ALIGNMENT
 
 from tierd.config import Settings
 
-OPERATIONS = ("reserve", "hot_block_bytes", "copy_to_scratch", "quantise_blocks", "group_norms", "attend", "limit_threads")
+OPERATIONS = ("reserve", "prepare", "hot_block_bytes", "copy_to_scratch", "quantise_blocks", "group_norms", "attend", "limit_threads")
 SIZES = (1 << 12, 1 << 11, 1 << 13)
 
 
@@ -23,6 +23,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path, source: str) -> None
 
 
 WITHOUT_CUPY = "raise ModuleNotFoundError(\"No module named 'cupy'\", name='cupy')"
+UNLOADABLE = "raise ImportError('====\\nFailed to import CuPy.\\nOriginal error:\\n  libcuda.so.1: no such file\\n====')"
 WITHOUT_DEVICE = """
 from tierd_kernels.errors import DeviceUnavailable
 def reserve(*sizes):
@@ -62,6 +63,12 @@ def test_cuda_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPatc
         registry.resolve("cuda", *SIZES)
 
 
+def test_a_cupy_that_does_not_load_is_not_said_to_be_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    stand_in(monkeypatch, tmp_path, UNLOADABLE)
+    with pytest.raises(DeviceUnavailable, match=r"^CuPy is installed and cannot be loaded, .*libcuda.so.1: no such file$"):
+        registry.resolve("cuda", *SIZES)
+
+
 def test_a_broken_module_of_ours_is_not_blamed_on_a_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     stand_in(monkeypatch, tmp_path, "from tierd_kernels.call import nothing")
     for name in ("cuda", "auto"):
@@ -82,7 +89,8 @@ def test_auto_is_cuda_where_it_can_start(
     assert (started.kernels is ladder) == (name == "cpu")
     assert [arena.nbytes for arena in started.memory] == list(SIZES)
     assert f"the backend is {name}" in caplog.text
-    assert ("no cuda backend" in caplog.text) == (reason is not None)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert [text.startswith("the backend is cpu, because cuda cannot start: ") for text in warnings] == [True] * (reason is not None)
     assert (reason or "") in caplog.text
 
 

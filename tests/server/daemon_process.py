@@ -24,20 +24,23 @@ LAYERS, Q_HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 64
 SMALL = {"hot-bytes": 4 << 20, "originals-bytes": 8 << 20, "scratch-bytes": 1 << 20, "message-bytes-max": 1 << 20}
 
 
-def environment() -> dict[str, str]:
-    """That of a child which finds our packages, whether or not they are installed, without settings of whoever runs the tests."""
+def environment(*first: Path) -> dict[str, str]:
+    """That of a child which finds our packages, whether or not they are installed, without settings of whoever runs the tests. `first`:
+    where it looks for packages before that."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("TIERD_")}
-    return kept | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (".", "proto", "kernels", "client"))}
+    return kept | {"PYTHONPATH": os.pathsep.join(str(ROOT / part) for part in (*first, ".", "proto", "kernels", "client"))}
 
 
 class DaemonProcess:
-    """`tierd serve` with `flags`; construction returns once it listens, or raises RuntimeError with what it said."""
+    """`tierd serve` with `flags`; construction returns once it listens, or raises RuntimeError with what it said. `first`: as of
+    `environment`. `prelude`: Python that the process runs first."""
 
-    def __init__(self, flags: dict[str, Any]) -> None:
+    def __init__(self, flags: dict[str, Any], *first: Path, prelude: str = "") -> None:
         arguments = [text for name, value in flags.items() for text in (f"--{name}", str(value))]
+        program = ["-c", f"{prelude}\nfrom tierd.cli import main\nraise SystemExit(main())"] if prelude else ["-m", "tierd"]
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "tierd", "serve", *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(),
+            [sys.executable, "-W", "error", *program, "serve", *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(*first),
         )  # fmt: skip
         self.said: dict[str, str] = {}
         assert self.process.stdout is not None

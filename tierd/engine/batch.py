@@ -33,6 +33,10 @@ class Kernels(Quantiser, Protocol):
         """The arenas, zeros. `originals` is a numpy array, the others are the backend's. Raises DeviceUnavailable."""
         ...
 
+    def prepare(self, layout: Layout) -> None:
+        """Makes kernels for a layout ready, before anything else is asked for it. The first time may take seconds. Raises if it cannot."""
+        ...
+
     def hot_block_bytes(self, layout: Layout) -> int:
         """What the backend's quantised form of one block, all KV heads, takes in the hot arena."""
         ...

@@ -39,6 +39,9 @@ class Device:
     def reserve(self, hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> Memory:
         return self._kernels.reserve(hot_bytes, scratch_bytes, originals_bytes)
 
+    def prepare(self, layout: Layout) -> None:
+        self._guarded(lambda: self._kernels.prepare(layout))
+
     def hot_block_bytes(self, layout: Layout) -> int:
         return self._kernels.hot_block_bytes(layout)
 

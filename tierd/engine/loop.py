@@ -226,13 +226,14 @@ class Engine:
             return
         try:
             self._check_deadline(command)
-            if not isinstance(command, NEED_NO_DEVICE):
-                self._device.check()
             if isinstance(command, Attend):
+                self._device.check()
                 self._join_batch(command, future)
                 return
             if not isinstance(command, Append) or command.session_id in self._busy:
                 self._run_batch()
+            if not isinstance(command, NEED_NO_DEVICE):
+                self._device.check()  # only now: the batch may have lost it
             future.set_result(self._handlers[type(command)](command))
         except TierdError as error:
             future.set_exception(error)

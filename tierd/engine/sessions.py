@@ -4,18 +4,19 @@ from collections.abc import Iterable
 
 from tierd.commands import Append, CloseSession, CloseWorker, Fork, Lengths, OpenSession, SetTolerance, Truncate
 from tierd.config import EngineConfig
+from tierd.engine.batch import Kernels
 from tierd.engine.validate import check_append, check_length
 from tierd.errors import CapacityExceeded, InvalidArgument, SessionNotFound
 from tierd.ids import new_session_id
 from tierd.leases import Leases
 from tierd.residency import Residency
-from tierd.session import Quantiser, Session
+from tierd.session import Session
 
 
 class Sessions:
     """All open sessions, by name. Owned by the engine's thread; every method succeeds or changes nothing."""
 
-    def __init__(self, config: EngineConfig, residency: Residency, kernels: Quantiser, leases: Leases) -> None:
+    def __init__(self, config: EngineConfig, residency: Residency, kernels: Kernels, leases: Leases) -> None:
         self._config = config
         self._residency = residency
         self._kernels = kernels
@@ -32,10 +33,12 @@ class Sessions:
         return session
 
     def open(self, command: OpenSession) -> str:
-        """A new empty session. Raises CapacityExceeded or InvalidArgument."""
+        """A new empty session. The first of a layout may wait for a compiler, and all other commands with it: kernels run on this thread.
+        Raises CapacityExceeded or InvalidArgument."""
         self._check_room()
         if not 1 <= command.max_tokens <= self._config.max_tokens:
             raise InvalidArgument(f"max_tokens is {command.max_tokens}; allowed: 1 to {self._config.max_tokens}")
+        self._kernels.prepare(command.geometry.layout())
         session = Session(
             new_session_id(), command.worker, command.geometry, command.tolerance, command.policy, command.max_tokens,
             self._residency, self._kernels,

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.call import Call, Result
+from tierd_kernels.cuda import launch
 from tierd_kernels.cuda.launch import CERTIFIED, EXACT, FIELDS, Kernels
 from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, reserve
 from tierd_kernels.cuda.norms import group_bounds
@@ -38,6 +39,12 @@ def faults() -> Iterator[None]:
         yield
     except (cp.cuda.runtime.CUDARuntimeError, cp.cuda.driver.CUDADriverError) as error:
         raise DeviceLost(f"the CUDA device failed: {error}; restart the daemon") from error
+
+
+def prepare(layout: Layout) -> None:
+    """Compiles the layout's kernels, unless they are there. Raises DeviceLost."""
+    with faults():
+        launch.prepare(layout)
 
 
 def _own(memory: Memory) -> DeviceMemory:

@@ -1,6 +1,9 @@
 """Compiling and launching the CUDA kernels. Needs CuPy and a device of compute capability 9.0 or more."""
 
-from functools import cache
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import cupy as cp
@@ -11,6 +14,7 @@ from tierd_kernels.cuda.sources import (
     FINISH_THREADS,
     LANES,
     PARTIALS,
+    PARTS,
     QUANTISE_THREADS,
     RANK_THREADS,
     SELECT_THREADS,
@@ -22,6 +26,7 @@ from tierd_kernels.cuda.sources import (
 )
 from tierd_kernels.layout import Layout
 
+log = logging.getLogger(__name__)
 RESIDENT = 4  # thread blocks of a pass on one multiprocessor
 FIELDS = (
     "bound", "budget", "key_error", "value_error", "skip_error", "arith_error", "value_norm", "output_norm", "skipped_blocks",
@@ -52,6 +57,17 @@ def kernel(layout: Layout, name: str, naive: bool = False) -> Any:
     function = cp.RawModule(code=text, options=options, backend="nvrtc").get_function(name)
     function.max_dynamic_shared_size_bytes = shared_bytes(layout, name)
     return function
+
+
+@cache
+def prepare(layout: Layout) -> None:
+    """Compiles all kernels of a layout, side by side: NVRTC lets other threads run. CuPy keeps on disk what it compiled."""
+    log.info("compiling the CUDA kernels of %s", layout)
+    start_s = time.monotonic()
+    of_layout = [name for name in PARTS if name != "self_test"]
+    with ThreadPoolExecutor(len(of_layout)) as threads:
+        list(threads.map(partial(kernel, layout), of_layout))
+    log.info("the CUDA kernels of %s are ready after %.1f s", layout, time.monotonic() - start_s)
 
 
 class Grid(NamedTuple):

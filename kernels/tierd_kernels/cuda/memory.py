@@ -8,20 +8,16 @@ from numpy.typing import NDArray
 
 from tierd_kernels.cuda.graphs import Graphs
 from tierd_kernels.cuda.self_test import verify
+from tierd_kernels.cuda.start import FAULTS, empty_pools, one_line, pinned, probe, usable_device
 from tierd_kernels.errors import DeviceUnavailable
 from tierd_kernels.layout import Memory
 
 WORKSPACE_BYTES = 512 << 20  # of a launch: 460 bytes a block and tile of four rows (B = 16)
 STAGING_BYTES = 64 << 20  # what a launch carries in, and out
-CAPABILITY = (9, 0)  # bulk copies to shared memory
+LANDING_BYTES = 1 << 20  # a record of originals, at most
 # Blocks are larger than this, so that the offset over it tells them apart.
 BLOCK_BYTES_MIN = 1024
 ALIGNMENT = 256
-
-
-def pinned(nbytes: int) -> NDArray[np.uint8]:
-    """Pinned host memory, whose addresses the device reads too."""
-    return np.frombuffer(cp.cuda.alloc_pinned_memory(max(nbytes, 1)), np.uint8, nbytes)
 
 
 class Region:
@@ -43,7 +39,7 @@ class Staging:
     """A range in pinned memory and its twin on the device."""
 
     def __init__(self, nbytes: int) -> None:
-        self.host, self.device = pinned(nbytes), cp.empty(nbytes, cp.uint8)
+        self.host, self.device = pinned(nbytes, "calls"), cp.empty(nbytes, cp.uint8)
         self.region = Region(nbytes)
 
     def reset(self) -> None:
@@ -103,39 +99,31 @@ class DeviceMemory(Memory):
 
 def reserve(hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> DeviceMemory:
     """The arenas. Raises DeviceUnavailable, with cause and remedy; nothing is held then."""
+    device = usable_device({"hot_bytes": hot_bytes, "scratch_bytes": scratch_bytes, "for calls": WORKSPACE_BYTES + 2 * STAGING_BYTES})
     try:
-        device = cp.cuda.Device()
-        major, minor = divmod(int(device.compute_capability), 10)
-    except cp.cuda.runtime.CUDARuntimeError as error:
-        raise DeviceUnavailable(f"no usable CUDA device: {error}; check `nvidia-smi`, or serve with --backend cpu") from error
-    if (major, minor) < CAPABILITY:
-        raise DeviceUnavailable(
-            f"the device has compute capability {major}.{minor}; the kernels need {CAPABILITY[0]}.{CAPABILITY[1]} or more; serve with "
-            f"--backend cpu"
-        )
-    verify()
-    needed, (free, total) = hot_bytes + scratch_bytes + WORKSPACE_BYTES + 2 * STAGING_BYTES, device.mem_info
-    if needed > free:
-        raise DeviceUnavailable(
-            f"hot_bytes {hot_bytes}, scratch_bytes {scratch_bytes} and {needed - hot_bytes - scratch_bytes} bytes for calls do not fit "
-            f"into the {free} bytes free of {total} on the device; lower them"
-        )
+        probe()
+        verify()
+        return _reserved(device, hot_bytes, scratch_bytes, originals_bytes)
+    except DeviceUnavailable as error:
+        refusal = str(error)
+    empty_pools()  # not from within `except`: there the error still refers to what was allocated
+    raise DeviceUnavailable(refusal)
+
+
+def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> DeviceMemory:
     try:
         hot, scratch, workspace = (cp.zeros(max(n, ALIGNMENT), cp.uint8) for n in (hot_bytes, scratch_bytes, WORKSPACE_BYTES))
-        inputs, outputs, landing = Staging(STAGING_BYTES), Staging(STAGING_BYTES), pinned(1 << 20)
-    except (cp.cuda.memory.OutOfMemoryError, cp.cuda.runtime.CUDARuntimeError) as error:
-        raise DeviceUnavailable(f"the device refused an allocation: {error}; lower hot_bytes or scratch_bytes") from error
-    try:
-        originals = pinned(originals_bytes)
-    except (cp.cuda.runtime.CUDARuntimeError, MemoryError) as error:
+        inputs, outputs = Staging(STAGING_BYTES), Staging(STAGING_BYTES)
+        stream, copier = cp.cuda.Stream(non_blocking=True), cp.cuda.Stream(non_blocking=True)
+    except (cp.cuda.memory.OutOfMemoryError, *FAULTS) as error:
         raise DeviceUnavailable(
-            f"the host refused {originals_bytes} bytes of pinned memory: {error}; lower originals_bytes, or raise the limits on locked "
-            f"memory (`ulimit -l`) and on the container's memory"
+            f"the device refused memory for hot_bytes {hot_bytes}, scratch_bytes {scratch_bytes} and calls: {one_line(error)}; lower "
+            f"hot_bytes or scratch_bytes, or end what else uses the device"
         ) from error
-    memory = DeviceMemory(hot, scratch, originals)
-    memory.hot_at, memory.scratch_at, memory.originals_at = int(hot.data.ptr), int(scratch.data.ptr), int(originals.ctypes.data)
-    memory.stream, memory.copier = cp.cuda.Stream(non_blocking=True), cp.cuda.Stream(non_blocking=True)
-    memory.workspace, memory.inputs, memory.outputs, memory.landing = workspace, inputs, outputs, landing
+    memory = DeviceMemory(hot, scratch, pinned(originals_bytes, f"originals_bytes {originals_bytes}"))
+    memory.hot_at, memory.scratch_at, memory.originals_at = int(hot.data.ptr), int(scratch.data.ptr), int(memory.originals.ctypes.data)
+    memory.stream, memory.copier = stream, copier
+    memory.workspace, memory.inputs, memory.outputs, memory.landing = workspace, inputs, outputs, pinned(LANDING_BYTES, "copies")
     memory.exponents = np.zeros(hot_bytes // BLOCK_BYTES_MIN + 1, np.int16)
     memory.processors, memory.graphs = int(device.attributes["MultiProcessorCount"]), Graphs()
     return memory

@@ -49,6 +49,16 @@ class Array(np.ndarray):  # type: ignore[type-arg]
         self[...] = array
 
 
+class Pool:
+    """Keeps nothing."""
+
+    def free_all_blocks(self) -> None:
+        pass
+
+
+get_default_memory_pool = get_default_pinned_memory_pool = Pool
+
+
 def __getattr__(name: str) -> Any:
     found = getattr(np, name)
     if isinstance(found, type) or not callable(found):
@@ -181,6 +191,6 @@ cuda = SimpleNamespace(
     driver=SimpleNamespace(CUDADriverError=CUDADriverError),
     runtime=SimpleNamespace(
         CUDARuntimeError=CUDARuntimeError, memcpyAsync=_copy, memcpy=_copy, memsetAsync=_fill, memcpyHostToDevice=1,
-        memcpyDeviceToHost=2, memcpyDeviceToDevice=3,
+        memcpyDeviceToHost=2, memcpyDeviceToDevice=3, driverGetVersion=lambda: 12080, runtimeGetVersion=lambda: 12090,
     ),
 )  # fmt: skip
