@@ -3,6 +3,7 @@
 import sys
 import time
 import traceback
+import warnings
 from dataclasses import asdict, dataclass, field
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -59,6 +60,7 @@ def _generate(worker: int, target: str, prompt_tokens: int, messages: "Queue[Any
     from transformers.generation.streamers import BaseStreamer
 
     torch.set_num_threads(1)  # the daemon needs a core too
+    warnings.filterwarnings("ignore", ".past_key_values. is deprecated", FutureWarning)  # the only name that transformers 5.23 knows
 
     class Steps(BaseStreamer):
         def __init__(self, name: str) -> None:

@@ -110,11 +110,6 @@ class CloseWorker(Command):
     """-> int, how many of the worker's sessions were closed."""
 
 
-@dataclass(frozen=True)
-class Heartbeat(Command):
-    """-> None. Renews the worker's lease, as every other command does too."""
-
-
 @dataclass(frozen=True, eq=False)
 class Append(Command):
     """-> int, the layer's new length. `k`, `v`: [Hkv, n, d]."""
@@ -168,14 +163,6 @@ class Fork(Command):
     """-> str, a new session of the same worker with the same contents, tolerance and policy."""
 
     session_id: str
-
-
-@dataclass(frozen=True)
-class SetTolerance(Command):
-    """-> None. What rows without a tolerance of their own get from now on."""
-
-    session_id: str
-    tolerance: Tolerance
 
 
 @dataclass(frozen=True)

@@ -168,9 +168,10 @@ class Session(SessionState):
         return await self._tier._run(self._lengths_call(), timeout)
 
     async def close(self, *, timeout: float | None = None) -> None:
-        if self._collected.detach() is not None:
+        if not self.closed:
             with contextlib.suppress(DaemonUnavailable, SessionNotFound):
                 await self._tier._run(protocol.close_session(self._id), timeout)
+            self._collected.detach()
 
     async def __aenter__(self) -> Self:
         return self

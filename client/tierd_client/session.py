@@ -64,10 +64,11 @@ class Session(SessionState):
         return self._tier._run(self._lengths_call(), timeout)
 
     def close(self, *, timeout: float | None = None) -> None:
-        """Free what the session holds. Again, or once the daemon has let go of it: nothing."""
-        if self._collected.detach() is not None:
+        """Free what the session holds. Again, or once the daemon has let go of it: nothing. If it fails, the session is still open."""
+        if not self.closed:
             with contextlib.suppress(DaemonUnavailable, SessionNotFound):
                 self._tier._run(protocol.close_session(self._id), timeout)
+            self._collected.detach()
 
     def __enter__(self) -> Self:
         return self

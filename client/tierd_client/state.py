@@ -162,9 +162,11 @@ class TierState:
         return self._timeout_s if timeout is None else check_timeout(timeout, self.limits.timeout_s_max)
 
     def _rows_call(self, rows: Sequence[tuple[Any, int, Any, Any, Any]]) -> Call[list[Result[Any]]]:
+        if not isinstance(rows, Sequence):
+            raise InvalidArgument(f"rows is a {type(rows).__name__}; it must be a sequence of (session, layer, q, k, v)")
         messages = []
         for number, row in enumerate(rows):
-            if len(row) != 5 or not isinstance(row[0], SessionState):
+            if not isinstance(row, tuple | list) or len(row) != 5 or not isinstance(row[0], SessionState):
                 raise InvalidArgument(f"row {number} is not (session, layer, q, k, v)")
             session, layer, q, k, v = row
             if session._tier is not self:

@@ -1,6 +1,7 @@
 """Where a daemon listens, as text."""
 
 import os
+from collections.abc import Mapping
 
 from tierd_client.errors import InvalidArgument
 
@@ -17,10 +18,12 @@ def default_target() -> str:
 def resolve(target: str | None, settings: object) -> str:
     """`target`, or the default for None. Raises InvalidArgument for text of no known form, and for settings nobody would read."""
     chosen = default_target() if target is None else target
-    if chosen != INPROC and not _is_socket(chosen) and not _is_address(chosen):
+    if not isinstance(chosen, str) or (chosen != INPROC and not _is_socket(chosen) and not _is_address(chosen)):
         raise InvalidArgument(f"target is {chosen!r}; allowed: unix:///path, host:port, {INPROC}")
     if chosen != INPROC and settings is not None:
         raise InvalidArgument(f"settings are for {INPROC} only; the daemon at {chosen} has its own")
+    if settings is not None and not isinstance(settings, Mapping):
+        raise InvalidArgument(f"settings is a {type(settings).__name__}; it must be a mapping from names to values")
     return chosen
 
 

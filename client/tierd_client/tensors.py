@@ -34,7 +34,7 @@ def to_raw(name: str, tensor: object, dtype: str) -> Raw:
     if given != dtype:
         hint = " (as a numpy array: its bits, uint16)" if dtype == "bfloat16" else ""
         raise InvalidArgument(f"{name} is {given}; the session's geometry says {dtype}{hint}")
-    return _torch_to_raw(tensor) if _is_torch(tensor) else cast(Raw, tensor)
+    return _torch_to_raw(tensor) if _is_torch(tensor) else _native(cast(Raw, tensor))
 
 
 def like(raw: Raw, tensor: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def like(raw: Raw, tensor: Tensor) -> Tensor:
     if tensor.ndim == 2:
         copied = copied[:, 0]
     if not _is_torch(tensor):
-        return cast(Tensor, copied)
+        return cast(Tensor, copied.astype(cast(Raw, tensor).dtype, copy=False))
     torch = sys.modules["torch"]
     whole = copied.view(np.int16) if copied.dtype == np.uint16 else copied
     return cast(Tensor, torch.from_numpy(whole).view(tensor.dtype).to(tensor.device))
@@ -72,6 +72,11 @@ def check_pair(k: Raw, v: Raw, num_kv_heads: int, head_dim: int) -> None:
 
 def _fits(array: Raw, heads: int, head_dim: int) -> bool:
     return array.ndim == 3 and (array.shape[0], array.shape[2]) == (heads, head_dim) and array.shape[1] >= 1
+
+
+def _native(array: Raw) -> Raw:
+    """The same numbers in this machine's byte order."""
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _is_torch(tensor: object) -> "TypeGuard[torch.Tensor]":

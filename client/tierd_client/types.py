@@ -27,7 +27,11 @@ def check_count(name: str, value: object, low: int, high: int) -> int:
 
 def check_number(name: str, value: object, allowed: str, low: float = -math.inf, high: float = math.inf) -> None:
     """Raises InvalidArgument unless `value` is a finite number from `low` to `high`; `allowed` says so in words."""
-    if not isinstance(value, Real) or not (math.isfinite(value) and low <= float(value) <= high):
+    try:
+        number = float(value) if isinstance(value, Real) else math.nan
+    except OverflowError:  # an int beyond every double
+        number = math.inf
+    if not (math.isfinite(number) and low <= number <= high):
         raise InvalidArgument(f"{name} is {value!r}; allowed: {allowed}")
 
 
@@ -59,7 +63,7 @@ class Geometry:
             check_count(name, getattr(self, name), 1, UINT32_MAX)
         if self.num_q_heads % self.num_kv_heads:
             raise InvalidArgument(f"num_q_heads is {self.num_q_heads}; it must be a multiple of num_kv_heads, {self.num_kv_heads}")
-        if self.dtype not in DTYPES:
+        if not isinstance(self.dtype, str) or self.dtype not in DTYPES:
             raise InvalidArgument(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
         if self.softmax_scale is not None:
             check_number("softmax_scale", self.softmax_scale, "a finite number, or None for head_dim ** -0.5")

@@ -117,6 +117,10 @@ def test_step_many_stores_nothing_if_one_row_fails(tier: Any) -> None:
             tier.step_many([(one, *row), (two, 0, numbers(5, 4, 0), None, None)])
         with pytest.raises(InvalidArgument, match="row 0 is not"):
             tier.step_many([(one, 0, numbers(5, 4, 1))])
+        with pytest.raises(InvalidArgument, match="row 1 is not"):
+            tier.step_many([(one, 0, numbers(5, 4, 1), None, None), 3])
+        with pytest.raises(InvalidArgument, match="rows is a NoneType; it must be a sequence"):
+            tier.step_many(None)
 
 
 def test_an_append_larger_than_a_message(tier: Any) -> None:

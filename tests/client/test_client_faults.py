@@ -139,6 +139,18 @@ def test_the_end_of_the_stream_fails_what_waits_and_all_that_comes(connecting: C
         session.close()
 
 
+def test_a_close_that_fails_can_be_repeated(connecting: Connect, fake: FakeDaemon) -> None:
+    with connecting(fake.target) as tier:
+        session = opened(tier)
+        closed, fake.unary["CloseSession"] = fake.unary["CloseSession"], (grpc.StatusCode.RESOURCE_EXHAUSTED, "full", "capacity_exceeded")
+        with pytest.raises(CapacityExceeded, match="full"):
+            session.close()
+        assert not session.closed
+        fake.unary["CloseSession"] = closed
+        session.close()
+        assert session.closed
+
+
 def test_close_waits_until_the_daemon_has_let_go(connecting: Connect, fake: FakeDaemon) -> None:
     tier = connecting(fake.target)
     fake.may_end.clear()

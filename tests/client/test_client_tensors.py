@@ -54,6 +54,15 @@ def test_there_and_back(dtype: str, library: str, shape: tuple[int, int, int], t
     np.testing.assert_array_equal(bits_of(tensor), bits)
 
 
+@pytest.mark.parametrize("kind", ["f2", "u2", "f4"])
+def test_another_byte_order_is_read_and_given_back(kind: str) -> None:
+    swapped = np.arange(6).reshape(2, 1, 3).astype(f">{kind}")
+    raw = to_raw("q", swapped, {"f2": "float16", "u2": "bfloat16", "f4": "float32"}[kind])
+    assert raw.dtype == np.dtype(kind) and (raw == swapped).all()
+    back = like(raw, swapped)
+    assert back.dtype == swapped.dtype and (back == swapped).all()
+
+
 def test_a_tensor_that_wants_gradients_is_read_all_the_same() -> None:
     tensor = torch.ones(2, 3, requires_grad=True)
     np.testing.assert_array_equal(to_raw("q", tensor, "float32"), np.ones((2, 3)))

@@ -47,6 +47,8 @@ def test_a_certificate_has_a_field_for_every_column() -> None:
         ({"dtype": "int8"}, "dtype is 'int8'; allowed: float16, bfloat16, float32"),
         ({"softmax_scale": math.inf}, "softmax_scale is inf"),
         ({"softmax_scale": "1"}, "softmax_scale is '1'"),
+        ({"softmax_scale": 10**400}, "softmax_scale is 10000"),
+        ({"dtype": ["float16"]}, r"dtype is \['float16'\]; allowed"),
     ],
 )
 def test_geometries_are_checked(change: dict[str, Any], said: str) -> None:
@@ -55,7 +57,7 @@ def test_geometries_are_checked(change: dict[str, Any], said: str) -> None:
         Geometry(**GOOD | change)
 
 
-@pytest.mark.parametrize("bad", [-1e-9, math.nan, math.inf, "0.1", None])
+@pytest.mark.parametrize("bad", [-1e-9, math.nan, math.inf, 10**400, "0.1", None])
 @pytest.mark.parametrize("name", ["rtol", "atol"])
 def test_tolerances_are_checked(name: str, bad: Any) -> None:
     with pytest.raises(InvalidArgument, match=f"{name} is {bad!r}; allowed: a finite number of at least 0"):
@@ -88,8 +90,10 @@ def test_policies_by_name() -> None:
     assert (as_policy("budget"), as_policy("coverage")) == (Budget(), Coverage())
 
 
-@pytest.mark.parametrize("target", ["", "unix:relative", "unix:///", "http://127.0.0.1:1", "127.0.0.1", "127.0.0.1:0", ":7400", "h:70000"])
-def test_other_targets_are_named(target: str) -> None:
+@pytest.mark.parametrize(
+    "target", ["", "unix:relative", "unix:///", "http://127.0.0.1:1", "127.0.0.1", "127.0.0.1:0", ":7400", "h:70000", 7400, b"h:1"]
+)
+def test_other_targets_are_named(target: Any) -> None:
     with pytest.raises(InvalidArgument, match="allowed: unix:///path, host:port, inproc://"):
         connect(target)
 
@@ -97,6 +101,8 @@ def test_other_targets_are_named(target: str) -> None:
 def test_settings_are_for_the_engine_in_process() -> None:
     with pytest.raises(InvalidArgument, match="settings are for inproc://"):
         connect("127.0.0.1:7400", settings={})
+    with pytest.raises(InvalidArgument, match="settings is a int; it must be a mapping"):
+        connect("inproc://", settings=7)  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="colour"):
         connect("inproc://", settings={"colour": "red"})
     with pytest.raises(InvalidArgument, match="timeout is -1"):

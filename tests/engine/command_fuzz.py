@@ -22,7 +22,6 @@ from tierd.commands import (
     Lengths,
     OpenSession,
     Row,
-    SetTolerance,
     Tolerance,
     Truncate,
 )
@@ -34,7 +33,7 @@ EXACT, LOOSE = Tolerance(0.0), Tolerance(0.1)
 WORKERS = ("a", "b")
 SIZES = (1, 1, 2, 5, 15, 16, 17, 33, 64, 1030)
 WEIGHTS: dict[type[Command], int] = {
-    OpenSession: 4, Append: 8, Attend: 24, Truncate: 8, Fork: 5, SetTolerance: 2, Lengths: 2, CloseSession: 2, CloseWorker: 1,
+    OpenSession: 4, Append: 8, Attend: 24, Truncate: 8, Fork: 5, Lengths: 2, CloseSession: 2, CloseWorker: 1,
 }  # fmt: skip
 
 
@@ -67,8 +66,6 @@ class CommandFuzz:
             return self._attend(name, worker, tolerance)
         if kind is Truncate:
             return Truncate(name, self._cut(name), worker=worker)
-        if kind is SetTolerance:
-            return SetTolerance(name, self.random.choice([EXACT, LOOSE]), worker=worker)
         if kind is CloseWorker:
             return CloseWorker(worker=worker)
         assert kind in (Fork, Lengths, CloseSession)

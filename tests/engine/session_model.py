@@ -23,7 +23,6 @@ from tierd.commands import (
     Lengths,
     OpenSession,
     Row,
-    SetTolerance,
     Tolerance,
     Truncate,
 )
@@ -170,8 +169,6 @@ class Model:
                 old = self.sessions[command.session_id]
                 layers = [layer.copy(old.geometry.block_size) for layer in old.layers]
                 self._add(outcome, SessionModel(old.worker, old.geometry, old.tolerance, old.max_tokens, layers))
-            case SetTolerance():
-                self.sessions[command.session_id].tolerance = command.tolerance
             case Lengths():
                 assert outcome == self.sessions[command.session_id].lengths
             case CloseSession():

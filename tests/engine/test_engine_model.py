@@ -11,7 +11,7 @@ from fake_kernels import FakeKernels
 from session_model import Model
 
 from tierd.clock import ManualClock
-from tierd.commands import Append, Attend, CloseWorker, Command, Fork, Heartbeat, OpenSession, Row, Truncate
+from tierd.commands import Append, Attend, CloseWorker, Command, Fork, OpenSession, Row, Status, Truncate
 from tierd.engine import Engine, EngineConfig
 from tierd.errors import CapacityExceeded, CertificateUnavailable, DeadlineExceeded, InvalidArgument, TierdError, Unavailable
 
@@ -50,7 +50,7 @@ class Machine:
         silent, other = self.fuzz.random.sample(WORKERS, 2)
         for _ in range(2):
             self.clock.advance(0.6 * LEASE_S)
-            self.run(Heartbeat(worker=other))
+            self.run(Status(worker=other))
         self.model.close_worker(silent)
 
     def attend_fails(self) -> None:

@@ -9,7 +9,7 @@ from engine_calls import CONFIG, GEOMETRY, LOOSE, Bench
 from fake_kernels import attention
 from tierd_kernels.policy import Budget
 
-from tierd.commands import Append, Attend, CloseSession, Heartbeat, OpenSession, Row, Status
+from tierd.commands import Append, Attend, CloseSession, OpenSession, Row, Status
 from tierd.errors import CertificateUnavailable, Unavailable
 
 WAIT_S = 30.0  # only a failing test waits this long
@@ -105,7 +105,7 @@ def test_a_stop_with_grace_answers_what_waits() -> None:
     assert len(running.result(timeout=0)) == 1 and waiting.result(timeout=0)["sessions"] == 1
     assert no_threads_left()
     with pytest.raises(Unavailable):
-        bench.engine.submit(Heartbeat(worker="w"))
+        bench.engine.submit(Status(worker="w"))
 
 
 def test_a_stop_without_grace_finishes_the_call_in_flight_and_fails_the_rest() -> None:

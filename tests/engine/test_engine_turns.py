@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from engine_calls import CONFIG, EXACT, GEOMETRY, LOOSE, Bench
+from engine_calls import CONFIG, GEOMETRY, LOOSE, Bench
 from fake_kernels import attention
 from tierd_kernels.policy import Budget
 
@@ -15,11 +15,9 @@ from tierd.commands import (
     CloseWorker,
     Command,
     Fork,
-    Heartbeat,
     Lengths,
     OpenSession,
     Row,
-    SetTolerance,
     Status,
     Truncate,
 )
@@ -131,12 +129,12 @@ def test_a_group_is_not_measured_over_corrupt_originals() -> None:
 def test_a_full_queue_says_so_and_still_lets_a_worker_leave() -> None:
     bench = Bench(replace(CONFIG, queue_max=2))
     name = bench.opened()
-    waiting = [bench.engine.submit(Heartbeat(worker="w")) for _ in range(2)]
+    waiting = [bench.engine.submit(Status(worker="w")) for _ in range(2)]
     with pytest.raises(CapacityExceeded, match="2 commands are waiting, 0 free: queue_max is 2"):
-        bench.engine.submit(Heartbeat(worker="w"))
+        bench.engine.submit(Status(worker="w"))
     leaving = bench.engine.submit(CloseWorker(worker="w"))
     assert bench.engine.run_once() == 3
-    assert [future.result(timeout=0) for future in (*waiting, leaving)] == [None, None, 1]
+    assert [future.result(timeout=0)["queue"] for future in waiting] == [0, 0] and leaving.result(timeout=0) == 1
     assert type(bench.run(Lengths(name, worker="w"))[0]) is SessionNotFound
 
 
@@ -181,7 +179,7 @@ def test_a_silent_workers_sessions_are_closed() -> None:
     bench = Bench(replace(CONFIG, lease_s=10.0))
     silent, alive = bench.opened("silent", tokens=20), bench.opened("alive", tokens=20)
     bench.clock.advance(6.0)
-    bench.run(Heartbeat(worker="alive"))
+    bench.run(Status(worker="alive"))
     bench.clock.advance(4.0)
     bench.engine.run_once()
     assert bench.engine.sessions.by_id.keys() == {silent, alive}
@@ -206,7 +204,7 @@ def test_a_worker_sees_its_own_sessions_only() -> None:
     mine = bench.opened("thief", tokens=20)
     commands: list[Command] = [
         bench.append(name, 1, worker="thief"), bench.attend(name, worker="thief"), bench.attend(mine, name, worker="thief"),
-        Truncate(name, 3, worker="thief"), Fork(name, worker="thief"), SetTolerance(name, EXACT, worker="thief"),
+        Truncate(name, 3, worker="thief"), Fork(name, worker="thief"),
         Lengths(name, worker="thief"), CloseSession(name, worker="thief"),
     ]  # fmt: skip
     for refused in bench.run(*commands):
@@ -234,4 +232,4 @@ def test_an_engine_that_stops_answers_what_waits_and_takes_nothing_new() -> None
     bench.engine.stop(0.0)
     assert waiting.result(timeout=0)
     with pytest.raises(Unavailable, match="stopping and takes no new calls"):
-        bench.engine.submit(Heartbeat(worker="w"))
+        bench.engine.submit(Status(worker="w"))

@@ -155,9 +155,12 @@ def test_arguments_of_the_call(llama: PreTrainedModel, arguments: dict[str, Any]
     assert cache.get_seq_length() == 0
 
 
-def test_output_attentions_of_a_model(llama: PreTrainedModel) -> None:
+@pytest.mark.parametrize("name", ["llama", "gpt2"])  # gpt2 keeps the argument from its attention
+def test_output_attentions_of_a_model(name: str) -> None:
+    model = build(name)
+    model.set_attn_implementation("tierd")
     with pytest.raises(UnsupportedModel, match="output_attentions"):
-        llama(prompt(1, 4), past_key_values=cached(llama), output_attentions=True)
+        model(prompt(1, 4), past_key_values=cached(model), output_attentions=True)
 
 
 def _rewrite(key: torch.Tensor) -> torch.Tensor:

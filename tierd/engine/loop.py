@@ -26,10 +26,8 @@ from tierd.commands import (
     CloseWorker,
     Command,
     Fork,
-    Heartbeat,
     Lengths,
     OpenSession,
-    SetTolerance,
     Status,
     Truncate,
 )
@@ -83,9 +81,7 @@ class Engine:
             Append: self.sessions.append,
             Truncate: self.sessions.truncate,
             Fork: self.sessions.fork,
-            SetTolerance: self.sessions.set_tolerance,
             Lengths: self.sessions.lengths,
-            Heartbeat: lambda _: None,
             Status: lambda _: self.status(),
         }
         self._wake = threading.Condition()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from tierd.commands import Append, CloseSession, CloseWorker, Fork, Lengths, OpenSession, SetTolerance, Truncate
+from tierd.commands import Append, CloseSession, CloseWorker, Fork, Lengths, OpenSession, Truncate
 from tierd.config import EngineConfig
 from tierd.engine.batch import Kernels
 from tierd.engine.validate import check_append, check_length
@@ -62,9 +62,6 @@ class Sessions:
         session = self.find(command.session_id, command.worker)
         self._check_room()
         return self._add(session.fork(new_session_id()))
-
-    def set_tolerance(self, command: SetTolerance) -> None:
-        self.find(command.session_id, command.worker).tolerance = command.tolerance
 
     def lengths(self, command: Lengths) -> list[int]:
         return self.find(command.session_id, command.worker).lengths

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tierd_proto.coding import DTYPES
 from transformers import masking_utils
+from transformers.utils import output_capturing
 
 from tierd_client.hf.errors import UnsupportedModel, unsupported
 
@@ -53,6 +54,8 @@ HARMLESS = frozenset(
 # The library builds its sliding mask from closures; their code tells one from any other pattern.
 _ALL_OF = masking_utils.and_masks().__code__
 _WINDOW = masking_utils.sliding_window_overlay(1).__code__
+_collector: Any = output_capturing._active_collector
+"""The outputs, by name, that the forward under way collects for its caller."""
 
 
 def check_config(config: Any, max_tokens: int, head_dims: Sequence[int]) -> None:
@@ -134,7 +137,8 @@ def check_call(module: Any, dropout: float, max_tokens: int, arguments: dict[str
     is_causal = arguments.get("is_causal")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise unsupported("bidirectional attention", "this layer's attention is not causal")
-    if getattr(getattr(module, "config", None), "output_attentions", False):
+    # Some models drop the argument on its way here: what the forward collects tells.
+    if getattr(getattr(module, "config", None), "output_attentions", False) or "attentions" in (_collector.get() or ()):
         raise unsupported("output_attentions", "attention weights are never formed")
     for name, value in arguments.items():
         if name == "sliding_window":
