@@ -1,5 +1,6 @@
 """What every benchmark reports of the machine, and where its results go."""
 
+import importlib
 import json
 import os
 import platform
@@ -34,7 +35,7 @@ def _device() -> dict[str, Any]:
     names = ("name", "driver_version", "clocks.max.sm", "clocks.max.memory", "clocks.sm", "clocks.mem")
     query = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader"]
     values = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
-    versions = {name: metadata.version(name) for name in ("cupy-cuda13x", "triton")}
+    versions = {name: importlib.import_module(name).__version__ for name in ("cupy", "triton")}
     return {"gpu": dict(zip(names, values, strict=True)), "cuda": torch.version.cuda, **versions}
 
 

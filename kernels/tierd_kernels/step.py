@@ -36,6 +36,7 @@ NORM_RETURN = 1.0 / (1.0 + 2.0**-7) - 2.0**-15
 FP32_SCORE_MAX = 1e30  # where |q| |k|, or the scale, reaches further, FP32 may overflow on the way: such rows go to float64
 SKIP_SHARE_HELD_BACK = 0.1  # masses are relative to the whole when blocks are chosen, to what is kept when the bound is taken
 BUDGET_MAX = 1e250  # keeps a budget finite in any unit
+SQUARE_FLOOR = 2.0**-511  # the square of what lies below is not a normal double: norms do not see it
 # What a selection aims at, as shares of the budget: the second try is for what the first misjudged.
 TARGETS = (0.9, 0.5)
 
@@ -278,7 +279,7 @@ class Step:
             raise ScoreOverflow(f"a score of {np.nanmax(top):.3g} is above {SCORE_MAX:g}, the largest that is answered")
         self._write(rows, out)
         output_norm = self.output_norm[rows]
-        rounding = (self.num_tokens + self.d + 16.0) * U64 * (norm + output_norm) + self.output_error[rows]
+        rounding = (self.num_tokens + self.d + 16.0) * U64 * (norm + output_norm) + self.output_error[rows] + self.d**0.5 * SQUARE_FLOOR
         with np.errstate(over="ignore", invalid="ignore"):
             grow = np.exp(eps)
             # Weights that underflow float64 are below e^-700 of the largest.

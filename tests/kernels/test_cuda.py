@@ -205,6 +205,23 @@ def test_calls_of_different_lengths_in_one_launch_answer_as_alone() -> None:
             assert np.array_equal(together.fields[name], x, equal_nan=True), name
 
 
+def test_a_call_larger_than_what_is_kept_for_calls_is_answered_in_parts() -> None:
+    from tierd_kernels.cuda import backend
+
+    layout = LAYOUTS[4]
+    k, v, q = draw(layout, 100, 3, 8, "diffuse", 2)
+    cache = store(layout, k, v)
+    calls = [cache.call(q[:, :1], 0.1, Budget()), cache.call(q, 0.1, Budget())]
+    whole = backend.attend(layout, cache.memory, calls, 3)
+    for staged in (cache.memory.inputs, cache.memory.outputs):  # type: ignore[attr-defined]
+        kept, staged.host = staged.host, staged.host[:12500]
+        results = backend.attend(layout, cache.memory, calls, 3)
+        assert all(isinstance(x, Result) and np.array_equal(x.output, y.output) for x, y in zip(results, whole, strict=True))  # type: ignore[union-attr]
+        staged.host = staged.host[:100]
+        assert all(isinstance(x, ValueError) and "kept for calls" in str(x) for x in backend.attend(layout, cache.memory, calls, 3))
+        staged.host = kept
+
+
 def passage(layout: Layout, tokens: int, query_heads: int, n: int, seed: int, pull: float) -> tuple[Raw, Raw, Raw]:
     """Queries that look one way, and one passage of 80 tokens whose keys lie there: it holds the more mass the stronger the pull."""
     random, d = np.random.default_rng(seed), layout.head_dim

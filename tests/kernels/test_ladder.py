@@ -100,6 +100,17 @@ def test_products_that_underflow_are_in_the_bound(seed: int) -> None:
     assert not result.certificate["exact"].any()
 
 
+@pytest.mark.parametrize("gap", [460, 600, 700])
+def test_what_rounds_to_nothing_is_in_an_exact_bound(gap: int) -> None:
+    """An output that no type holds, and whose square no double does: the token with a value weighs e^-gap."""
+    k, v, q = np.zeros((1, 2, 64), np.float32), np.zeros((1, 2, 64), np.float32), np.zeros((1, 1, 64), np.float32)
+    k[0, 0, 0], v[0, 1, 0], q[0, 0, 0] = gap, 1.0, 1.0
+    result = answer(store(Layout(1, 64, 16, 16, "float32"), k, v), q, 0.0, Budget(), softmax_scale=1.0)
+    assert result.certificate["exact"].all()
+    assert float(result.certificate["bound"][0, 0]) >= np.exp(-float(gap)) / 2
+    check_reply(k, v, q, result.output, result.certificate, 0.0, 0.0, softmax_scale=1.0)
+
+
 def test_a_chunk_of_queries_is_answered_as_its_tokens_are() -> None:
     k, v, q = draw("random", 2, 2, 300, 130, 64, "float32", 5)
     cache = store(Layout(2, 64, 16, 16, "float32"), k, v)

@@ -4,6 +4,7 @@ kernels read by themselves. Called from one thread, but for `copy_to_scratch`, w
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import add, le
 
 import cupy as cp
 import numpy as np
@@ -15,6 +16,7 @@ from tierd_kernels.cuda.launch import CERTIFIED, EXACT, FIELDS, Kernels
 from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, reserve
 from tierd_kernels.cuda.norms import group_bounds
 from tierd_kernels.cuda.record import Record
+from tierd_kernels.cuda.start import FAULTS
 from tierd_kernels.cuda.step import UNIT_MAX, UNIT_MIN, Answer, Part, Step, workspace_bytes
 from tierd_kernels.errors import SCORE_MAX, DeviceLost, ScoreOverflow
 from tierd_kernels.layout import NUMPY_DTYPE, Layout, Memory
@@ -37,7 +39,7 @@ def faults() -> Iterator[None]:
     """A device that reports an error is lost: its context does not recover, and what it holds cannot be trusted."""
     try:
         yield
-    except (cp.cuda.runtime.CUDARuntimeError, cp.cuda.driver.CUDADriverError) as error:
+    except (*FAULTS, cp.cuda.cublas.CUBLASError) as error:
         raise DeviceLost(f"the CUDA device failed: {error}; restart the daemon") from error
 
 
@@ -108,7 +110,7 @@ def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) 
         answers[i] = []
         waiting += [(i, part) for part in parts]
     with faults():
-        for batch in _batches(layout, own, waiting, num_q_heads // layout.num_kv_heads):
+        for batch in _batches(layout, own, waiting):
             step = Step(layout, own, [part for _, part in batch])
             step.upload()
             step.launch()
@@ -127,44 +129,46 @@ def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) 
 
 
 def _parts(layout: Layout, memory: DeviceMemory, call: Call, num_q_heads: int) -> list[Part]:
-    """A call's query tokens in runs whose buffers fit the workspace."""
+    """A call's query tokens in runs whose buffers fit what is kept for calls."""
     heads, n, d = call.q.shape
     if heads != num_q_heads or num_q_heads % layout.num_kv_heads or d != layout.head_dim or not 1 <= n <= call.num_tokens:
         raise ValueError(f"q is {call.q.shape} over {call.num_tokens} tokens; expected [{num_q_heads}, n <= tokens, {layout.head_dim}]")
-    at_once = min(n, ROWS_AT_ONCE)
-    while _bytes(layout, memory, Part(call, 0, at_once), num_q_heads // layout.num_kv_heads) > memory.workspace.nbytes:
+    at_once, limits = min(n, ROWS_AT_ONCE), _limits(memory)
+    while not all(map(le, _needs(layout, memory, Part(call, 0, at_once)), limits)):
         if at_once == 1:
-            raise ValueError(f"{call.num_tokens} tokens of {layout} need more than the {memory.workspace.nbytes} bytes kept for calls")
+            raise ValueError(f"{call.num_tokens} tokens of {layout} need more than the {limits} bytes kept for calls")
         at_once //= 2
     return [Part(call, start, min(start + at_once, n)) for start in range(0, n, at_once)]
 
 
-def _bytes(layout: Layout, memory: DeviceMemory, part: Part, group: int) -> int:
-    full = part.full(layout)
+def _limits(memory: DeviceMemory) -> tuple[int, int, int]:
+    """Bytes kept for calls: in the workspace, for what goes in, for what comes back."""
+    return memory.workspace.nbytes, memory.inputs.host.size, memory.outputs.host.size
+
+
+def _needs(layout: Layout, memory: DeviceMemory, part: Part) -> tuple[int, int, int]:
+    """What a part takes of each of them, at most."""
+    full, rows, heads = part.full(layout), part.call.q.shape[0] * part.n, layout.num_kv_heads
     per = Kernels(layout).split_blocks(full, 1, memory.processors)  # the most splits: more tiles make fewer
-    return workspace_bytes(layout, group, part, -(-full // per))
+    return (
+        workspace_bytes(layout, part.call.q.shape[0] // heads, part, -(-full // per)),
+        (full + 1) * 16 * (1 + heads) + rows * layout.head_dim * layout.itemsize + part.call.group_value_norms.nbytes * 2 + 8192,
+        rows * (layout.head_dim * layout.itemsize + 8 * len(FIELDS) + 4) + (len(part.call.canary_blocks) + 1) * heads + 4096,
+    )
 
 
-def _batches(
-    layout: Layout, memory: DeviceMemory, waiting: list[tuple[int, Part]], group: int
-) -> Iterator[list[tuple[int, Part]]]:
-    """Parts that fit into the workspace, and into what is staged, together."""
+def _batches(layout: Layout, memory: DeviceMemory, waiting: list[tuple[int, Part]]) -> Iterator[list[tuple[int, Part]]]:
+    """Parts that fit together."""
     batch: list[tuple[int, Part]] = []
-    used = [0, 0, 0]
-    limits = (memory.workspace.nbytes, memory.inputs.host.size, memory.outputs.host.size)
+    used, limits = (0, 0, 0), _limits(memory)
     for i, part in waiting:
-        rows = part.call.q.shape[0] * part.n
-        full = part.full(layout)
-        needs = (
-            _bytes(layout, memory, part, group),
-            (full + 1) * 16 * (1 + layout.num_kv_heads) + rows * layout.head_dim * 4 + part.call.group_value_norms.nbytes * 2 + 8192,
-            rows * (layout.head_dim * 4 + 128) + (len(part.call.canary_blocks) + 1) * layout.num_kv_heads + 4096,
-        )
-        if batch and any(u + need > limit for u, need, limit in zip(used, needs, limits, strict=True)):
+        needs = _needs(layout, memory, part)
+        together = tuple(map(add, used, needs))
+        if batch and not all(map(le, together, limits)):
             yield batch
-            batch, used = [], [0, 0, 0]
+            batch, together = [], needs
         batch.append((i, part))
-        used = [u + need for u, need in zip(used, needs, strict=True)]
+        used = together
     if batch:
         yield batch
 

@@ -1,6 +1,6 @@
 // Puts a due row together from its splits, and states its bound (CERTIFICATE.md, section "Exact heads"). One thread block a row, a thread
 // a channel.
-constexpr double U64 = 1.1102230246251565e-16, SAFETY = 1. + 1. / 1024;
+constexpr double U64 = 1.1102230246251565e-16, SAFETY = 1. + 1. / 1024, SQUARE_FLOOR = 0x1p-511;  // as in step.py
 
 __device__ double block_sum(double x) {
   __shared__ double of_warp[D / LANES + 1];
@@ -40,7 +40,7 @@ extern "C" __global__ void __launch_bounds__((D + LANES - 1) / LANES *LANES) den
   if (c) return;
   // d products and sums, the scale, differences from two maxima, and exp's own ulp, twice, all doubled.
   const double eps = 2. * U64 * ((D + 8.) * fabs(call.scale) * q_norm * sqrt(key2) + 4. * largest + 16.);
-  const double most = sqrt(value2), rounding = (call.tokens + D + 32.) * U64 * (norm + output) + rounded * (1. + 1e-12);
+  const double most = sqrt(value2), rounding = (call.tokens + D + 32.) * U64 * (norm + output) + rounded * (1. + 1e-12) + sqrt((double)D) * SQUARE_FLOOR;
   const double bound = fmin(exp(eps) * (expm1(eps) * (norm + output) + rounding + call.tokens * 1e-300 * most) * SAFETY, (most + output) * SAFETY);
   const double budget = fmin((call.atol + call.rtol * (call.relative_to_output ? output : norm)) * (1. - 1. / 1048576), BUDGET_MAX);
   double *out = call.fields + h * rows + index;

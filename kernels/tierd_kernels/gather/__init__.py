@@ -1,0 +1,1 @@
+"""Records from one memory to another, many at once."""
