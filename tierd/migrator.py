@@ -11,7 +11,8 @@ import xxhash
 from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
-Copier = Callable[[int, int, int], NDArray[np.uint8]]  # (source, target, nbytes) -> the bytes that arrived
+# (sources, targets, nbytes): n byte offsets each -> the bytes that arrived [n, nbytes]
+Copier = Callable[[NDArray[np.int64], NDArray[np.int64], int], NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class CopyDone:
 
 
 class Migrator:
-    """At most `limit` copies wait or run, each done by `copier`.
+    """At most `limit` copies wait or run; those of one size that wait together are one call of `copier`, and fail together.
 
     Until `start` is called there is no thread, and `poll` does the copying itself.
     """
@@ -65,7 +66,7 @@ class Migrator:
     def poll(self) -> list[CopyDone]:
         """Copies finished since the last poll."""
         while self._thread is None and self._orders:
-            self._copy(self._orders.popleft())
+            self._copy(self._next())
         with self._wake:
             done, self._done = self._done, []
             self._outstanding -= len(done)
@@ -94,14 +95,23 @@ class Migrator:
                     self._wake.wait()
                 if not self._orders:
                     return
-                order = self._orders.popleft()
-            self._copy(order)
+                orders = self._next()
+            self._copy(orders)
 
-    def _copy(self, order: CopyOrder) -> None:
-        digest = None
+    def _next(self) -> list[CopyOrder]:
+        """Takes the orders at the front that are of one size."""
+        orders = [self._orders.popleft()]
+        while self._orders and self._orders[0].nbytes == orders[0].nbytes:
+            orders.append(self._orders.popleft())
+        return orders
+
+    def _copy(self, orders: list[CopyOrder]) -> None:
+        digests: list[int | None] = [None] * len(orders)
+        sources, targets = (np.array([getattr(order, name) for order in orders], np.int64) for name in ("source", "target"))
         try:
-            digest = int(xxhash.xxh3_64_intdigest(self._copier(order.source, order.target, order.nbytes).data))
-        except Exception as error:  # whoever waits for the copy must hear of its end, and the thread must go on
-            log.warning("a copy to scratch failed: %s", error)
+            arrived = self._copier(sources, targets, orders[0].nbytes)
+            digests = [int(xxhash.xxh3_64_intdigest(record.data)) for record in arrived]
+        except Exception as error:  # whoever waits for the copies must hear of their end, and the thread must go on
+            log.warning("%d copies to scratch failed: %s", len(orders), error)
         with self._wake:
-            self._done.append(CopyDone(order.copy_id, digest))
+            self._done += [CopyDone(order.copy_id, digest) for order, digest in zip(orders, digests, strict=True)]

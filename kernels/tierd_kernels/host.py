@@ -27,11 +27,14 @@ def hot_block_bytes(layout: Layout) -> int:
     return layout.hot_block_bytes
 
 
-def copy_to_scratch(memory: Memory, source: int, target: int, nbytes: int) -> NDArray[np.uint8]:
-    """Copies `nbytes` at `source` in the originals to `target` in scratch; returns what then lies there, uint8 [nbytes]."""
-    arrived = memory.scratch[target : target + nbytes]
-    arrived[:] = memory.originals[source : source + nbytes]
-    return arrived
+def copy_to_scratch(
+    memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int
+) -> NDArray[np.uint8]:  # fmt: skip
+    """Copies n records of `nbytes` from `sources` in the originals to `targets` in scratch (byte offsets, int64 [n]); returns what then
+    lies there, uint8 [n, nbytes]."""
+    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+        memory.scratch[target : target + nbytes] = memory.originals[source : source + nbytes]
+    return np.asarray(memory.scratch[targets[:, None] + np.arange(nbytes)])
 
 
 def _aligned(nbytes: int) -> NDArray[np.uint8]:

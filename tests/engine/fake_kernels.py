@@ -71,8 +71,8 @@ class FakeKernels:
     def hot_block_bytes(self, layout: Layout) -> int:
         return layout.hot_block_bytes + self.hot_padding
 
-    def copy_to_scratch(self, memory: Memory, source: int, target: int, nbytes: int) -> NDArray[np.uint8]:
-        arrived = host.copy_to_scratch(memory, source, target, nbytes)
+    def copy_to_scratch(self, memory: Memory, sources: Offsets, targets: Offsets, nbytes: int) -> NDArray[np.uint8]:
+        arrived = host.copy_to_scratch(memory, sources, targets, nbytes)
         if self.copy_faults:
             raise self.copy_faults.pop()
         return arrived

@@ -3,16 +3,18 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
-from engine_calls import CONFIG, EXACT, GEOMETRY, LOOSE, Bench
+from engine_calls import CONFIG, GEOMETRY, LOOSE, Bench
 from tierd_kernels.errors import DeviceLost
 from tierd_kernels.policy import Budget
 
-from tierd.commands import CloseSession, CloseWorker, Fork, Heartbeat, Lengths, OpenSession, SetTolerance, Status, Truncate
+from tierd.commands import CloseSession, CloseWorker, Fork, Lengths, OpenSession, Status, Truncate
 from tierd.errors import Unavailable
 
 WAIT_S = 30.0  # only a failing test waits this long
 FAULT = DeviceLost("an illegal address was read")
+NOWHERE = np.zeros(1, np.int64)
 
 
 def lost(answer: Any) -> bool:
@@ -50,7 +52,7 @@ def test_a_lost_device_ends_the_call_and_all_that_need_it(lose: Callable[[Bench,
     launches = len(bench.kernels.launches)
     commands = [
         bench.attend(name), bench.append(name, 1), OpenSession(GEOMETRY, LOOSE, Budget(), 100, worker="w"), Fork(name, worker="w"),
-        Truncate(name, 3, worker="w"), SetTolerance(name, EXACT, worker="w"), Lengths(name, worker="w"), Heartbeat(worker="w"),
+        Truncate(name, 3, worker="w"), Lengths(name, worker="w"),
     ]  # fmt: skip
     assert all(lost(answer) for answer in bench.run(*commands))
     assert len(bench.kernels.launches) == launches
@@ -84,7 +86,7 @@ def test_an_answer_that_was_computed_while_the_device_was_lost_is_withheld() -> 
     def copy() -> None:  # as the migrator's thread does, in the midst of a launch
         bench.kernels.copy_faults = [FAULT]
         with pytest.raises(Unavailable):
-            device.copy_to_scratch(bench.engine.residency.arenas.memory, 0, 0, 64)
+            device.copy_to_scratch(bench.engine.residency.arenas.memory, NOWHERE, NOWHERE, 64)
 
     bench.kernels.during = copy
     assert lost(bench.run(bench.attend(name))[0])

@@ -90,10 +90,10 @@ def make_migrator(limit: int) -> tuple[Migrator, Memory]:
 def test_a_copy_that_fails_is_reported_and_the_next_is_done(threaded: bool) -> None:
     memory = make_migrator(1)[1]
 
-    def copier(source: int, target: int, nbytes: int) -> NDArray[np.uint8]:
-        if source == 64:
+    def copier(sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int) -> NDArray[np.uint8]:
+        if 64 in sources:
             raise RuntimeError("broken")
-        return copy_to_scratch(memory, source, target, nbytes)
+        return copy_to_scratch(memory, sources, targets, nbytes)
 
     migrator = Migrator(copier, 2)
     if threaded:
@@ -119,6 +119,22 @@ def test_the_copier_copies_what_it_is_told(threaded: bool) -> None:
     np.testing.assert_array_equal(memory.scratch[128:160], np.arange(64, 96))
     np.testing.assert_array_equal(memory.scratch[:16], np.arange(16))
     assert not memory.scratch[16:128].any() and not memory.scratch[160:].any()
+
+
+def test_copies_of_one_size_that_wait_together_are_one_call() -> None:
+    _, memory = make_migrator(9)
+    calls: list[tuple[list[int], list[int], int]] = []
+
+    def copier(sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int) -> NDArray[np.uint8]:
+        calls.append((sources.tolist(), targets.tolist(), nbytes))
+        return copy_to_scratch(memory, sources, targets, nbytes)
+
+    migrator = Migrator(copier, 9)
+    migrator.submit([CopyOrder(1, 0, 16, 16), CopyOrder(2, 64, 0, 16), CopyOrder(3, 32, 64, 32), CopyOrder(4, 128, 128, 16)])
+    done = migrator.poll()
+    assert calls == [([0, 64], [16, 0], 16), ([32], [64], 32), ([128], [128], 16)]
+    ranges = ((0, 16), (64, 80), (32, 64), (128, 144))
+    assert done == [CopyDone(i + 1, xxhash.xxh3_64_intdigest(bytes(range(a, b)))) for i, (a, b) in enumerate(ranges)]
 
 
 def test_the_copier_takes_no_more_than_its_limit() -> None:

@@ -94,10 +94,11 @@ def in_scratch(cache: Cache, call: Call) -> Call:
     from tierd_kernels.cuda import backend
 
     for locations in (call.key_locations, call.value_locations):
-        for i, h in np.argwhere(np.indices(locations.shape).sum(axis=0) % 2 == 0):
-            at = int(~locations[i, h])
-            backend.copy_to_scratch(cache.memory, at, at, cache.layout.original_record_bytes)
-            locations[i, h] = at
+        here = np.indices(locations.shape).sum(axis=0) % 2 == 0
+        at = ~locations[here]
+        arrived = backend.copy_to_scratch(cache.memory, at, at, cache.layout.original_record_bytes)
+        assert np.array_equal(arrived, cache.memory.originals[at[:, None] + np.arange(cache.layout.original_record_bytes)])
+        locations[here] = at
     return call
 
 

@@ -246,7 +246,7 @@ def test_preparing_compiles_every_kernel_once_on_several_threads(monkeypatch: py
     monkeypatch.setattr(launch, "kernel", kernel)
     for _ in range(2):
         backend.prepare(Layout(3, 64, 16, 16, "float32"))
-    assert sorted(compiled) == sorted(PARTS)
+    assert sorted(compiled) == sorted(set(PARTS) - set(launch.OF_ANY_LAYOUT))
 
 
 def test_what_failed_to_compile_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,9 @@ class Kernels(Quantiser, Protocol):
         """What the backend's quantised form of one block, all KV heads, takes in the hot arena."""
         ...
 
-    def copy_to_scratch(self, memory: Memory, source: int, target: int, nbytes: int) -> NDArray[np.uint8]:
+    def copy_to_scratch(
+        self, memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int
+    ) -> NDArray[np.uint8]:
         """Copies from originals to scratch (byte offsets), on the migrator's thread; returns the bytes as they arrived there."""
         ...
 

@@ -48,8 +48,10 @@ class Device:
     def limit_threads(self, count: int) -> None:
         self._kernels.limit_threads(count)
 
-    def copy_to_scratch(self, memory: Memory, source: int, target: int, nbytes: int) -> NDArray[np.uint8]:
-        return self._guarded(lambda: self._kernels.copy_to_scratch(memory, source, target, nbytes))
+    def copy_to_scratch(
+        self, memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int
+    ) -> NDArray[np.uint8]:
+        return self._guarded(lambda: self._kernels.copy_to_scratch(memory, sources, targets, nbytes))
 
     def quantise_blocks(
         self, layout: Layout, memory: Memory, original_offsets: NDArray[np.int64], hot_offsets: NDArray[np.int64]

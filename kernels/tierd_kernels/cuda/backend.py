@@ -84,16 +84,20 @@ def group_norms(
         return above.get(stream=own.stream), errors.get(stream=own.stream)
 
 
-def copy_to_scratch(memory: Memory, source: int, target: int, nbytes: int) -> NDArray[np.uint8]:
-    """Copies originals to scratch on a stream of its own, and returns the bytes as they arrived. Raises DeviceLost."""
+def copy_to_scratch(memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int) -> NDArray[np.uint8]:
+    """As the host's, on a stream of its own, there and back again: what is returned is what arrived. Raises DeviceLost."""
     own = _own(memory)
-    landing, runtime = own.landing[:nbytes], cp.cuda.runtime
-    with faults():
-        at = own.scratch_at + target
-        runtime.memcpyAsync(at, own.originals_at + source, nbytes, runtime.memcpyHostToDevice, own.copier.ptr)
-        runtime.memcpyAsync(landing.ctypes.data, at, nbytes, runtime.memcpyDeviceToHost, own.copier.ptr)
-        own.copier.synchronize()
-    return landing
+    arrived, most = np.empty((len(sources), nbytes), np.uint8), own.landing.nbytes // nbytes
+    with faults(), own.copier:
+        for start in range(0, len(sources), most):
+            some = slice(start, min(start + most, len(sources)))
+            back = np.arange(some.stop - start, dtype=np.int64) * nbytes
+            from_host, there, home = cp.asarray(np.stack([sources[some], targets[some], back]))
+            launch.gather(own.originals_at, own.scratch_at, from_host, there, nbytes, own.copier)
+            launch.gather(own.scratch_at, own.landing.ctypes.data, there, home, nbytes, own.copier)
+            own.copier.synchronize()
+            arrived[some] = own.landing[: back.size * nbytes].reshape(-1, nbytes)
+    return arrived
 
 
 def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:

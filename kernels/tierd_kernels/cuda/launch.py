@@ -12,6 +12,7 @@ import numpy as np
 from tierd_kernels.cuda.record import Record
 from tierd_kernels.cuda.sources import (
     FINISH_THREADS,
+    GATHER_THREADS,
     LANES,
     PARTIALS,
     PARTS,
@@ -28,6 +29,7 @@ from tierd_kernels.layout import Layout
 
 log = logging.getLogger(__name__)
 RESIDENT = 4  # thread blocks of a pass on one multiprocessor
+ANY, OF_ANY_LAYOUT = Layout(1, 128, 16, 16, "float16"), ("gather", "self_test")
 FIELDS = (
     "bound", "budget", "key_error", "value_error", "skip_error", "arith_error", "value_norm", "output_norm", "skipped_blocks",
     "candidate_bound", "promoted_key_blocks", "promoted_value_blocks", "score_top", "rank_certified", "paper_key_bound",
@@ -59,12 +61,18 @@ def kernel(layout: Layout, name: str, naive: bool = False) -> Any:
     return function
 
 
+def gather(source: int, target: int, source_at: Any, target_at: Any, nbytes: int, stream: Any) -> None:
+    """Copies n records of `nbytes` between two memories (addresses; pinned host memory too); offsets int64 [n] on the device."""
+    args = (np.uint64(source), np.uint64(target), source_at, target_at, np.int32(nbytes))
+    kernel(ANY, "gather")((len(source_at),), (GATHER_THREADS,), args, stream=stream)
+
+
 @cache
 def prepare(layout: Layout) -> None:
     """Compiles all kernels of a layout, side by side: NVRTC lets other threads run. CuPy keeps on disk what it compiled."""
     log.info("compiling the CUDA kernels of %s", layout)
     start_s = time.monotonic()
-    of_layout = [name for name in PARTS if name != "self_test"]
+    of_layout = [name for name in PARTS if name not in OF_ANY_LAYOUT]
     with ThreadPoolExecutor(len(of_layout)) as threads:
         list(threads.map(partial(kernel, layout), of_layout))
     log.info("the CUDA kernels of %s are ready after %.1f s", layout, time.monotonic() - start_s)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.cuda.graphs import Graphs
+from tierd_kernels.cuda.launch import ANY, kernel
 from tierd_kernels.cuda.self_test import verify
 from tierd_kernels.cuda.start import FAULTS, empty_pools, one_line, pinned, probe, usable_device
 from tierd_kernels.errors import DeviceUnavailable
@@ -103,6 +104,7 @@ def reserve(hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> DeviceM
     try:
         probe()
         verify()
+        kernel(ANY, "gather")  # compiled now, not while a copy waits
         return _reserved(device, hot_bytes, scratch_bytes, originals_bytes)
     except DeviceUnavailable as error:
         refusal = str(error)

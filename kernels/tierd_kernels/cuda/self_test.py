@@ -3,15 +3,13 @@
 import cupy as cp
 import numpy as np
 
-from tierd_kernels.cuda.launch import kernel
+from tierd_kernels.cuda.launch import ANY, kernel
 from tierd_kernels.cuda.sources import LANES
 from tierd_kernels.errors import DeviceUnavailable
-from tierd_kernels.layout import Layout
 
 ROUNDS = 2000
 # In units of 2^-24: CERTIFICATE.md, "An MMA" and "Scores".
 MMA_MAX, EXP_MAX = 34.0, 2.0**1.5
-ANY = Layout(1, 128, 16, 16, "float16")
 
 
 def verify() -> None:

@@ -19,11 +19,12 @@ PARTS = {
     "dense": ("score/exact.cuh", "dense/dense.cu"),
     "dense_finish": ("dense/finish.cu",),
     "canary": ("score/exact.cuh", "score/canary.cu"),
+    "gather": ("gather/gather.cu",),
     "self_test": ("cuda/self_test.cu",),
 }
 SHARED_MAX = 227 * 1024  # of a thread block, static and dynamic, from compute capability 9.0 on
 # As in the sources.
-WARPS, LANES, ROW_TILE, FINISH_THREADS, SELECT_THREADS, RANK_THREADS, QUANTISE_THREADS = 4, 32, 4, 512, 512, 256, 512
+WARPS, LANES, ROW_TILE, FINISH_THREADS, SELECT_THREADS, RANK_THREADS, QUANTISE_THREADS, GATHER_THREADS = 4, 32, 4, 512, 512, 256, 512, 256
 SCORE_STAGES, VALUE_STAGES = 2, 4
 STATISTIC_FLOATS, PARTIALS, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 48, 18, 4, 2048, 2048
 ROW_FACTS, DENSE_FACTS = 6, 6
