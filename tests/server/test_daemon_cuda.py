@@ -160,7 +160,7 @@ cupy.{owner}.{name} = failing(cupy.{owner}.{name})
     ("thread", "owner", "name"),
     [
         ("tierd-engine", "Function", "__call__"), ("tierd-engine", "cuda.Stream", "synchronize"),
-        ("tierd-migrator", "cuda.runtime", "memcpyAsync"),
+        ("tierd-migrator", "Function", "__call__"),
     ],
 )  # fmt: skip
 def test_a_fault_of_the_device_ends_service_and_not_the_process(folder: Path, thread: str, owner: str, name: str) -> None:
