@@ -237,6 +237,7 @@ def passage(layout: Layout, tokens: int, query_heads: int, n: int, seed: int, pu
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[4]], ids=str)
 @pytest.mark.parametrize("n", [1, 3])
 def test_blocks_of_little_mass_are_skipped_within_the_promise(layout: Layout, n: int) -> None:
+    from tierd_kernels.cuda.launch import EXACT
     from tierd_kernels.cuda.step import Part, Step
 
     heads = 4 * layout.num_kv_heads
@@ -249,11 +250,11 @@ def test_blocks_of_little_mass_are_skipped_within_the_promise(layout: Layout, n:
         step.launch()
         (answer,) = step.answers()
         fields = answer.fields
-        certificate = fields | {"exact": answer.states == 4, "rung": np.zeros_like(answer.states)}
+        certificate = fields | {"exact": answer.states == EXACT, "rung": np.zeros_like(answer.states)}
         for name in ("promoted_key_blocks", "promoted_value_blocks", "skipped_blocks"):
             certificate[name] = certificate[name].astype(np.int64)
         blank = np.zeros(answer.states.shape, np.int64)
-        certificate |= {"rank_certified": blank > 0, "host_bytes": blank, "rung": np.where(answer.states == 4, 4, 0)}
+        certificate |= {"rank_certified": blank > 0, "host_bytes": blank, "rung": np.where(answer.states == EXACT, 4, 0)}
         check_reply(k, v, q, answer.output, certificate, 0.2, 0.0, softmax_scale=layout.head_dim**-0.5, block_size=layout.block_size)
         assert ((fields["skip_error"] > 0) | (fields["skipped_blocks"] == 0)).all()
         skipped[share] = float(fields["skipped_blocks"].mean()) / len(cache.hot)

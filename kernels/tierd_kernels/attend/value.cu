@@ -59,14 +59,13 @@ __device__ __forceinline__ void row_limits(const Call &call, int h, int base, fl
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *calls, int heads, int group, int again) {
+extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
   const Call &call = calls[blockIdx.z];
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4;
   const int tiles = (group * call.n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
   if (blockIdx.x >= heads * tiles || split > call.splits || call.exact_only) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = h * tiles + tile;
-  if (again && !any_row(call, h, group, tile, PROMOTED)) return;
   __shared__ float tops[ROW_TILE];
   constexpr int STAGE_BYTES = (VALUE_BYTES + WEIGHT_FLOATS * 4 + 127) & ~127;  // a tile of tokens
   unsigned char *stage = shared + warp * VALUE_STAGES * STAGE_BYTES;
@@ -93,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   int items = count * TILES;
   for (int i = 0; i < min(items, VALUE_STAGES); i++) issue(i, i);
 
-  const bool skipping = !NAIVE && !again && call.skip_share > 0. && each > BLOCKS_AHEAD;
+  const bool skipping = !NAIVE && call.skip_share > 0. && each > BLOCKS_AHEAD;
   __shared__ Limits limits;
   if (skipping) row_limits(call, h, base, tops, limits);
   else row_tops(call, base, tops);
@@ -142,6 +141,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
       }
       const u32 gone = __ballot_sync(~0u, skip), wanted = (count == LANES ? ~0u : (1u << count) - 1) & ~gone;
       if (gone) {
+        if (skip) call.marks[(i64)base * call.full + first + lane] = SKIPPED_BLOCK;
 #pragma unroll
         for (int k = 0; k < ROW_TILE; k++) {
           const float left = skip ? grown[k] : 0.f, parts[SKIPS] = {skip ? mass[k] : 0.f, left, left > 0.f ? left * nu : 0.f, skip ? 1.f : 0.f};

@@ -14,7 +14,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
     if (threadIdx.x == 0) *state = DUE;
     return;
   }
-  if (again && *state != PROMOTED) return;
+  if (again && *state != OPEN) return;
   __shared__ double slices[SLICES][D];
   __shared__ float stored[D], norms[2][FINISH_WARPS], dots[SPLITS_MAX];
   const int full = call.full, per = call.per, tokens = call.tokens, unit = call.unit[h];
@@ -41,6 +41,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
 #pragma unroll 4
   for (int i = lane; i < splits; i += LANES) top = fmaxf(top, part(i, SPLIT_TOP));
   top = warp_max(top);
+  float *facts = call.facts + (i64)(h * rows + index) * ROW_FACTS;
+  if (again) top = facts[ROW_TOP];  // to which the value pass has weighed
 #pragma unroll 4
   for (int i = lane; i < splits; i += LANES) mass += exp2_approx(part(i, SPLIT_TOP) - top) * part(i, MASS);
   mass = warp_sum(mass);
@@ -110,9 +112,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
   delta_max = warp_max(delta_max), norm_top = warp_max(norm_top), amplitude_top = warp_max(amplitude_top);
   const float left_norm = skipped(SKIP_NORM) / mass * ROOM, left_grown = skipped(SKIP_GROWN) / mass * ROOM, left_count = skipped(SKIP_COUNT);
   if (lane) return;
-  // Weights that counted as zero; low parts of weights, off by 2^-25 in units of 2^-14.
-  const float lost = tokens * 0x1p-123f * (norm_top + o);
-  float arithmetic = VALUE_ROUNDING * (norm * ROOM + failed) + THETA * o + rounding + LEAST + tokens * (0x1p-39f * amplitude_top);
+  // Weights that counted as zero; low parts of weights, off by 2^-25 in units of 2^-14: of a mass that was 1 or more before promotion.
+  const float each = tokens / fminf(mass, 1.f), lost = each * 0x1p-123f * (norm_top + o);
+  float arithmetic = VALUE_ROUNDING * (norm * ROOM + failed) + THETA * o + rounding + LEAST + each * (0x1p-39f * amplitude_top);
   const float flushed = lost * expf(delta_max), denominator = 1.f - low * LOW_ROUNDING;
   float skip = flushed + left_norm + left_grown * o;
   float stretch = denominator > 1e-4f ? (1.f + THETA) * SAFETY / denominator : INFINITY, total = (key + value + skip + arithmetic) * stretch;
@@ -134,13 +136,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
   } else {
     *state = good ? CERTIFIED : DUE;
   }
-  const float facts[ROW_FACTS] = {top, mass, o, (float)fmin(budget, 1e30), flushed + arithmetic, 0.f};  // promoted rows skip nothing
-  for (int k = 0; k < ROW_FACTS; k++) call.facts[(i64)(h * rows + index) * ROW_FACTS + k] = facts[k];
+  int *counts = call.counts + 2 * (h * rows + index);
+  if (!again) {
+    const float found[ROW_FACTS] = {top, mass, o, (float)fmin(budget, 1e30), skip + arithmetic, 0.f};
+    for (int k = 0; k < ROW_FACTS; k++) facts[k] = found[k];
+    counts[0] = counts[1] = 0;
+  }
   const double fields[CANDIDATE] = {total * size, fmin(budget * size, BUDGET_MAX), key * stretch * size, value * stretch * size,
                                     skip * stretch * size, arithmetic * stretch * size, vbar * size, o * size, left_count};
   for (int k = 0; k < CANDIDATE; k++) out[k * stride] = fields[k];
+  out[KEYS * stride] = counts[0], out[VALUES * stride] = counts[1];
   if (again) return;
-  out[CANDIDATE * stride] = total * size, out[KEYS * stride] = out[VALUES * stride] = out[SCORE_TOP * stride] = 0.;
+  out[CANDIDATE * stride] = total * size, out[SCORE_TOP * stride] = 0.;
   out[PAPER_KEY_BOUND * stride] = NAN;
   if (!call.require_rank) out[RANKED * stride] = 0.;
 }

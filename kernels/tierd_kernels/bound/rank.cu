@@ -24,7 +24,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank(const Call *calls, in
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, h = blockIdx.y, index = blockIdx.x, row = index % ROW_TILE;
   if (index >= rows || call.exact_only || !(again ? call.coverage : call.require_rank)) return;
   int *state = call.state + h * rows + index;
-  if (again && *state != PROMOTED) return;
+  if (again && *state != OPEN) return;
   const int base = h * tiles + index / ROW_TILE, blocks = call.full + (call.tokens > call.full * BLOCK);
   const float *statistics = call.statistics + (i64)base * (call.full + 1) * STATISTIC_FLOATS + row;
   const u32 *marks = call.marks + (i64)base * call.full;

@@ -50,7 +50,9 @@ struct Call {
   double *fields;                                  // [FIELDS][Hkv * rows]
   float *facts, *dots;                             // [Hkv * rows][ROW_FACTS]; o_G . O of each split, [Hkv * rows][splits + 1]
   int *state;                                      // [Hkv * rows]
-  u32 *marks;                                      // [tiles][full]: promoted keys, a bit a row, and values, the next four bits
+  u32 *marks;                                      // [tiles][full]: promoted keys, a bit a row, values, the next four bits, SKIPPED_BLOCK
+  int *counts;                                     // [Hkv * rows][2]: promoted keys, values
+  float *picks;                                    // [tiles][2 rounds][PICK_PARTS][ROW_TILE][LANES][2]: see select/pick.cu
   double *dense;                                   // [tiles][splits + 1][ROW_TILE][DENSE_FACTS + D]
   const int *canaries;                             // [num_canaries] full blocks
   unsigned char *failures;                         // [num_canaries][Hkv]
@@ -60,9 +62,8 @@ struct Call {
   int relative_to_output, exact_only, num_canaries, require_rank, coverage, k_min, k_max, boundary_check;
 };
 
-// A row is open until finish has certified it; what selection could not bring within budget, or finish not after promotion, is due to be
-// computed exactly.
-enum { OPEN, CERTIFIED, PROMOTED, DUE, EXACT };
+// A row is open until finish has certified it, at first or after promotion; else it is due to be computed exactly.
+enum { OPEN, CERTIFIED, DUE, EXACT };
 enum { BOUND, BUDGET, KEY_ERROR, VALUE_ERROR, SKIP_ERROR, ARITH_ERROR, VALUE_NORM, OUTPUT_NORM, SKIPPED, CANDIDATE, KEYS, VALUES, SCORE_TOP, RANKED,
        PAPER_KEY_BOUND, FIELDS };
 // What finish leaves for selection: largest score, mass, ||O||, the budget, and what promotion does not change of the numerator; in units. From
@@ -128,6 +129,10 @@ __device__ __forceinline__ u32 as_bits(__half2 x) { return *(u32 *)&x; }
 __device__ __forceinline__ __half2 as_half2(u32 x) { return *(__half2 *)&x; }
 
 __device__ __forceinline__ float half_bits(u32 w, int upper) { return __half2float(__ushort_as_half((unsigned short)(upper ? w >> 16 : w))); }
+
+// Bit of `marks`: the value pass left the block out. Parts of a tile's blocks that selection looks at side by side.
+constexpr u32 SKIPPED_BLOCK = 256;
+constexpr int PICK_PARTS = 16;
 
 // Whether a row of the tile is in this state.
 __device__ __forceinline__ bool any_row(const Call &call, int h, int group, int tile, int state) {

@@ -11,14 +11,16 @@ import numpy as np
 
 from tierd_kernels.cuda.record import Record
 from tierd_kernels.cuda.sources import (
+    COVER_THREADS,
     FINISH_THREADS,
     GATHER_THREADS,
     LANES,
     PARTIALS,
     PARTS,
+    PICK_PARTS,
+    PICK_THREADS,
     QUANTISE_THREADS,
     RANK_THREADS,
-    SELECT_THREADS,
     SKIPS,
     SPLIT_TOKENS_MAX,
     WARPS,
@@ -35,11 +37,12 @@ FIELDS = (
     "candidate_bound", "promoted_key_blocks", "promoted_value_blocks", "score_top", "rank_certified", "paper_key_bound",
 )  # fmt: skip
 # Of `state` in common.cuh, when a step is over: the row is certified, or was computed exactly.
-CERTIFIED, EXACT = 1, 4
+CERTIFIED, EXACT = 1, 3
 # `Call` of common.cuh: addresses on the device, or of pinned memory.
 POINTERS = (
     "pool", "scratch", "originals", "q", "output", "hot", "original", "key_at", "value_at", "unit", "group_values", "group_errors",
-    "weights", "statistics", "partials", "sums", "skips", "fields", "facts", "dots", "state", "marks", "dense", "canaries", "failures",
+    "weights", "statistics", "partials", "sums", "skips", "fields", "facts", "dots", "state", "marks", "counts", "picks", "dense",
+    "canaries", "failures",
 )  # fmt: skip
 REALS = ("scale", "rtol", "atol", "skip_share", "tau_cov", "key_bound_max", "v_tol")
 NUMBERS = (
@@ -137,14 +140,13 @@ class Kernels:
             self._over("canary", (grid.canaries, self.layout.num_kv_heads, grid.calls), WARPS * LANES, calls, grid, stream)
         if program.certifies:
             self.certify(calls, grid, program.ranks, stream)
-            self._rows("select_blocks", SELECT_THREADS, calls, grid, stream)
+            for parts in (0, 1):  # octaves, then parts of one
+                self._over("pick", (grid.tiles, PICK_PARTS, grid.calls), PICK_THREADS, calls, grid, stream, parts)
             if program.covers:
-                self._rows("cover", SELECT_THREADS, calls, grid, stream)
-            self._passes("rescore", calls, grid, stream)
+                self._rows("cover", COVER_THREADS, calls, grid, stream)
+            self._passes("promote", calls, grid, stream)
             if program.covers:
                 self._rows("rank", RANK_THREADS, calls, grid, stream, 1)
-            self._passes("value", calls, grid, stream, 1)
-            self._passes("correct", calls, grid, stream)
             self._finish(calls, grid, 1, stream)
         else:
             self._finish(calls, grid, 0, stream)
@@ -156,12 +158,12 @@ class Kernels:
         self._passes("score", calls, grid, stream)
         if ranks:
             self._rows("rank", RANK_THREADS, calls, grid, stream, 0)
-        self._passes("value", calls, grid, stream, 0)
+        self._passes("value", calls, grid, stream)
         self._finish(calls, grid, 0, stream)
 
-    def _passes(self, name: str, calls: int, grid: Grid, stream: Any, *more: int) -> None:
+    def _passes(self, name: str, calls: int, grid: Grid, stream: Any) -> None:
         """One thread block a tile of rows, split and call."""
-        self._over(name, (grid.tiles, grid.splits, grid.calls), WARPS * LANES, calls, grid, stream, *more)
+        self._over(name, (grid.tiles, grid.splits, grid.calls), WARPS * LANES, calls, grid, stream)
 
     def _rows(self, name: str, threads: int, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None) -> None:
         """One thread block a row, KV head and call."""

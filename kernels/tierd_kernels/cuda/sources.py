@@ -12,10 +12,9 @@ PARTS = {
     "value": ("attend/value.cu",),
     "finish": ("bound/bound.cuh", "bound/finish.cu"),
     "rank": ("bound/rank.cu",),
-    "select_blocks": ("bound/bound.cuh", "select/select.cu"),
+    "pick": ("bound/bound.cuh", "select/threshold.cuh", "select/pick.cu"),
     "cover": ("bound/bound.cuh", "select/cover.cu"),
-    "rescore": ("score/exact.cuh", "bound/bound.cuh", "score/rescore.cu"),
-    "correct": ("score/exact.cuh", "attend/correct.cu"),
+    "promote": ("score/exact.cuh", "bound/bound.cuh", "select/threshold.cuh", "select/promote.cu"),
     "dense": ("score/exact.cuh", "dense/dense.cu"),
     "dense_finish": ("dense/finish.cu",),
     "canary": ("score/exact.cuh", "score/canary.cu"),
@@ -24,10 +23,10 @@ PARTS = {
 }
 SHARED_MAX = 227 * 1024  # of a thread block, static and dynamic, from compute capability 9.0 on
 # As in the sources.
-WARPS, LANES, ROW_TILE, FINISH_THREADS, SELECT_THREADS, RANK_THREADS, QUANTISE_THREADS, GATHER_THREADS = 4, 32, 4, 512, 512, 256, 512, 256
+WARPS, LANES, ROW_TILE, FINISH_THREADS, COVER_THREADS, RANK_THREADS, QUANTISE_THREADS, GATHER_THREADS = 4, 32, 4, 512, 512, 256, 512, 256
 SCORE_STAGES, VALUE_STAGES = 2, 4
 STATISTIC_FLOATS, PARTIALS, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 48, 18, 4, 2048, 2048
-ROW_FACTS, DENSE_FACTS = 6, 6
+ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS = 6, 6, 16, 512
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
 
 
@@ -50,7 +49,9 @@ def shared_bytes(layout: Layout, kernel: str) -> int:
         return WARPS * max(VALUE_STAGES * tile, 4 * ROW_TILE * layout.head_dim)
     if kernel == "finish":  # the row's partials and skips
         return 4 * SPLITS_MAX * (PARTIALS + SKIPS)
-    if kernel in ("rescore", "canary"):  # a record of keys in FP32
+    if kernel == "promote":  # of a warp, a tile of original keys and its changes of the sums
+        return WARPS * (TILE * (layout.head_dim * layout.itemsize + 16) + 4 * ROW_TILE * layout.head_dim)
+    if kernel == "canary":  # a record of keys in FP32
         return 4 * rows
     if kernel == "dense":  # the scores of a split; a record in FP32
         return 8 * ROW_TILE * SPLIT_TOKENS_MAX + 4 * rows

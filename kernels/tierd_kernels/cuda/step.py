@@ -18,7 +18,9 @@ from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, Region
 from tierd_kernels.cuda.record import TILE
 from tierd_kernels.cuda.sources import (
     DENSE_FACTS,
+    LANES,
     PARTIALS,
+    PICK_PARTS,
     ROW_FACTS,
     ROW_TILE,
     SKIPS,
@@ -90,7 +92,8 @@ def workspace_bytes(layout: Layout, group: int, part: Part, splits: int) -> int:
     tiles = layout.num_kv_heads * -(-group * part.n // ROW_TILE)
     block = 4 * (layout.block_size // TILE * TILE_WEIGHT_FLOATS + STATISTIC_FLOATS + 1)
     split = 4 * ROW_TILE * (PARTIALS + SKIPS + layout.head_dim) + 8 * ROW_TILE * (DENSE_FACTS + layout.head_dim)
-    return tiles * ((part.full(layout) + 1) * block + (splits + 1) * split) + rows * 4 * (ROW_FACTS + splits + 1) + 16 * 256
+    picks = 8 * 2 * PICK_PARTS * ROW_TILE * LANES
+    return tiles * ((part.full(layout) + 1) * block + (splits + 1) * split + picks) + rows * 4 * (ROW_FACTS + splits + 3) + 16 * 256
 
 
 class Step:
@@ -126,7 +129,8 @@ class Step:
                 "partials": 4 * tiles[i] * (splits + 1) * PARTIALS * ROW_TILE, "sums": 4 * tiles[i] * (splits + 1) * ROW_TILE * d,
                 "skips": 4 * tiles[i] * (splits + 1) * SKIPS * ROW_TILE,
                 "dense": 8 * tiles[i] * (splits + 1) * ROW_TILE * (DENSE_FACTS + d), "facts": 4 * rows * ROW_FACTS,
-                "dots": 4 * rows * (splits + 1), "marks": 4 * tiles[i] * full,
+                "dots": 4 * rows * (splits + 1), "marks": 4 * tiles[i] * full, "counts": 8 * rows,
+                "picks": 8 * tiles[i] * 2 * PICK_PARTS * ROW_TILE * LANES,
             }  # fmt: skip
             for name, size in sizes.items():
                 numbers[name] = memory.workspace.data.ptr + region.take(size)

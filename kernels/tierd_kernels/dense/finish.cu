@@ -51,6 +51,9 @@ extern "C" __global__ void __launch_bounds__((D + LANES - 1) / LANES *LANES) den
   out[KEY_ERROR * stride] = out[VALUE_ERROR * stride] = out[SKIP_ERROR * stride] = out[SKIPPED * stride] = 0.;
   out[VALUE_NORM * stride] = norm, out[OUTPUT_NORM * stride] = output, out[SCORE_TOP * stride] = largest, out[RANKED * stride] = 1.;
   if (call.exact_only) out[CANDIDATE * stride] = candidate, out[KEYS * stride] = out[VALUES * stride] = 0., out[PAPER_KEY_BOUND * stride] = NAN;
-  else out[CANDIDATE * stride] = fmin(out[CANDIDATE * stride], candidate);
+  else {
+    const int *counts = call.counts + 2 * (h * rows + index);
+    out[CANDIDATE * stride] = fmin(out[CANDIDATE * stride], candidate), out[KEYS * stride] = counts[0], out[VALUES * stride] = counts[1];
+  }
   *state = EXACT;
 }

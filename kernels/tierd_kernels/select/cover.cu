@@ -21,8 +21,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cover(const Call *calls, i
   const Call &call = calls[blockIdx.z];
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, h = blockIdx.y, index = blockIdx.x, row = index % ROW_TILE;
   if (index >= rows || call.exact_only || !call.coverage) return;
-  int *state = call.state + h * rows + index;
-  if (*state != OPEN) return;
+  if (call.state[h * rows + index] != OPEN) return;
   const int base = h * tiles + index / ROW_TILE, full = call.full, blocks = full + (call.tokens > full * BLOCK), lane = threadIdx.x % LANES;
   const float *statistics = call.statistics + (i64)base * (full + 1) * STATISTIC_FLOATS;
   float *facts = call.facts + (i64)(h * rows + index) * ROW_FACTS;
@@ -117,6 +116,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) cover(const Call *calls, i
   if (threadIdx.x) return;
   double *out = call.fields + h * rows + index;
   const i64 stride = (i64)heads * rows;
-  out[KEYS * stride] = counted.count, out[VALUES * stride] = others.count, out[PAPER_KEY_BOUND * stride] = bound;
-  *state = PROMOTED;
+  call.counts[2 * (h * rows + index)] = counted.count, call.counts[2 * (h * rows + index) + 1] = others.count;
+  out[PAPER_KEY_BOUND * stride] = bound;
 }

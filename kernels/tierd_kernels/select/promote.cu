@@ -1,0 +1,334 @@
+// Promotion: what the first passes made of the blocks that a row needs original is taken back, and what their originals give is put in its place:
+// scores and statistics, the splits' sums of the bound, and the sums of weights times values. One thread block a tile of rows and a split; a warp
+// a promoted block. Most find nothing to do.
+//
+// Weights stay relative to the row's largest score of the first pass. Scores of originals are sums in FP32 of exact or once rounded products; what was
+// taken back has been rounded once already, which the split's ERROR remembers.
+constexpr int THREADS = WARPS * LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
+constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM + 16;  // of a staged key: rows begin four banks apart
+constexpr int CHANNELS = 4, STEPS = (D + CHANNELS * LANES - 1) / (CHANNELS * LANES);  // of a value, a lane's neighbouring ones
+// Eight sums of HALF / 8 fused products each, and what joins them; q is scaled, its norm is at least 1/2.
+constexpr float KEY_ROUNDINGS = (HALF / 8 + 8) * U32F * (1.f + 1e-4f);
+constexpr float KEY_FLOOR = 0x1p-90f;  // products and keys that FP32 flushes
+
+struct Scratch {
+  float q[ROW_TILE][D], scale[ROW_TILE], size[ROW_TILE], q_norm[ROW_TILE];
+  float weight[WARPS][TILE][2 * ROW_TILE];  // of a tile of tokens and row: as it shall be, as it was
+  float extra[WARPS][ROW_TILE];             // mass times norms that is taken back
+  u32 marks[SPLIT_BLOCKS];
+  int list[SPLIT_BLOCKS], found[ROUNDS][WARPS];
+};
+
+// q of the tile's rows, scaled by powers of two into [-1, 1], and the scales that undo it, in binary units and, as sizes, natural ones. A warp a row.
+__device__ __forceinline__ void scaled_queries(const Call &call, int h, int group, int tile, Scratch &to) {
+  const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
+  const Row query = query_row(call, h, group, tile * ROW_TILE + row);
+  float top = 0.f, norm = 0.f;
+  for (int i = lane; i < D; i += LANES) {
+    to.q[row][i] = query.real ? as_float(call.q, query.at + i) : 0.f;
+    top = fmaxf(top, fabsf(to.q[row][i]));
+  }
+  top = warp_max(top);
+  const int e = top > 0.f ? ilogbf(top) + 1 : 0;
+  for (int i = lane; i < D; i += LANES) {
+    to.q[row][i] = downscale(to.q[row][i], e);
+    norm = fmaf(to.q[row][i], to.q[row][i], norm);
+  }
+  norm = warp_sum(norm);
+  if (lane) return;
+  to.q_norm[row] = sqrtf(norm) * STORE, to.scale[row] = downscale((float)(call.scale * 1.4426950408889634), -e);
+  to.size[row] = fabsf(to.scale[row]) * 0.69314724f;
+}
+
+// Which blocks of the split are promoted in which rows, to `marks` (the row's own are decided here, those of the coverage policy were before), and, in
+// order, the blocks that are promoted in any; returns their number. For all threads.
+__device__ __forceinline__ int decide(const Call &call, int h, int rows, int group, int tile, int base, int first, int count, const float (&limits)[ROW_TILE],
+                                      Scratch &to) {
+  const int row = threadIdx.x % ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  const RowState own(call, h, rows, min(tile * ROW_TILE + row, rows - 1));
+  u32 *marks = call.marks + (i64)base * call.full + first;
+  int keys = 0, values = 0;
+  u32 mine[ROUNDS];
+#pragma unroll
+  for (int i = 0; i < ROUNDS; i++) {
+    const int b = (threadIdx.x + i * THREADS) / ROW_TILE;
+    u32 mark = 0;
+    if (b < count && !call.coverage && limits[row] < INFINITY) {
+      const Shares s = shares(call, base, first + b, row, own);
+      const bool key = !(s.key <= limits[row]), value = !(s.value <= limits[row]);
+      keys += key, values += value, mark = (key ? 1u : 0u) << row | (value ? 16u : 0u) << row;
+    }
+#pragma unroll
+    for (int bit = 1; bit < ROW_TILE; bit <<= 1) mark |= __shfl_xor_sync(~0u, mark, bit);
+    if (b < count && row == 0) {
+      if (call.coverage) mark = marks[b];
+      else if (mark) marks[b] = mark;
+      to.marks[b] = mark & 255u;
+    }
+    mine[i] = row == 0 && b < count ? mark & 255u : 0u;
+    const u32 some = __ballot_sync(~0u, mine[i] != 0);
+    if (lane == 0) to.found[i][warp] = __popc(some);
+  }
+  for (int bit = ROW_TILE; bit < LANES; bit <<= 1) keys += __shfl_xor_sync(~0u, keys, bit), values += __shfl_xor_sync(~0u, values, bit);
+  int *counts = call.counts + 2 * (h * rows + tile * ROW_TILE + row);
+  if (lane < ROW_TILE && keys) atomicAdd(counts, keys);
+  if (lane < ROW_TILE && values) atomicAdd(counts + 1, values);
+  __syncthreads();
+  int before = 0;
+#pragma unroll
+  for (int i = 0; i < ROUNDS; i++) {
+    const u32 some = __ballot_sync(~0u, mine[i] != 0);
+    for (int w = 0; w < WARPS; w++) {
+      if (w == warp && mine[i]) to.list[before + __popc(some & ((1u << lane) - 1))] = (threadIdx.x + i * THREADS) / ROW_TILE;
+      before += to.found[i][w];
+    }
+  }
+  __syncthreads();
+  return before;
+}
+
+// Scores, in binary units, of a tile of sixteen tokens of an original record for the four rows: a lane has token lane % 16.
+__device__ __forceinline__ void score_originals(const unsigned char *keys, unsigned char *stage, const Scratch &with, int lane, float (&s)[ROW_TILE]) {
+  __syncwarp();
+#pragma unroll
+  for (int i = 0; i < TILE * D * ITEM / 16 / LANES; i++) {
+    const int at = (i * LANES + lane) * 16;
+    *(uint4 *)(stage + at / (D * ITEM) * ROW_BYTES + at % (D * ITEM)) = *(const uint4 *)(keys + at);
+  }
+  __syncwarp();
+  const unsigned char *own = stage + lane % TILE * ROW_BYTES + lane / TILE * HALF * ITEM;
+  const int begin = lane / TILE * HALF;
+  float sums[ROW_TILE][8];
+#pragma unroll
+  for (int row = 0; row < ROW_TILE; row++)
+#pragma unroll
+    for (int k = 0; k < 8; k++) sums[row][k] = 0.f;
+#pragma unroll 2
+  for (int i = 0; i < HALF; i += 8) {
+    uint4 bits[8 / PER_LOAD];
+#pragma unroll
+    for (int k = 0; k < 8 / PER_LOAD; k++) bits[k] = ((const uint4 *)(own + i * ITEM))[k];
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+      const float key = as_float(&bits[k / PER_LOAD], k % PER_LOAD);
+#pragma unroll
+      for (int row = 0; row < ROW_TILE; row++) sums[row][k] = fmaf(with.q[row][begin + i + k], key, sums[row][k]);
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < ROW_TILE; row++) {
+    const float (&x)[8] = sums[row];
+    const float sum = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+    s[row] = (sum + __shfl_xor_sync(~0u, sum, TILE)) * with.scale[row];
+  }
+}
+
+// Four neighbouring channels of a value, as they are stored.
+struct __align__(CHANNELS *ITEM) Originals { u32 words[ITEM]; };
+
+// One block: its statistics anew, and by how much the split's sums change, which is added to `change` [ROW_TILE][D]. A warp's.
+__device__ __forceinline__ void promote_block(const Call &call, int heads, int h, int group, int tile, int base, int block, u32 mark, const float (&tops)[ROW_TILE],
+                                              unsigned char *stage, Scratch &room, float *change) {
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, token = lane % TILE, pair = lane / TILE * 2;
+  const i64 place = (i64)base * (call.full + 1) + block;
+  const float *weights = call.weights + place * TILES * WEIGHT_FLOATS, unit = unit_factor(call.unit[h]);
+  float *statistics = call.statistics + place * STATISTIC_FLOATS;
+  const unsigned char *record = call.pool + call.hot[block] + (i64)h * RECORD_BYTES;
+  const float *notes = (const float *)(record + NOTES_AT);
+  const unsigned char *keys = located(call, call.key_at, heads, h, block), *values = located(call, call.value_at, heads, h, block);
+
+  float s[TILES][ROW_TILE], largest[ROW_TILE], magnitude[ROW_TILE];
+  bool wrong = false;
+#pragma unroll
+  for (int row = 0; row < ROW_TILE; row++) largest[row] = -INFINITY, magnitude[row] = 0.f;
+  if (mark & 15) {
+#pragma unroll
+    for (int t = 0; t < TILES; t++) {
+      score_originals(keys + t * TILE * D * ITEM, stage, room, lane, s[t]);
+#pragma unroll
+      for (int row = 0; row < ROW_TILE; row++) {
+        const bool seen = block * BLOCK + t * TILE + token < query_row(call, h, group, tile * ROW_TILE + row).seen;
+        wrong = wrong || (seen && !(fabsf(s[t][row]) < INFINITY));
+        if (seen) magnitude[row] = fmaxf(magnitude[row], fabsf(s[t][row]));
+        s[t][row] = seen ? s[t][row] : -INFINITY;
+        largest[row] = fmaxf(largest[row], s[t][row]);
+      }
+    }
+  }
+  wrong = __ballot_sync(~0u, wrong) != 0;
+  float sums[2][TOP], extra[2] = {0.f, 0.f}, of_block[STEPS][ROW_TILE][CHANNELS];  // sums: of this half's pair of rows
+#pragma unroll
+  for (int k = 0; k < 2; k++)
+#pragma unroll
+    for (int i = 0; i < TOP; i++) sums[k][i] = 0.f;
+#pragma unroll
+  for (int k = 0; k < STEPS; k++)
+#pragma unroll
+    for (int row = 0; row < ROW_TILE; row++)
+#pragma unroll
+      for (int c = 0; c < CHANNELS; c++) of_block[k][row][c] = 0.f;
+#pragma unroll
+  for (int row = 0; row < ROW_TILE; row++) largest[row] = warp_max(largest[row]), magnitude[row] = warp_max(magnitude[row]);
+  // Of this half's rows from here on: selected, for registers are not indexed at run time.
+  const bool upper = lane >= TILE;
+  float top[2], size[2], score[TILES][2], factor_was[2], factor_is[2];
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+    const float before = weights[TOPS_AT + pair + k], reference = tops[pair + k];
+    const float after = upper ? largest[2 + k] : largest[k];
+    top[k] = mark >> (pair + k) & 1 ? after : before, size[k] = upper ? magnitude[2 + k] : magnitude[k];
+    factor_was[k] = exp2_approx(before - reference), factor_is[k] = exp2_approx(top[k] - reference);
+#pragma unroll
+    for (int t = 0; t < TILES; t++) score[t][k] = upper ? s[t][2 + k] : s[t][k];
+  }
+#pragma unroll 1
+  for (int t = 0; t < TILES; t++) {
+    const u32 both = ((const u32 *)(record + NORMS_AT))[t * TILE + token];
+    const float nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR), stored = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
+    const bool raw = ((const u32 *)notes)[VALUES_RAW];
+    __syncwarp();
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const bool key = mark >> (pair + k) & 1, value = mark >> (pair + k) & 16;
+      const float was = weights[t * WEIGHT_FLOATS + (pair + k) * TILE + token];
+      float own = score[0][k];
+#pragma unroll
+      for (int i = 1; i < TILES; i++) own = t == i ? score[i][k] : own;
+      const float is = !key ? was : own - top[k] >= LOG2_MIN ? exp2_approx(own - top[k]) : 0.f;
+      // Raw values have no codes that could err; promoted ones are used as they are.
+      const float eta = value && raw ? 0.f : stored, used = value ? nu : nu + eta, normed = is * nu, failed = is * eta;
+      sums[k][SUM] += is, sums[k][SUM_SQUARES] = fmaf(is, is, sums[k][SUM_SQUARES]);
+      sums[k][SUM_NORM] += normed, sums[k][SUM_SQUARES_NORM] = fmaf(normed, normed, sums[k][SUM_SQUARES_NORM]);
+      sums[k][SUM_ERROR] += failed, sums[k][SUM_SQUARE_USED] = fmaf(is * used, used, sums[k][SUM_SQUARE_USED]);
+      sums[k][SUM_SQUARE_ERROR] = fmaf(value ? 0.f : failed, eta, sums[k][SUM_SQUARE_ERROR]);
+      const bool touched = key || value;
+      if (touched) extra[k] += was * factor_was[k] * (raw ? nu : nu + stored);
+      room.weight[warp][token][pair + k] = touched ? is * factor_is[k] : 0.f;
+      room.weight[warp][token][ROW_TILE + pair + k] = touched ? was * factor_was[k] : 0.f;
+    }
+    __syncwarp();
+    const unsigned char *part = record + SCORE_BYTES + t * VALUE_BYTES;
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      const int channel = (step * LANES + lane) * CHANNELS;
+      if (channel >= D) continue;
+#pragma unroll 2
+      for (int c = 0; c < 4; c++) {
+        Originals originals[4];
+        if (mark & 240) {
+#pragma unroll
+          for (int j = 0; j < 4; j++) {
+            const i64 at = (i64)(t * TILE + 2 * c + j % 2 + j / 2 * 8) * D + channel;
+            originals[j] = *(const Originals *)(values + at * ITEM);
+          }
+        }
+        const uint4 scales = *(const uint4 *)(part + VALUE_SCALES_AT + (channel / GROUP * 4 + c) * 16);
+        const __half *pairs = (const __half *)&scales;
+        u32 words[CHANNELS];
+#pragma unroll
+        for (int k = 0; k < CHANNELS; k++) words[k] = ((const u32 *)part)[channel / 16 * LANES + (channel % 8 + k) * 4 + c];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const int i = 2 * c + j % 2 + j / 2 * 8;
+          const float4 is = *(const float4 *)room.weight[warp][i], was = *(const float4 *)(room.weight[warp][i] + ROW_TILE);
+          const float news[ROW_TILE] = {is.x, is.y, is.z, is.w}, olds[ROW_TILE] = {was.x, was.y, was.z, was.w};
+#pragma unroll
+          for (int k = 0; k < CHANNELS; k++) {
+            const u32 code = words[k] >> (8 * (channel % 16 / 8) + 4 * (j / 2) + 16 * (j % 2)) & 15;
+            const float stored = __half2float(__hfma(__uint2half_rn(code), pairs[j], pairs[4 + j]));
+#pragma unroll
+            for (int row = 0; row < ROW_TILE; row++) {
+              const float used = mark >> (4 + row) & 1 ? as_float(&originals[j], k) : stored;
+              of_block[step][row][k] = fmaf(news[row], used, fmaf(-olds[row], stored, of_block[step][row][k]));
+            }
+          }
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int step = 0; step < STEPS; step++) {
+    const int channel = (step * LANES + lane) * CHANNELS;
+    if (channel >= D) continue;
+#pragma unroll
+    for (int row = 0; row < ROW_TILE; row++)
+#pragma unroll
+      for (int k = 0; k < CHANNELS; k++) change[row * D + channel + k] += of_block[step][row][k];
+  }
+#pragma unroll
+  for (int k = 0; k < 2; k++) {
+#pragma unroll
+    for (int bit = 1; bit < TILE; bit <<= 1) {
+#pragma unroll
+      for (int i = 0; i < TOP; i++) sums[k][i] += __shfl_xor_sync(~0u, sums[k][i], bit);
+      extra[k] += __shfl_xor_sync(~0u, extra[k], bit);
+    }
+    const int row = pair + k;
+    if (token || !(mark >> row & 0x11)) continue;
+    room.extra[warp][row] += extra[k];
+#pragma unroll
+    for (int i = 0; i < TOP; i++) statistics[i * ROW_TILE + row] = sums[k][i];
+    if (!(mark >> row & 1)) continue;
+    const float eps = wrong ? INFINITY
+                            : (room.size[row] * (room.q_norm[row] * notes[KEY_NORM_MAX] * KEY_ROUNDINGS + KEY_FLOOR) +
+                               SCORE_ROUNDINGS * size[k] + EXP_ERROR) * STORE;
+    statistics[TOP * ROW_TILE + row] = top[k];
+    statistics[DELTA * ROW_TILE + row] = statistics[EPSILON * ROW_TILE + row] = eps;
+    statistics[D_NORM * ROW_TILE + row] = BLOCK_ROOT * eps * STORE;
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) promote(const Call *calls, int heads, int group) {
+  extern __shared__ __align__(128) unsigned char shared[];  // of each warp, a staged tile of keys; then the changes of the sums
+  __shared__ Scratch room;
+  __shared__ float limits[ROW_TILE], tops[ROW_TILE], after[ROW_TILE];
+  const Call &call = calls[blockIdx.z];
+  const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  if (blockIdx.x >= heads * tiles || split >= call.splits || call.exact_only) return;
+  const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x;
+  if (!any_row(call, h, group, tile, OPEN)) return;
+  const int first = split * call.per, count = min(call.per, call.full - first);
+  float limit = INFINITY;  // a warp a row
+  if (open_row(call, h, group, tile, warp) && !call.coverage) {
+    const RowState own(call, h, rows, tile * ROW_TILE + warp);
+    limit = threshold(call, base, warp, own, 2, lane);
+  }
+  if (lane == 0) {
+    const int index = tile * ROW_TILE + warp;
+    limits[warp] = limit, tops[warp] = index < rows ? call.facts[(i64)(h * rows + index) * ROW_FACTS + ROW_TOP] : 0.f;
+  }
+  if (threadIdx.x < WARPS * ROW_TILE) room.extra[threadIdx.x / ROW_TILE][threadIdx.x % ROW_TILE] = 0.f;
+  __syncthreads();
+  const int number = decide(call, h, rows, group, tile, base, first, count, limits, room);
+  if (!number) return;
+  scaled_queries(call, h, group, tile, room);
+  float *changes = (float *)(shared + WARPS * TILE * ROW_BYTES);
+  for (int i = threadIdx.x; i < WARPS * ROW_TILE * D; i += THREADS) changes[i] = 0.f;
+  __syncthreads();
+  for (int i = warp; i < number; i += WARPS) {
+    const int b = room.list[i];
+    promote_block(call, heads, h, group, tile, base, first + b, room.marks[b], tops, shared + warp * TILE * ROW_BYTES, room, changes + warp * ROW_TILE * D);
+  }
+  __syncthreads();
+  float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
+  for (int i = threadIdx.x; i < ROW_TILE * D; i += THREADS) {
+    float x = 0.f;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) x += changes[w * ROW_TILE * D + i];
+    sums[i] += x;
+  }
+  const float *of_split = call.statistics + ((i64)base * (call.full + 1) + first) * STATISTIC_FLOATS + TOP * ROW_TILE;
+  float largest = -INFINITY;
+  for (int b = lane; b < count; b += LANES) largest = fmaxf(largest, of_split[b * STATISTIC_FLOATS + warp]);
+  largest = warp_max(largest);
+  if (lane == 0) after[warp] = largest;
+  __syncthreads();
+  split_sums<true>(call, base, split, after[threadIdx.x % ROW_TILE]);
+  __syncthreads();
+  if (threadIdx.x >= ROW_TILE) return;
+  float extra = 0.f;
+  for (int w = 0; w < WARPS; w++) extra += room.extra[w][threadIdx.x];
+  float *partials = call.partials + ((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE + threadIdx.x;
+  // A quarter more: the change itself was rounded too.
+  if (extra > 0.f) partials[ERROR * ROW_TILE] += 1.25f * extra * exp2_approx(tops[threadIdx.x] - after[threadIdx.x]);
+}
