@@ -1,10 +1,10 @@
 // Puts a row together: the output from the splits' sums, its norms, and the bound of CERTIFICATE.md, "The bound".
-// One thread block a row, and a lane a group of 1024 tokens.
+// One thread block a row.
 constexpr float NORM_RETURN = 1.f / (1.f + 1.f / 128) - 1.f / 16384;
 
 constexpr int FINISH_WARPS = 16, THREADS = FINISH_WARPS * LANES, SLICES = THREADS / D;
 
-extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, int heads, int group, int again) {
+extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *calls, int heads, int group, int again) {
   const Call &call = calls[blockIdx.z];
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   const int h = blockIdx.y, index = blockIdx.x, tile = index / ROW_TILE, row = index % ROW_TILE;
@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
   }
   if (again && *state != OPEN) return;
   __shared__ double slices[SLICES][D];
-  __shared__ float stored[D], norms[2][FINISH_WARPS], dots[SPLITS_MAX];
+  __shared__ float stored[D], norms[2][FINISH_WARPS], dots[SPLITS_MAX], found[8][FINISH_WARPS];
   const int full = call.full, per = call.per, tokens = call.tokens, unit = call.unit[h];
   const int splits = call.splits + (tokens > full * BLOCK), base = h * tiles + tile;
   const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE + row;
@@ -69,6 +69,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
   __syncthreads();
   norm2 = warp_sum(lane < FINISH_WARPS ? norms[0][lane] : 0.f), error2 = warp_sum(lane < FINISH_WARPS ? norms[1][lane] : 0.f);
   const float o = sqrtf(norm2) * ROOM + LEAST, rounding = sqrtf(error2) * ROOM + LEAST;
+  const Groups groups(call);
+  int share = 1;  // lanes to a group
+  while (share < LANES && share < groups.together) share <<= 1;
+  const float2 ahead = group_norms(call, groups, warp * (LANES / share) + lane / share, heads, h);  // under way while dots are taken
   float *out_dots = call.dots + (i64)(h * rows + index) * (call.splits + 1);
   constexpr int AHEAD = 4;  // splits whose loads are under way together
   for (int first = warp; first < splits; first += FINISH_WARPS * AHEAD) {
@@ -89,14 +93,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
     }
   }
   __syncthreads();
-  if (warp) return;
 
-  const Groups groups(call);  // a lane each
+  // The lanes that share a group each take splits of it; sums of a warp's groups go to `found`, and the first warp puts the row together.
   float key = 0.f, value = 0.f, low = 0.f, norm = 0.f, failed = 0.f, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
-  for (int k = lane; k < groups.count; k += LANES) {
-    const int first = min(k * groups.together, call.splits), last = first == call.splits ? splits : min(first + groups.together, call.splits);
+  for (int k = warp * (LANES / share) + lane / share; k - lane / share < groups.count; k += FINISH_WARPS * (LANES / share)) {
+    const int first = min(k * groups.together, call.splits);
+    const int last = k >= groups.count ? first : first == call.splits ? splits : min(first + groups.together, call.splits);
     Group x = {};
-    for (int i = first; i < last; i++) {
+    for (int i = first + lane % share; i < last; i += share) {
       const float f = exp2_approx(part(i, SPLIT_TOP) - top) / mass;
       x.t1 += f * part(i, T1), x.g += f * part(i, MASS_ERROR), x.spread += f * part(i, SPREAD), x.used += f * part(i, USED);
       x.error += f * part(i, ERROR2), x.amplitude += f * part(i, AMPLITUDE), x.squares += f * part(i, KEY_SQUARES) * f;
@@ -105,11 +109,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) finish(const Call *calls, 
       delta_max = fmaxf(delta_max, part(i, DELTA_MAX)), norm_top = fmaxf(norm_top, part(i, NORM_TOP));
       amplitude_top = fmaxf(amplitude_top, part(i, AMPLITUDE_TOP));
     }
-    const float2 terms = group_terms(x, group_norms(call, groups, k, heads, h), o);
+    for (int bit = 1; bit < share; bit <<= 1) {
+      float *sums[] = {&x.t1, &x.g, &x.spread, &x.used, &x.error, &x.amplitude, &x.squares, &x.coded, &x.a2, &x.rho, &x.dot};
+#pragma unroll
+      for (float *sum : sums) *sum += __shfl_xor_sync(~0u, *sum, bit);
+    }
+    if (k >= groups.count || lane % share) continue;
+    const float2 terms = group_terms(x, k < FINISH_WARPS * (LANES / share) ? ahead : group_norms(call, groups, k, heads, h), o);
     key += terms.x, value += terms.y;
   }
-  key = warp_sum(key) * ROOM, value = warp_sum(value) * ROOM, low = warp_sum(low), norm = warp_sum(norm), failed = warp_sum(failed) * ROOM;
+  key = warp_sum(key), value = warp_sum(value), low = warp_sum(low), norm = warp_sum(norm), failed = warp_sum(failed);
   delta_max = warp_max(delta_max), norm_top = warp_max(norm_top), amplitude_top = warp_max(amplitude_top);
+  if (lane == 0) {
+    const float mine[8] = {key, value, low, norm, failed, delta_max, norm_top, amplitude_top};
+    for (int i = 0; i < 8; i++) found[i][warp] = mine[i];
+  }
+  __syncthreads();
+  if (warp) return;
+  auto gathered = [&](int i) { return lane < FINISH_WARPS ? found[i][lane] : 0.f; };
+  key = warp_sum(gathered(0)) * ROOM, value = warp_sum(gathered(1)) * ROOM, low = warp_sum(gathered(2)), norm = warp_sum(gathered(3));
+  failed = warp_sum(gathered(4)) * ROOM, delta_max = warp_max(gathered(5)), norm_top = warp_max(gathered(6)), amplitude_top = warp_max(gathered(7));
   const float left_norm = skipped(SKIP_NORM) / mass * ROOM, left_grown = skipped(SKIP_GROWN) / mass * ROOM, left_count = skipped(SKIP_COUNT);
   if (lane) return;
   // Weights that counted as zero; low parts of weights, off by 2^-25 in units of 2^-14: of a mass that was 1 or more before promotion.
