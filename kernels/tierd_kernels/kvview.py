@@ -99,8 +99,10 @@ class KVView:
             have = min(groups, len(known))
             padded[:, :have] = known[:have].T.astype(np.float64) / unit[:, None]
             norms.append(padded)
-        # A product weight * value below FP32's smallest normal is off by 2^-150 at most, and the kept weights sum to 1 or more.
-        underflow = num_tokens * layout.head_dim**0.5 * 2.0**-149 / unit
+        # A product below FP32's smallest normal is off by 2^-150 at most, weight * scale times a code of 15; the kept weights sum to 1 or
+        # more. Blocks that are read as they are have products weight * value alone.
+        stored = full * layout.block_size
+        underflow = (stored * 2.0**-145 + (num_tokens - stored) * 2.0**-149) * layout.head_dim**0.5 / unit
         return KVView(
             unit, key_norm.max(axis=1), raw, np.concatenate([spectral, pad], axis=1), amplitude, value_norm,
             norms[0], norms[1], underflow, num_tokens, layout.block_size,

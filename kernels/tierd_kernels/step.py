@@ -30,7 +30,7 @@ from tierd_kernels.vector import ROW_TILE
 from tierd_kernels.workspace import Workspace
 
 Rows = NDArray[np.int64]
-SCORE_CHUNK = 8  # blocks per work item of the score pass
+SCORE_CHUNK = 64  # blocks per work item of the score pass; with 8, its working space cost a quarter of the pass
 # Stored norms are rounded up to BF16, so a sum of them is too large by this factor at most.
 NORM_RETURN = 1.0 / (1.0 + 2.0**-7) - 2.0**-15
 FP32_SCORE_MAX = 1e30  # where |q| |k|, or the scale, reaches further, FP32 may overflow on the way: such rows go to float64
