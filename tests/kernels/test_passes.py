@@ -8,7 +8,7 @@ from kernels_cache import Cache, raw, store
 from tierd_kernels.attend import cpu as attend_cpu
 from tierd_kernels.attend import reference as attend_reference
 from tierd_kernels.attend.cpu import group_dots, means
-from tierd_kernels.bound.cpu import weigh
+from tierd_kernels.bound.cpu import EXP_MIN, exponentials, weigh
 from tierd_kernels.bound.reference import block_factors
 from tierd_kernels.bound.statistics import DELTA, EPSILON, MAX_SCORE, NUM_STATISTICS, SUM, SUM_ERROR, SUM_NORM
 from tierd_kernels.kvview import KVView, widen
@@ -154,6 +154,15 @@ def test_factors_and_masses_are_the_references(everything: bool, seed: int, bloc
     assert np.allclose(factor[rows], wanted, rtol=1e-14, atol=0)
     for got, k in zip(sums, (SUM, SUM_NORM, SUM_ERROR), strict=True):
         assert np.allclose(got, np.sum(wanted * statistics[k, rows], axis=1), rtol=1e-13)
+
+
+def test_float64_exponentials_are_exact_to_a_few_roundings() -> None:
+    edges = [0.0, -5e-324, EXP_MIN, np.nextafter(EXP_MIN, -np.inf), -np.inf]
+    x = np.concatenate([-np.random.default_rng(0).exponential(30.0, 100_000), edges])
+    got = np.empty_like(x)
+    exponentials(x, got)
+    wanted = np.where(x >= EXP_MIN, np.exp(x.astype(np.longdouble)), 0)
+    assert (np.abs(got - wanted) <= 2.0**-50 * wanted).all()
 
 
 @given(seed=st.integers(0, 2**32 - 1), groups=st.integers(1, 5), d=st.sampled_from((64, 80)))

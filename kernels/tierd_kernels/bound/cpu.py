@@ -56,8 +56,8 @@ def series(delta_b: Doubles, x_b: Doubles, psi_b: Doubles, fall_b: Doubles) -> N
 
 @compiled()
 def exponentials(x_b: Doubles, out_b: Doubles) -> None:
-    """e^x of x <= 0 within 2^-50 of itself, zero below EXP_MIN. Vector code, which `math.exp` is not: a third of its time. x = n ln 2 + r in two
-    steps, the series of degree 13 on |r| <= 0.35, and n added to the exponent's bits."""
+    """e^x of x <= 0 within 2^-50 of itself, zero below EXP_MIN. Vector code, which `math.exp` is not: it takes a third of the time.
+    x = n ln 2 + r in two steps, the series of degree 13 on |r| <= 0.35, and n added to the exponent's bits."""
     bits_b, n_b = out_b.view(np.int64), np.empty(len(x_b), np.int64)
     for b in range(len(x_b)):
         x = x_b[b] if x_b[b] >= EXP_MIN else EXP_MIN

@@ -196,8 +196,8 @@ def block_weights(
 @intrinsic
 def block_errors(_: Any, sums: Any, notes: Any, scales: Any, q_norms: Any, q_norms_at: Any, constants: Any, facts: Any) -> Any:
     """DELTA, D_NORM and EPSILON of a tile of rows over a quantised block into `facts`, which hold the rows' largest |score| (see
-    CERTIFICATE.md, sections 3 and 10). `sums` from `round_query`, `notes` the record's annotations, `q_norms` from `q_norms_at` on the norms of q;
-    `constants`: gamma, the floors under a product and a score, roundings of a score, the root of B, and the room for FP32."""
+    CERTIFICATE.md, sections 3 and 10). `sums` from `round_query`, `notes` the record's annotations, `q_norms` from `q_norms_at` on the
+    norms of q; `constants`: gamma, the floors under a product and a score, roundings of a score, the root of B, and the room for FP32."""
 
     def body(v: Lanes, sums: Any, notes: Any, scales: Any, q_norms: Any, q_norms_at: Any, constants: Any, facts: Any) -> None:
         def four(pointer: Any, at: Any) -> Any:
