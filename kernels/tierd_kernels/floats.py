@@ -21,9 +21,9 @@ _INF16, _INF_BF16 = 0x7C00, 0x7F80
 def compiled(parallel: bool = False, reassociate: bool = False) -> Callable[[Function], Function]:
     """`numba.njit`, typed. No fastmath, for bounds rest on the order and rounding of what is written; `reassociate` lets sums be
     reordered and products be fused, where the error analysis does not depend on it. NaN and infinity are always kept."""
-    options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "parallel": parallel}
-    if reassociate:
-        options["fastmath"] = {"reassoc", "contract", "nsz"}
+    # Said outright, for a function first compiled inside another inherits what it does not say.
+    fastmath = {"reassoc", "contract", "nsz"} if reassociate else False
+    options: dict[str, Any] = {"nogil": True, "cache": True, "error_model": "numpy", "parallel": parallel, "fastmath": fastmath}
     decorate: Callable[[Function], Function] = numba.njit(**options)
     return decorate
 

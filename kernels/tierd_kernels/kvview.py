@@ -1,17 +1,19 @@
-"""What a call needs to know of the stored cache besides the bytes: units, norms and annotations, gathered with numpy."""
+"""What a call needs to know of the stored cache besides the bytes: units, norms and annotations, gathered in one launch."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from tierd_kernels.arrays import Bytes, Flags, Ints, Singles
+from tierd_kernels.arrays import Bytes, Doubles, Flags, Ints, Singles
 from tierd_kernels.bound.annotations import Annotations
+from tierd_kernels.bound.reference import GROUP_TOKENS
 from tierd_kernels.floats import compiled
 from tierd_kernels.layout import AMP, KEY_NORM_MAX, NUMPY_DTYPE, RAW_VALUES, SV, VALUE_NORM_MAX, Layout, Memory
 from tierd_kernels.numerics import Array
-from tierd_kernels.vector import prefetch
+from tierd_kernels.vector import CACHE_LINE, LANES, copy_line, prefetch
 
 NOTES_AHEAD = 16
 
@@ -35,17 +37,42 @@ def narrow(x: Array, dtype: str) -> NDArray[np.generic]:
 
 
 @compiled(parallel=True)
-def gather_notes(lay: Ints, hot: Bytes, hot_offsets: Ints, notes_aHb: Singles, raw_Hb: Flags) -> None:
-    """The records' annotations, and whether their values stay original. Records lie pages apart: all are asked for ahead."""
+def gather_notes(
+    lay: Ints, hot: Bytes, hot_offsets: Ints, tail_kH: Doubles, group_norms_kGH: Singles, unit_H: Doubles, key_norm_H: Doubles,
+    raw_Hb: Flags, blocks_kHb: Doubles, groups_kHG: Doubles
+) -> None:  # fmt: skip
+    """Fills a `KVView` from the records' annotations; `blocks_kHb` holds spectral norms, amplitudes and largest norms, `groups_kHG` SV and
+    SR. `tail_kH` are the trailing block's largest norms of keys and values, zero without one. Records lie pages apart: all are asked for
+    ahead."""
+    full = len(hot_offsets)
     for h in prange(lay[0]):
-        for b in range(len(hot_offsets)):
-            if b + NOTES_AHEAD < len(hot_offsets):
-                prefetch(hot, hot_offsets[b + NOTES_AHEAD] + h * lay[5] + lay[14], lay[15] + 4 - lay[14])
-            record = hot_offsets[b] + h * lay[5]
-            notes = hot[record + lay[14] : record + lay[14] + 32].view(np.float32)
-            for a in range(8):
-                notes_aHb[a, h, b] = notes[a]
-            raw_Hb[h, b] = (hot[record + lay[15]] & RAW_VALUES) != 0
+        notes = np.empty(LANES, np.float32)
+        bits = notes.view(np.uint32)
+        spectral_b, amplitude_b, norm_b = blocks_kHb[0, h], blocks_kHb[1, h], blocks_kHb[2, h]
+        key_norm, top = tail_kH[0, h], tail_kH[1, h]
+        for b in range(full):
+            if b + NOTES_AHEAD < full:
+                prefetch(hot, hot_offsets[b + NOTES_AHEAD] + h * lay[5] + lay[14], CACHE_LINE)
+            copy_line(hot, hot_offsets[b] + h * lay[5] + lay[14], notes)
+            raw_Hb[h, b] = (bits[8] & RAW_VALUES) != 0
+            spectral_b[b], norm_b[b] = notes[SV], notes[VALUE_NORM_MAX]
+            # Raw values are read as they are: their arithmetic errors scale with their own norm, and the infinite annotation is unused.
+            amplitude_b[b] = 0.0 if raw_Hb[h, b] else notes[AMP]
+            key_norm, top = max(key_norm, np.float64(notes[KEY_NORM_MAX])), max(top, np.float64(notes[VALUE_NORM_MAX]))
+        for b in range(full, len(norm_b)):
+            spectral_b[b], amplitude_b[b], norm_b[b] = 0.0, 0.0, tail_kH[1, h]
+        unit = 1.0
+        if 0.0 < top < np.inf:
+            unit = math.ldexp(1.0, min(max(math.frexp(top)[1], -1000), 1000))
+        for b in range(len(norm_b)):
+            norm_b[b] /= unit
+            spectral_b[b] /= unit
+            amplitude_b[b] = max(amplitude_b[b] / unit, norm_b[b])
+        for k in range(2):
+            for group in range(groups_kHG.shape[2]):
+                known = group < group_norms_kGH.shape[1]
+                groups_kHG[k, h, group] = group_norms_kGH[k, group, h] / unit if known else np.inf
+        unit_H[h], key_norm_H[h] = unit, key_norm
 
 
 @dataclass(frozen=True)
@@ -74,36 +101,22 @@ class KVView:
         num_tokens: int,
         group_norms: tuple[NDArray[np.float32], NDArray[np.float32]],
     ) -> "KVView":
-        heads, full = layout.num_kv_heads, len(hot_offsets)
-        notes, raw = np.empty((8, heads, full), np.float32), np.empty((heads, full), np.bool_)
-        gather_notes(layout.as_array, memory.hot, hot_offsets, notes, raw)
-        key_norm, value_norm = (notes[i].astype(np.float64) for i in (KEY_NORM_MAX, VALUE_NORM_MAX))
-        tail = len(original_offsets) - full
-        if tail:
-            count = num_tokens - full * layout.block_size
-            keys, values = read_block(layout, memory, int(original_offsets[-1]), count)
-            tail_norm = np.linalg.norm(values, axis=2).max(axis=1)[:, None] * (1 + 2.0**-40)
-            key_norm = np.concatenate([key_norm, np.linalg.norm(keys, axis=2).max(axis=1)[:, None] * (1 + 2.0**-40)], axis=1)
-            value_norm = np.concatenate([value_norm, tail_norm], axis=1)
-        top = value_norm.max(axis=1)
-        unit = np.ldexp(1.0, np.where((top > 0) & np.isfinite(top), np.clip(np.frexp(top)[1], -1000, 1000), 0))
-        value_norm = value_norm / unit[:, None]
-        pad = np.zeros((heads, tail))
-        spectral, amplitude = (notes[i] / unit[:, None] for i in (SV, AMP))
-        # Raw values are read as they are: their arithmetic errors scale with their own norm, and the infinite annotation is unused.
-        amplitude = np.maximum(np.concatenate([np.where(raw, 0.0, amplitude), pad], axis=1), value_norm)
-        groups = -(-num_tokens // 1024)
-        norms = []
-        for known in group_norms:
-            padded = np.full((heads, groups), np.inf)
-            have = min(groups, len(known))
-            padded[:, :have] = known[:have].T.astype(np.float64) / unit[:, None]
-            norms.append(padded)
-        # A product weight * value below FP32's smallest normal is off by 2^-150 at most, and the kept weights sum to 1 or more.
-        underflow = num_tokens * layout.head_dim**0.5 * 2.0**-149 / unit
+        heads, full, blocks = layout.num_kv_heads, len(hot_offsets), len(original_offsets)
+        tail = np.zeros((2, heads))
+        if blocks > full:
+            both = read_block(layout, memory, int(original_offsets[-1]), num_tokens - full * layout.block_size)
+            tail[:] = [np.linalg.norm(x, axis=2).max(axis=1) * (1 + 2.0**-40) for x in both]
+        (unit, key_norm), raw = np.empty((2, heads)), np.empty((heads, full), np.bool_)
+        per_block, per_group = np.empty((3, heads, blocks)), np.empty((2, heads, -(-num_tokens // GROUP_TOKENS)))
+        known = np.stack([norms[: per_group.shape[2]] for norms in group_norms])
+        gather_notes(layout.as_array, memory.hot, hot_offsets, tail, known, unit, key_norm, raw, per_block, per_group)
+        # A product below FP32's smallest normal is off by 2^-150 at most, weight * scale times a code of 15; the kept weights sum to 1 or
+        # more. Blocks that are read as they are have products weight * value alone.
+        stored = full * layout.block_size
+        underflow = (stored * 2.0**-145 + (num_tokens - stored) * 2.0**-149) * layout.head_dim**0.5 / unit
+        (spectral, amplitude, norm_max), (values, errors) = per_block, per_group
         return KVView(
-            unit, key_norm.max(axis=1), raw, np.concatenate([spectral, pad], axis=1), amplitude, value_norm,
-            norms[0], norms[1], underflow, num_tokens, layout.block_size,
+            unit, key_norm, raw, spectral, amplitude, norm_max, values, errors, underflow, num_tokens, layout.block_size
         )  # fmt: skip
 
     def value_error_max(self, layout: Layout, memory: Memory, hot_offsets: NDArray[np.int64]) -> Array:

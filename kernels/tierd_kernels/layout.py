@@ -6,16 +6,17 @@ own type; an original block is the key records of all heads followed by the valu
 
 Fields of a hot record, in this order (B block size, d head dimension, G value groups):
 
-    key_codes      int8    [B / 16, d, 16]   token tile, channel, token: sixteen tokens of a channel fill one vector register
-    value_codes    uint8   [B, d / 2]        channel c < d/2 in the low nibble of byte c, channel c + d/2 in the high one
+    key_codes      int8    [B / 16, d / 2, 16, 2]  token tile, channel pair, token, channel: what one integer dot product takes
     key_scale      f16     [d]
     key_offset     f16     [d]
-    value_scale    f16     [B, G]
-    value_offset   f16     [B, G]
     value_error    bf16    [B]               eta_t, rounded up
     value_norm     bf16    [B]               nu_t, rounded up
     annotations    f32     [8]               h, rK, sK, sV, amp, C1, max_t ||V_t||, max_t ||K_t||
     flags          u32     [1]               bit 0: keys stay original, bit 1: values stay original
+    (from here on only the value pass reads; starts a cache line)
+    value_scale    f16     [G, B]
+    value_offset   f16     [G, B]
+    value_codes    uint8   [B, d / 2]        channel c < d/2 in the low nibble of byte c, channel c + d/2 in the high one
 """
 
 from dataclasses import dataclass
@@ -85,28 +86,16 @@ class Layout:
         return -(-self.head_dim // self.value_group)
 
     @property
-    def value_codes_at(self) -> int:
-        return self.block_size * self.head_dim
-
-    @property
     def key_scale_at(self) -> int:
-        return self.value_codes_at + self.block_size * self.head_dim // 2
+        return self.block_size * self.head_dim
 
     @property
     def key_offset_at(self) -> int:
         return self.key_scale_at + 2 * self.head_dim
 
     @property
-    def value_scale_at(self) -> int:
-        return self.key_offset_at + 2 * self.head_dim
-
-    @property
-    def value_offset_at(self) -> int:
-        return self.value_scale_at + 2 * self.block_size * self.num_value_groups
-
-    @property
     def value_error_at(self) -> int:
-        return self.value_offset_at + 2 * self.block_size * self.num_value_groups
+        return self.key_offset_at + 2 * self.head_dim
 
     @property
     def value_norm_at(self) -> int:
@@ -121,8 +110,20 @@ class Layout:
         return self.annotations_at + 32
 
     @property
-    def hot_record_bytes(self) -> int:
+    def value_scale_at(self) -> int:
         return align(self.flags_at + 4)
+
+    @property
+    def value_offset_at(self) -> int:
+        return self.value_scale_at + 2 * self.block_size * self.num_value_groups
+
+    @property
+    def value_codes_at(self) -> int:
+        return self.value_offset_at + 2 * self.block_size * self.num_value_groups
+
+    @property
+    def hot_record_bytes(self) -> int:
+        return align(self.value_codes_at + self.block_size * self.head_dim // 2)
 
     @property
     def hot_block_bytes(self) -> int:

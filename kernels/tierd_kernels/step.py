@@ -30,7 +30,7 @@ from tierd_kernels.vector import ROW_TILE
 from tierd_kernels.workspace import Workspace
 
 Rows = NDArray[np.int64]
-SCORE_CHUNK = 8  # blocks per work item of the score pass
+SCORE_CHUNK = 64  # blocks per work item of the score pass; with 8, its working space cost a quarter of the pass
 # Stored norms are rounded up to BF16, so a sum of them is too large by this factor at most.
 NORM_RETURN = 1.0 / (1.0 + 2.0**-7) - 2.0**-15
 FP32_SCORE_MAX = 1e30  # where |q| |k|, or the scale, reaches further, FP32 may overflow on the way: such rows go to float64
@@ -39,6 +39,8 @@ BUDGET_MAX = 1e250  # keeps a budget finite in any unit
 SQUARE_FLOOR = 2.0**-511  # the square of what lies below is not a normal double: norms do not see it
 # What a selection aims at, as shares of the budget: the second try is for what the first misjudged.
 TARGETS = (0.9, 0.5)
+# The fields of a row's certificate that are written when it is within budget, in units of the values.
+SETTLED = ("bound", "budget", "key_error", "value_error", "skip_error", "arith_error", "value_norm", "output_norm")
 
 
 class Step:
@@ -54,7 +56,7 @@ class Step:
         seen = call.num_tokens - total + np.arange(start, stop) + 1
         self.num_tokens = int(seen[-1])
         self.visible_R = np.full(self.rows, self.num_tokens, np.int64)
-        self.visible_R[: self.used] = np.tile(seen, self.used // self.n)
+        self.visible_R[: self.used].reshape(-1, self.n)[:] = seen
         self.q_HRd, self.scale_HR = np.zeros((self.heads, self.rows, self.d)), np.ones((self.heads, self.rows))
         q = widen(call.q[:, start:stop], layout.dtype).reshape(self.heads, self.used, self.d)
         scale = float(call.softmax_scale)
@@ -82,16 +84,16 @@ class Step:
         self.factor = space.zeros("factor", (all_rows, self.num_blocks), np.float64)
         self.partial = space.take("partial", (self.heads, self.rows, groups, self.d), np.float64)
         self.output = np.zeros((all_rows, self.d), call.q.dtype)
-        self.output_norm, self.output_error = np.zeros(all_rows), np.zeros(all_rows)
+        self.output_norm, self.output_error = np.zeros((2, all_rows))
         self.group_dot = np.zeros((all_rows, groups))
-        self.key_exact = np.zeros((all_rows, self.num_blocks), np.bool_)
-        self.value_exact, self.keep = self.key_exact.copy(), self.key_exact.copy()
+        self.key_exact, self.value_exact, self.keep = np.zeros((3, all_rows, self.num_blocks), np.bool_)
         self.contributions = np.zeros((2, len(call.hot_offsets), self.heads), np.float32)
         self.exact, self.promoted = np.zeros(all_rows, np.bool_), False
-        self.done = np.tile(np.arange(self.rows) >= self.used, self.heads)
+        self.done = np.zeros(all_rows, np.bool_)
+        self.done.reshape(self.heads, -1)[:, self.used :] = True
         self.ranked = np.zeros(all_rows, np.bool_)
-        names = ["bound", "budget", "key_error", "value_error", "skip_error", "arith_error", "value_norm", "output_norm"]
-        self.fields = {name: np.zeros(all_rows) for name in names}
+        self.settled = np.zeros((len(SETTLED), all_rows))
+        self.fields = dict(zip(SETTLED, self.settled, strict=True))
         self.fields["candidate_bound"] = np.full(all_rows, np.inf)
         self.fields["paper_key_bound"] = np.full(all_rows, np.nan)
 
@@ -253,14 +255,14 @@ class Step:
         """Attends; rows within budget are done. Returns those that are not, with their bounds and budgets."""
         bound, budget = self._attend(rows)
         good = (bound.total <= budget) & np.isfinite(bound.total) & np.isfinite(self.output_norm[rows])
-        now, unit = rows[good], self.unit_R[rows[good]]
-        self.done[now] = True
-        parts = {
-            "bound": bound.total, "budget": budget, "key_error": bound.key, "value_error": bound.value, "skip_error": bound.skip,
-            "arith_error": bound.arithmetic, "value_norm": bound.value_norm * NORM_RETURN, "output_norm": self.output_norm[rows],
-        }  # fmt: skip
-        for name, part in parts.items():
-            self.fields[name][now] = part[good] * unit
+        self.done[rows[good]] = True
+        parts = np.stack((
+            bound.total, budget, bound.key, bound.value, bound.skip, bound.arithmetic, bound.value_norm * NORM_RETURN,
+            self.output_norm[rows],
+        ))  # fmt: skip
+        self.settled[:, rows[good]] = parts[:, good] * self.unit_R[rows[good]]
+        if np.all(good):
+            return rows[:0], bound, budget
         left = Bound(*(np.asarray(getattr(bound, name))[~good] for name in Bound.__dataclass_fields__))
         return rows[~good], left, budget[~good]
 
@@ -308,12 +310,12 @@ class Step:
         )  # fmt: skip
 
     def _result(self, failures: list[tuple[int, int]]) -> Result:
-        use = np.flatnonzero(np.tile(np.arange(self.rows) < self.used, self.heads))
+        use = slice(None) if self.used == self.rows else (np.arange(self.heads)[:, None] * self.rows + np.arange(self.used)).reshape(-1)
         exact, keep, by_head = self.exact[use], self.keep[use], (self.heads, self.used, self.full)
         counts, reads, host = [], [], np.where(exact, 2 * self.num_tokens * self.d * self.layout.itemsize, 0)
         for mask, locations in ((self.key_exact, self.call.key_locations), (self.value_exact, self.call.value_locations)):
             if not self.promoted and not np.any(exact):  # half a millisecond at 32,768 tokens
-                counts.append(np.zeros(len(use), np.int64))
+                counts.append(np.zeros(len(exact), np.int64))
                 reads.append(np.zeros((len(self.call.hot_offsets), self.heads), np.bool_))
                 continue
             promoted = mask[use]
@@ -331,7 +333,8 @@ class Step:
         whole_layer = np.broadcast_to(exact.reshape(shape).all(axis=0), shape).reshape(-1)
         rung = np.where(whole_layer, 4, np.where(exact, 3, rung))
         visible = -(-self.visible_R[: self.used] // self.layout.block_size)
-        skipped = np.where(exact, 0, np.tile(visible, self.heads) - keep.sum(axis=1))
+        kept = np.count_nonzero(keep, axis=1).reshape(self.heads, -1)
+        skipped = np.where(exact, 0, (visible - kept).reshape(-1))
         fields: dict[str, NDArray[np.generic]] = {name: x[use] for name, x in self.fields.items()}
         fields |= {
             "rung": rung, "exact": exact, "rank_certified": self.ranked[use], "promoted_key_blocks": keys,

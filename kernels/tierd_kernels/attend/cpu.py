@@ -7,26 +7,23 @@ import numpy as np
 from numba import prange
 
 from tierd_kernels.arrays import Bytes, Doubles, Flags, Ints, Singles
+from tierd_kernels.attend.lanes import weigh_codes, weigh_values
 from tierd_kernels.bound.reference import GROUP_TOKENS
 from tierd_kernels.floats import compiled, widen
-from tierd_kernels.vector import LANES, PREFETCH_BLOCKS, ROW_TILE, prefetch, weigh_values, widen_halves, widen_values
+from tierd_kernels.vector import LANES, PREFETCH_BLOCKS, ROW_TILE, prefetch, widen_halves
 
 
 @compiled()
 def read_values(lay: Ints, hot: Bytes, record: int, scales: Singles, offsets: Singles, out: Singles) -> None:
-    """Dequantises one record's values into FP32 `out` [B, d]: code * scale is exact in FP32, the offset costs one rounding."""
-    d, B, g, groups = lay[1], lay[2], lay[3], lay[4]
+    """Dequantises one record's values into FP32 `out` [B, d], for head dimensions whose halves are not whole registers: code * scale
+    is exact in FP32, the offset costs one rounding."""
+    d, B, g = lay[1], lay[2], lay[3]
     half = d // 2
-    widen_halves(hot, record + lay[10], B * groups, scales)
-    widen_halves(hot, record + lay[11], B * groups, offsets)
-    if half % LANES == 0:
-        widen_values(hot, record + lay[7], B, half, scales, offsets, groups, g, out)
-        return
     codes = hot[record + lay[7] : record + lay[7] + B * half]
     for t in range(B):
         for c in range(d):
             code = codes[t * half + c] & 15 if c < half else codes[t * half + c - half] >> 4
-            group = t * groups + c // g
+            group = c // g * B + t
             out[t * d + c] = np.float32(code) * scales[group] + offsets[group]
 
 
@@ -48,13 +45,16 @@ def attend(
     num_blocks, full = len(original_offsets), len(hot_offsets)
     per_group = GROUP_TOKENS // B
     stride = num_blocks * B
+    whole = d // 2 % LANES == 0
     weights, partial = weights_HRt.reshape(-1), partial_HRGd.reshape(-1)
     for item in prange(heads * groups):
         h, group = item // groups, item % groups
         scales = np.empty(B * lay[4], np.float32)
         offsets = np.empty(B * lay[4], np.float32)
         exact = np.empty(B * d, np.float32)
-        coded = np.empty(B * d, np.float32)
+        coded = np.empty(0 if whole else B * d, np.float32)
+        scaled = np.empty(ROW_TILE * lay[4] * B, np.float32)
+        sums = np.empty(lay[4] * LANES, np.float32)
         factors = np.empty(ROW_TILE, np.float64)
         first, last = group * per_group, min((group + 1) * per_group, num_blocks)
         needed = np.zeros(per_group + PREFETCH_BLOCKS, np.bool_)
@@ -65,7 +65,7 @@ def attend(
         for b in range(first, last):
             if needed[b - first + PREFETCH_BLOCKS] and b + PREFETCH_BLOCKS < full:
                 later = hot_offsets[b + PREFETCH_BLOCKS] + h * lay[5]
-                prefetch(memory_hot, later + lay[7], lay[12] - lay[7])
+                prefetch(memory_hot, later + lay[10], lay[5] - lay[10])
             if not needed[b - first]:
                 continue
             raw = b >= full or raw_Hb[h, b]
@@ -94,7 +94,10 @@ def attend(
                     widen(arena[where : where + count * lay[16]], lay[17], exact[:count])
                 if any_coded and not have_coded:
                     have_coded = True
-                    read_values(lay, memory_hot, record, scales, offsets, coded)
+                    widen_halves(memory_hot, record + lay[10], B * lay[4], scales)
+                    widen_halves(memory_hot, record + lay[11], B * lay[4], offsets)
+                    if not whole:
+                        read_values(lay, memory_hot, record, scales, offsets, coded)
                 at = (h * rows + start) * stride + b * B
                 out_at = ((h * rows + start) * groups + group) * d
                 for use_exact in (False, True):
@@ -102,8 +105,14 @@ def attend(
                         for i in range(ROW_TILE):
                             own = (raw or value_exact_HRb[h, start + i, b]) == use_exact
                             factors[i] = factor_HRb[h, start + i, b] if own and keep_HRb[h, start + i, b] else 0.0
-                        values = exact if use_exact else coded
-                        weigh_values(values, B, d, weights, at, stride, factors, partial, out_at, groups * d)
+                        if whole and not use_exact:
+                            weigh_codes(
+                                memory_hot, record + lay[7], B, d // 2, lay[3], scales, offsets, weights, at, stride, factors, scaled, sums,
+                                partial, out_at, groups * d
+                            )  # fmt: skip
+                        else:
+                            values = exact if use_exact else coded
+                            weigh_values(values, B, d, weights, at, stride, factors, partial, out_at, groups * d)
 
 
 @compiled(parallel=True)

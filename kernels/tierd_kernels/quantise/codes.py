@@ -46,7 +46,7 @@ def quantise_keys(
             return False, 0
         for t in range(x.shape[1]):
             code = np.rint((x[c, t] - offset) / scale)
-            codes[((t // KEY_TILE) * x.shape[0] + c) * KEY_TILE + t % KEY_TILE] = np.int8(code)
+            codes[((t // KEY_TILE) * x.shape[0] + c - c % 2) * KEY_TILE + t % KEY_TILE * 2 + c % 2] = np.int8(code)
             x[c, t] = (x[c, t] - (code * scale + offset)) / scale
             code_sums[t] += np.int64(abs(code))
     return True, code_sums.max()
@@ -67,7 +67,7 @@ def quantise_values(
             least, most = x[start, t], x[start, t]
             for c in range(start + 1, stop):
                 least, most = min(least, x[c, t]), max(most, x[c, t])
-            at = t * groups + g
+            at = g * tokens + t
             offsets[at] = f16_bits_below(least + 0.0)
             offset = f16_value(offsets[at])
             scales[at] = f16_bits(max((most - offset) / VALUE_CODE_MAX, F16_SMALLEST_NORMAL), UP)

@@ -138,7 +138,7 @@ def load_errors(p: NDArray[np.int64], record: Bytes, x: Array) -> None:
         for c in range(p[DIM]):
             byte = record[p[VALUE_CODES] + t * half + c % half]
             code = float(byte & 15) if c < half else float(byte >> 4)
-            at = t * groups + c // p[GROUP]
+            at = c // p[GROUP] * p[TOKENS] + t
             x[t, c] -= code * f16_value(scales[at]) + f16_value(offsets[at])
 
 

@@ -195,21 +195,13 @@ def group_norms(values_Td: Array, errors_Td: Array) -> tuple[float, float]:
 def encode(block: QuantisedBlock, layout: Layout) -> NDArray[np.uint8]:
     """The hot record, uint8[hot_record_bytes]; padding is zero."""
     half = layout.head_dim // 2
-    tiles = block.key_codes_Bd.reshape(-1, KEY_TILE, layout.head_dim).transpose(0, 2, 1)
+    tiles = block.key_codes_Bd.reshape(-1, KEY_TILE, layout.head_dim // 2, 2).transpose(0, 2, 1, 3)
     nibbles = block.value_codes_Bd[:, :half] | (block.value_codes_Bd[:, half:] << 4)
-    fields: list[NDArray[Any]] = [
-        tiles,
-        nibbles,
-        block.key_scale_d,
-        block.key_offset_d,
-        block.value_scale_BG,
-        block.value_offset_BG,
-        block.value_error_B,
-        block.value_norm_B,
-        block.annotations,
-        np.array([block.flags], np.uint32),
-    ]
-    packed = b"".join(np.ascontiguousarray(field).tobytes() for field in fields)
+    flags = np.array([block.flags], np.uint32)
+    read_with_keys = (tiles, block.key_scale_d, block.key_offset_d, block.value_error_B, block.value_norm_B, block.annotations, flags)
+    read_with_values = (block.value_scale_BG.T, block.value_offset_BG.T, nibbles)
+    first, second = (b"".join(np.ascontiguousarray(x).tobytes() for x in part) for part in (read_with_keys, read_with_values))
+    packed = first.ljust(layout.value_scale_at, b"\0") + second
     return np.frombuffer(packed.ljust(layout.hot_record_bytes, b"\0"), np.uint8)
 
 
@@ -221,14 +213,14 @@ def decode(record: NDArray[np.uint8], layout: Layout) -> QuantisedBlock:
         return np.frombuffer(record.tobytes(), dtype, int(np.prod(shape)), at).reshape(shape).copy()
 
     nibbles = field(layout.value_codes_at, np.uint8, tokens, channels // 2)
-    tiles = field(0, np.int8, tokens // KEY_TILE, channels, KEY_TILE)
+    tiles = field(0, np.int8, tokens // KEY_TILE, channels // 2, KEY_TILE, 2)
     return QuantisedBlock(
-        tiles.transpose(0, 2, 1).reshape(tokens, channels),
+        tiles.transpose(0, 2, 1, 3).reshape(tokens, channels),
         field(layout.key_scale_at, np.float16, channels),
         field(layout.key_offset_at, np.float16, channels),
         np.concatenate([nibbles & 15, nibbles >> 4], axis=1),
-        field(layout.value_scale_at, np.float16, tokens, groups),
-        field(layout.value_offset_at, np.float16, tokens, groups),
+        field(layout.value_scale_at, np.float16, groups, tokens).T,
+        field(layout.value_offset_at, np.float16, groups, tokens).T,
         field(layout.value_error_at, np.uint16, tokens),
         field(layout.value_norm_at, np.uint16, tokens),
         field(layout.annotations_at, np.float32, 8),

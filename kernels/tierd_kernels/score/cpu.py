@@ -11,25 +11,21 @@ import numpy as np
 from numba import prange
 
 from tierd_kernels.arrays import Bytes, Doubles, Flags, Ints, Singles
-from tierd_kernels.bound.statistics import D_NORM, DELTA, EPSILON, MAX_SCORE, SUM
+from tierd_kernels.bound.statistics import D_NORM, DELTA, EPSILON, NUM_STATISTICS
 from tierd_kernels.floats import compiled, widen
-from tierd_kernels.layout import RAW_KEYS, RAW_VALUES, RK, SK, H
+from tierd_kernels.layout import RAW_KEYS, RAW_VALUES
 from tierd_kernels.numerics import U32, U64
-from tierd_kernels.vector import (
-    FACT_TOP,
+from tierd_kernels.score.lanes import (
     FACT_TOP_ABS,
-    LANES,
     NUM_FACTS,
-    NUM_SUMS,
-    PREFETCH_BLOCKS,
-    ROW_TILE,
+    NUM_QUERY_SUMS,
+    QUERY_OFFSET,
+    block_errors,
     block_weights,
     dot_codes,
-    prefetch,
-    scale_query,
-    widen_halves,
-    widen_norms,
+    round_query,
 )
+from tierd_kernels.vector import LANES, PREFETCH_BLOCKS, ROW_TILE, copy_line, prefetch, widen_halves, widen_norms
 
 # Norms below this share of the largest are raised to it: their squares stay far from underflow and the bound only grows.
 NORM_FLOOR = 2.0**-50
@@ -41,7 +37,8 @@ PRODUCT_FLOOR, SCORE_FLOOR = 2.0**-120, 2.0**-90
 EXP_ERROR = 5.0 * U32
 # Roundings of a score and of s - m, in units of the largest |score|: scale, product, and twice for the difference.
 SCORE_ROUNDINGS = 5.0 * U32
-FACT_SUM = 1.0 + 2.0**-18  # FP32 sums of at most 256 positive terms, in 16 lanes
+# FP32 sums of at most 256 positive terms in 16 lanes, 21 u, and what an error term is computed from them by, 16 u at most.
+FACT_SUM = 1.0 + 2.0**-17
 STORE = 1.0 + 2.0**-22  # rounding to FP32, from above
 
 
@@ -100,23 +97,29 @@ def score(
     chunks = (num_blocks + chunk - 1) // chunk
     stride = num_blocks * B
     root = math.sqrt(np.float64(B))
-    # d products and sums, and the roundings of q, of q sigma and of the offset's product, twice over.
-    roundings = (2.0 * d + 8.0) * U32
-    gamma_d = roundings / (1.0 - roundings)
-    weights = weights_HRt.reshape(-1)
+    # Of the code part: q, q sigma, its integer (two), step, conversion, product, sum: eight. Of q . z: d / 16 + 4 sums, q, sum.
+    roundings = (d / 16.0 + 10.0) * U32
+    gamma_q = roundings / (1.0 - roundings)
+    weights, statistics, plane = weights_HRt.reshape(-1), statistics_sHRb.reshape(-1), heads * rows * num_blocks
     floor = np.full(1, NORM_FLOOR, np.float32)
+    constants = np.array([gamma_q, PRODUCT_FLOOR, SCORE_FLOOR + EXP_ERROR, SCORE_ROUNDINGS, root, FACT_SUM], np.float32)
     for item in prange(heads * chunks):
         h = item // chunks
         keys = np.empty(B * d, np.float64)
         narrow = np.empty(B * d, np.float32)
         norms = np.empty(B, np.float32)
         errors = np.empty(B, np.float32)
-        no_errors = np.zeros(B, np.float32)
+        notes = np.empty(LANES, np.float32)
+        bits = notes.view(np.uint32)
         sigma = np.empty(d, np.float32)
         offset = np.empty(d, np.float32)
         q = q_HRd[h].astype(np.float32).reshape(-1)
-        qs = np.zeros(ROW_TILE * d, np.float32)
-        sums = np.zeros(4 * ROW_TILE + LANES, np.float32)
+        q_norms = np.empty(rows, np.float32)
+        for r in range(rows):
+            q_norms[r] = math.sqrt(np.sum(q_HRd[h, r] * q_HRd[h, r])) * FACT_SUM
+        wide = np.empty(ROW_TILE * d, np.float32)
+        qs = np.empty(ROW_TILE * d, np.int16)
+        sums = np.zeros(NUM_QUERY_SUMS, np.float32)
         dots = np.zeros(ROW_TILE * B, np.float32)
         scales = np.empty(ROW_TILE, np.float32)
         offsets = np.empty(ROW_TILE, np.float32)
@@ -138,19 +141,18 @@ def score(
             later = record
             if b + PREFETCH_BLOCKS < full:
                 later = int(hot_offsets[b + PREFETCH_BLOCKS] + h * lay[5])
-                prefetch(memory_hot, later + lay[8], lay[5] - lay[8])
-            flags = np.uint32(RAW_KEYS)
+                prefetch(memory_hot, later + lay[8], lay[10] - lay[8])
+            raw = True
             if b < full:
-                flags = memory_hot[record + lay[15] : record + lay[15] + 4].view(np.uint32)[0]
+                copy_line(memory_hot, record + lay[14], notes)
+                raw = (bits[8] & RAW_KEYS) != 0
                 widen_norms(memory_hot, record + lay[13], B, halves, floor, norms)
                 widen_norms(memory_hot, record + lay[12], B, halves, floor, errors)
-            raw = (flags & RAW_KEYS) != 0
-            reach = mean = spectral = 0.0
+                if bits[8] & RAW_VALUES:
+                    errors[:] = 0.0
             if not raw:
                 widen_halves(memory_hot, record + lay[8], d, sigma)
                 widen_halves(memory_hot, record + lay[9], d, offset)
-                notes = memory_hot[record + lay[14] : record + lay[14] + 32].view(np.float32)
-                reach, mean, spectral = np.float64(notes[H]), np.float64(notes[RK]), np.float64(notes[SK])
             if raw or exact_wanted:
                 where = original_offsets[b] + h * lay[6]
                 if b >= full:
@@ -174,39 +176,29 @@ def score(
                 if not wanted:
                     continue
                 if coded:
+                    round_query(q, start * d, d, sigma, offset, wide, qs, sums)
                     for i in range(ROW_TILE):
-                        scale_query(q, (start + i) * d, d, sigma, offset, qs, i * d, sums, 4 * i)
                         scales[i] = scale_HR[h, start + i]
-                        offsets[i] = sums[4 * i + 2]
+                        offsets[i] = sums[QUERY_OFFSET + i]
                     for tile in range(0, B, 16):
-                        dot_codes(memory_hot, record + tile * d, later + tile * d, qs, d, dots, tile, B)
+                        dot_codes(memory_hot, record + tile * d, later + tile * d, qs, d, sums, dots, tile, B)
                 if raw or exact_wanted:
                     for i in range(ROW_TILE):
                         if counts[i] > 0 and (raw or key_exact_HRb[h, start + i, b]):
                             scales[i], offsets[i] = 1.0, 0.0
-                            epsilons[i] = exact_scores(
-                                q_HRd[h], start + i, scale_HR[h, start + i], keys, min(B, counts[i]), d, dots, i * B
-                            )
-                etas = no_errors if (flags & RAW_VALUES) != 0 else errors
+                            epsilons[i] = exact_scores(q_HRd[h], start + i, scale_HR[h, start + i], keys, min(B, counts[i]), d, dots, i * B)
                 at = (h * rows + start) * stride + b * B
-                block_weights(dots, B, scales, offsets, counts, norms, etas, weights, at, stride, facts)
+                block_weights(dots, B, scales, offsets, counts, norms, errors, weights, at, stride, facts)
+                if coded:
+                    block_errors(sums, notes, scales, q_norms, start, constants, facts)
+                if raw or exact_wanted:
+                    for i in range(ROW_TILE):
+                        if raw or key_exact_HRb[h, start + i, b]:
+                            eps = (epsilons[i] + SCORE_ROUNDINGS * facts[FACT_TOP_ABS + i] + SCORE_FLOOR + EXP_ERROR) * FACT_SUM
+                            facts[DELTA * ROW_TILE + i] = facts[EPSILON * ROW_TILE + i] = eps
+                            facts[D_NORM * ROW_TILE + i] = root * FACT_SUM * eps
                 for i in range(ROW_TILE):
-                    r = start + i
-                    if counts[i] <= 0:
-                        continue
-                    size = abs(scale_HR[h, r])
-                    eps = epsilons[i]
-                    delta = dnorm = 0.0
-                    if not (raw or key_exact_HRb[h, r, b]):
-                        l1 = sums[4 * i] * FACT_SUM
-                        l2 = math.sqrt(np.float64(sums[4 * i + 1])) * FACT_SUM
-                        eps = size * (gamma_d * (128.0 * l1 + sums[4 * i + 3] * FACT_SUM) + PRODUCT_FLOOR)
-                        delta = size * min(reach * l1, mean * l2)
-                        dnorm = size * spectral * l2
-                    eps += SCORE_ROUNDINGS * facts[FACT_TOP_ABS + i] + SCORE_FLOOR + EXP_ERROR
-                    statistics_sHRb[MAX_SCORE, h, r, b] = facts[FACT_TOP + i]
-                    for k in range(NUM_SUMS):
-                        statistics_sHRb[SUM + k, h, r, b] = facts[k * ROW_TILE + i]
-                    statistics_sHRb[DELTA, h, r, b] = (delta + eps) * STORE
-                    statistics_sHRb[D_NORM, h, r, b] = (dnorm + root * eps) * STORE
-                    statistics_sHRb[EPSILON, h, r, b] = eps * STORE
+                    if counts[i] > 0:
+                        to = (h * rows + start + i) * num_blocks + b
+                        for k in range(NUM_STATISTICS):
+                            statistics[k * plane + to] = facts[k * ROW_TILE + i]

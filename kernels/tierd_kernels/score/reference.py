@@ -16,9 +16,10 @@ from tierd_kernels.bound.statistics import (
     SUM_SQUARES,
     SUM_SQUARES_NORM,
 )
-from tierd_kernels.layout import RK, SK, H
+from tierd_kernels.layout import C1, RK, SK, H
 from tierd_kernels.numerics import Array
 from tierd_kernels.quantise.reference import QuantisedBlock, dequantise_keys
+from tierd_kernels.score.lanes import LEAST, STEPS
 
 
 def block_statistics(scores_t: Array, norms_t: Array, errors_t: Array, delta: float, dnorm: float, eps: float) -> tuple[Array, Array]:
@@ -37,11 +38,13 @@ def block_statistics(scores_t: Array, norms_t: Array, errors_t: Array, delta: fl
     return w, statistics
 
 
-def quantised_scores(block: QuantisedBlock, q_d: Array, scale: float) -> tuple[Array, float, float]:
-    """Scores [B] of one row over a quantised block, and Delta and D without the floating-point part (CERTIFICATE.md, section
-    "Score error")."""
+def quantised_scores(block: QuantisedBlock, q_d: Array, scale: float) -> tuple[Array, float, float, float]:
+    """Scores [B] of one row over a quantised block, Delta and D without the floating-point part, and what q sigma as 16-bit integers
+    adds to Delta (CERTIFICATE.md, sections "Score error" and "Floating point")."""
     q_sigma = q_d * block.key_scale_d.astype(np.float64)
     l1, l2 = np.sum(np.abs(q_sigma)), np.linalg.norm(q_sigma)
-    notes = block.annotations.astype(np.float64)
+    notes, size = block.annotations.astype(np.float64), abs(scale)
     scores = scale * (dequantise_keys(block) @ q_d)
-    return scores, abs(scale) * min(notes[H] * l1, notes[RK] * l2), abs(scale) * notes[SK] * l2
+    limb = 0.5 * notes[C1] * max(np.max(np.abs(q_sigma)), LEAST) / STEPS
+    root = np.sqrt(len(block.key_codes_Bd))
+    return scores, size * (min(notes[H] * l1, notes[RK] * l2) + limb), size * (notes[SK] * l2 + root * limb), size * limb
