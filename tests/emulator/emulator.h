@@ -3,8 +3,9 @@
 // A thread block's threads are fibers that run in turn until they wait for one another: lanes of a warp at shuffles and MMAs, all threads at
 // barriers. Where none can go on the launch ends with an error: a barrier that some threads never reach is found here. What is faithful:
 // the order of operations, flushing of FP32 subnormals, FP16 rounding, copies that arrive no earlier than the wait for them (their target
-// holds NaN before), memory of exited lanes. What is not: speed, memory consistency between threads, `ex2.approx`'s own bits (it errs here by as
-// much as the bounds allow, in a direction that depends on the argument) and the order of an MMA's sum (exact, then truncated).
+// holds NaN before), alignment of vectors (a trap), memory of exited lanes. What is not: speed, memory consistency between threads,
+// `ex2.approx`'s own bits (it errs here by nearly as much as the bounds allow, in a direction that depends on the argument) and the order of an
+// MMA's sum (exact, then truncated).
 #include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
@@ -17,10 +18,10 @@
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
-struct uint2 { u32 x, y; };
-struct uint4 { u32 x, y, z, w; };
-struct float2 { float x, y; };
-struct float4 { float x, y, z, w; };
+struct alignas(8) uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 struct dim3 { u32 x, y, z; };
 inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
@@ -31,7 +32,7 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((__noinline__))
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 #define __shared__ static
 
 namespace emulator {

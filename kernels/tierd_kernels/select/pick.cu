@@ -14,7 +14,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) pick(const Call *calls, in
   if (blockIdx.x >= heads * tiles || call.exact_only || call.coverage) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x, row = warp % ROW_TILE;
   if (!any_row(call, h, group, tile, OPEN)) return;
-  __shared__ float of_block[PICK_WARPS][AT_ONCE][8], of_warp[PICK_WARPS / ROW_TILE][ROW_TILE][LANES][2];
+  __shared__ __align__(16) float of_block[PICK_WARPS][AT_ONCE][8];
+  __shared__ float of_warp[PICK_WARPS / ROW_TILE][ROW_TILE][LANES][2];
   float terms = 0.f, low = 0.f;
   const Groups groups(call);
   const int each = (groups.count + PICK_PARTS - 1) / PICK_PARTS, first = blockIdx.y * each, last = min(first + each, groups.count);

@@ -11,7 +11,7 @@ constexpr int CHANNELS = 4, STEPS = (D + CHANNELS * LANES - 1) / (CHANNELS * LAN
 constexpr float KEY_ROUNDINGS = (HALF / 8 + 8) * U32F * (1.f + 1e-4f);
 constexpr float KEY_FLOOR = 0x1p-90f;  // products and keys that FP32 flushes
 
-struct Scratch {
+struct __align__(16) Scratch {
   float q[ROW_TILE][D], scale[ROW_TILE], size[ROW_TILE], q_norm[ROW_TILE];
   float weight[WARPS][TILE][2 * ROW_TILE];  // of a tile of tokens and row: as it shall be, as it was
   float extra[WARPS][ROW_TILE];             // mass times norms that is taken back

@@ -19,7 +19,10 @@ import numpy as np
 HERE = Path(__file__).resolve().parent.parent
 KERNELS = HERE.parent.parent / "kernels" / "tierd_kernels"
 DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+) (\w+)\[\];")
-FLAGS = ("-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-mf16c", "-mfma", "-mavx2", "-ffp-contract=off")
+FLAGS = (
+    "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-mf16c", "-mfma", "-mavx2", "-ffp-contract=off", "-fsanitize=alignment",
+    "-fsanitize-undefined-trap-on-error",
+)  # fmt: skip
 PROCESSORS = 132
 
 
