@@ -372,6 +372,55 @@ def test_arithmetic_that_bounds_do_not_allow_for_is_refused(monkeypatch: pytest.
         backend.reserve(1 << 20, 64, 1 << 20)
 
 
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2], LAYOUTS[4]], ids=str)
+@pytest.mark.parametrize(("scale", "size"), [(1e30, 1e15), (1e38, 1e4), (1e300, 1e-3), (-1e30, 1.0)])
+def test_a_scale_beyond_fp32_is_answered_exactly(layout: Layout, scale: float, size: float) -> None:
+    """Keys of zeros have scores of zero by any scale; FP32 would make no numbers of them, and drop the blocks."""
+    from tierd_kernels.cuda import backend
+
+    k, v, q = draw(layout, 150, layout.num_kv_heads, 2, "diffuse", 4)
+    q = kept(exact_numbers(q).astype(np.float64) * size, layout.dtype)
+    cache = store(layout, np.zeros_like(k), v)
+    (result,) = backend.attend(layout, cache.memory, [cache.call(q, 0.3, Budget(), softmax_scale=scale)], layout.num_kv_heads)
+    assert isinstance(result, Result)
+    check_reply(k * 0, v, q, result.output, result.certificate, 0.3, 0.0, softmax_scale=scale, block_size=layout.block_size)
+
+
+def test_promoted_scores_that_are_not_finite_leave_no_bound() -> None:
+    """Products that cancel, but not in FP32, where their sums are infinite on the way."""
+    from tierd_kernels.cuda import backend
+
+    layout = LAYOUTS[4]
+    k, v, q = draw(layout, 200, 1, 1, "diffuse", 4)
+    q[0, 0, [0, 8, 16, 24]] = 1.0
+    k[0, 70, [0, 8, 16, 24]] = np.array([3e38, 3e38, -3e38, -3e38], np.float32)
+    cache = store(layout, k, v)
+    (result,) = backend.attend(layout, cache.memory, [cache.call(q, 0.3, Budget())], 1)
+    assert isinstance(result, Result)
+    check_reply(k, v, q, result.output, result.certificate, 0.3, 0.0, softmax_scale=layout.head_dim**-0.5, block_size=layout.block_size)
+    assert result.certificate["promoted_key_blocks"].all() and result.certificate["exact"].all()
+
+
+@pytest.mark.parametrize("which", ["keys", "values", "both"])
+def test_blocks_that_fp16_scales_do_not_fit_are_promoted(which: str) -> None:
+    from tierd_kernels.cuda import backend
+
+    layout = LAYOUTS[4]
+    k, v, q = draw(layout, 1200, 1, 2, "diffuse", 4)
+    if which != "values":
+        k[0, 70, 3] = 1e6
+    if which != "keys":
+        v[0, 200, 5] = 1e6
+    q[..., 3] = 1e-6
+    cache = store(layout, k, v)
+    (result,) = backend.attend(layout, cache.memory, [cache.call(q, 0.3, Budget())], 1)
+    assert isinstance(result, Result)
+    check_reply(k, v, q, result.output, result.certificate, 0.3, 0.0, softmax_scale=layout.head_dim**-0.5, block_size=layout.block_size)
+    assert not result.certificate["exact"].any()
+    assert (result.certificate["promoted_key_blocks"] > 0).all() == (which != "values")
+    assert (result.certificate["promoted_value_blocks"] > 0).all() == (which != "keys")
+
+
 def test_scores_beyond_any_are_refused_by_name() -> None:
     from tierd_kernels.cuda import backend
 

@@ -157,7 +157,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   }
   int *counts = call.counts + 2 * (h * rows + index);
   if (!again) {
-    const float found[ROW_FACTS] = {top, mass, o, (float)fmin(budget, 1e30), skip + arithmetic, 0.f};
+    // Blocks that stay original make it infinite, until they are promoted.
+    const float fixed = skip + arithmetic < INFINITY ? skip + arithmetic
+                                                     : left_norm + left_grown * o + 2.f * VALUE_ROUNDING * norm + THETA * o + rounding;
+    const float found[ROW_FACTS] = {top, mass, o, (float)fmin(budget, 1e30), fixed, 0.f};
     for (int k = 0; k < ROW_FACTS; k++) facts[k] = found[k];
     counts[0] = counts[1] = 0;
   }

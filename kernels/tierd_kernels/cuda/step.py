@@ -5,6 +5,7 @@ selection, their promoted blocks anew, value pass and bound again; then the exac
 is one CUDA graph.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ from tierd_kernels.layout import Layout
 from tierd_kernels.numerics import Array
 from tierd_kernels.policy import Coverage
 
+# Dot products with quantised keys stay below 2^32, half of them offsets: 256 channels of 127 * 65504 at most, q within [-1, 1].
+SCALE_MAX = 2.0**90
 UNIT_MIN, UNIT_MAX = -60, 120  # from below: what FP32 flushes to zero stays far under 2^-40 of a unit
 
 
@@ -68,13 +71,18 @@ class Answer:
 
 
 def needs_exact(call: Call) -> bool:
-    """Whether a call goes to the exact rungs at once: nothing else would do, or its queries hold numbers that FP32 flushes to zero."""
+    """Whether a call goes to the exact rungs at once: nothing else would do, FP32 flushes numbers of its queries to zero, or its scores may
+    lie beyond FP32 (the queries' power of two joins the scale)."""
     if call.rtol == 0 and call.atol == 0:
         return True
     if call.q.dtype == np.float16:
-        return False
-    bits = call.q.view(np.uint32) if call.q.dtype == np.float32 else call.q.astype(np.uint32) << 16
-    return bool(np.any((bits & 0x7F800000 == 0) & (bits & 0x7FFFFF != 0)))
+        largest = float(np.max(np.abs(call.q)))
+    else:
+        bits = call.q.view(np.uint32) if call.q.dtype == np.float32 else call.q.astype(np.uint32) << 16
+        if np.any((bits & 0x7F800000 == 0) & (bits & 0x7FFFFF != 0)):
+            return True
+        largest = float(np.max(bits & 0x7FFFFFFF).view(np.float32))
+    return abs(call.softmax_scale) * 2.0 ** math.frexp(largest)[1] > SCALE_MAX
 
 
 def policy_numbers(call: Call) -> dict[str, float]:

@@ -269,6 +269,7 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
 #pragma unroll
     for (int i = 0; i < TOP; i++) statistics[i * ROW_TILE + row] = sums[k][i];
     if (!(mark >> row & 1)) continue;
+    if (wrong) statistics[SUM * ROW_TILE + row] = 1.f;  // a block without mass would not be looked at
     const float eps = wrong ? INFINITY
                             : (room.size[row] * (room.q_norm[row] * notes[KEY_NORM_MAX] * KEY_ROUNDINGS + KEY_FLOOR) +
                                SCORE_ROUNDINGS * size[k] + EXP_ERROR) * STORE;
