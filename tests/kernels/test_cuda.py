@@ -392,8 +392,9 @@ def test_promoted_scores_that_are_not_finite_leave_no_bound() -> None:
 
     layout = LAYOUTS[4]
     k, v, q = draw(layout, 200, 1, 1, "diffuse", 4)
-    q[0, 0, [0, 8, 16, 24]] = 1.0
-    k[0, 64:128, ::8] = np.array([3e38, 3e38, -3e38, -3e38, 0, 0, 0, 0], np.float32)  # a whole block
+    q *= np.float32(0.2)
+    q[0, 0, [0, 8, 1, 9]] = 1.99  # nearly 1 after scaling
+    k[0, 64:128, [0, 8]], k[0, 64:128, [1, 9]] = 3e38, -3e38  # a whole block; sums over every eighth channel, then of them
     cache = store(layout, k, v)
     (result,) = backend.attend(layout, cache.memory, [cache.call(q, 0.3, Budget())], 1)
     assert isinstance(result, Result)
