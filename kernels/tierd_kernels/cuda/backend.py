@@ -19,7 +19,7 @@ from tierd_kernels.cuda.record import Record
 from tierd_kernels.cuda.start import FAULTS
 from tierd_kernels.cuda.step import UNIT_MAX, UNIT_MIN, Answer, Part, Step, workspace_bytes
 from tierd_kernels.errors import SCORE_MAX, DeviceLost, ScoreOverflow
-from tierd_kernels.layout import NUMPY_DTYPE, Layout, Memory
+from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.numerics import Array
 
 ROWS_AT_ONCE = 64  # query tokens of a call handled together, at most
@@ -39,7 +39,7 @@ def faults() -> Iterator[None]:
     """A device that reports an error is lost: its context does not recover, and what it holds cannot be trusted."""
     try:
         yield
-    except (*FAULTS, cp.cuda.cublas.CUBLASError) as error:
+    except FAULTS as error:
         raise DeviceLost(f"the CUDA device failed: {error}; restart the daemon") from error
 
 
@@ -74,14 +74,11 @@ def quantise_blocks(
 def group_norms(
     layout: Layout, memory: Memory, original_offsets: NDArray[np.int64], hot_offsets: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Spectral bounds (SV, SR), float32 [Hkv] each, of a group's values and of their error. Raises DeviceLost."""
-    own, size = _own(memory), layout.original_block_bytes
-    dtype = NUMPY_DTYPE[layout.dtype]
-    shape = (layout.num_kv_heads, layout.block_size, layout.head_dim)
-    values = np.stack([own.originals[at + size // 2 : at + size].view(dtype).reshape(shape) for at in original_offsets.tolist()])
+    """As the CPU's. Raises DeviceLost."""
+    own = _own(memory)
     with faults(), own.stream:
-        above, errors = group_bounds(layout, cp.asarray(values), own.hot, cp.asarray(hot_offsets))
-        return above.get(stream=own.stream), errors.get(stream=own.stream)
+        above, errors = group_bounds(layout, own, original_offsets, hot_offsets)
+    return above, errors
 
 
 def copy_to_scratch(memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int) -> NDArray[np.uint8]:
