@@ -271,6 +271,21 @@ def test_a_call_larger_than_what_is_kept_for_calls_is_answered_in_parts() -> Non
         staged.host = kept
 
 
+def test_the_parts_of_a_call_are_as_small_as_the_one_that_sees_the_most_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tierd_kernels.cuda import backend
+    from tierd_kernels.cuda.step import Part
+
+    layout = LAYOUTS[0]
+    k, v, q = draw(layout, 100, 2, 100, "diffuse", 2)  # the first query sees one token, the last sees all
+    cache = store(layout, k, v)
+    call, memory = cache.call(q, 0.1, Budget()), cache.memory
+    monkeypatch.setattr(backend, "ROWS_AT_ONCE", 32)
+    monkeypatch.setattr(memory, "workspace", memory.workspace[: backend._needs(layout, memory, Part(call, 0, 32))[0]])  # type: ignore[attr-defined,arg-type]
+    (result,) = backend.attend(layout, memory, [call], 2)
+    assert isinstance(result, Result) and result.output.shape == q.shape
+    assert (result.certificate["exact"] | np.less_equal(result.certificate["bound"], result.certificate["budget"])).all()
+
+
 def passage(layout: Layout, tokens: int, query_heads: int, n: int, seed: int, pull: float) -> tuple[Raw, Raw, Raw]:
     """Queries that look one way, and one passage of 80 tokens whose keys lie there: it holds the more mass the stronger the pull."""
     random, d = np.random.default_rng(seed), layout.head_dim
