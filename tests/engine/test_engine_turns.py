@@ -129,6 +129,24 @@ def test_a_group_is_not_measured_over_corrupt_originals() -> None:
     assert bench.run(Lengths(name, worker="w"), bench.append(name, 5)) == [[1020, 0], 1025]
 
 
+@pytest.mark.parametrize("corrupt", [0, 1])
+@pytest.mark.parametrize("kind", [0, 1])
+def test_an_answer_that_read_one_kind_of_originals_has_those_checked(kind: int, corrupt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    name = bench.opened(tokens=100)
+    session, attend = bench.engine.sessions.by_id[name], bench.kernels.attend
+
+    def of_one_kind(*args: Any) -> Any:
+        return [replace(x, **{("value_reads", "key_reads")[kind]: np.zeros_like(x.key_reads)}) for x in attend(*args)]
+
+    monkeypatch.setattr(bench.kernels, "attend", of_one_kind)
+    at = session.table.record_offset(corrupt, int(session.layers[0].ids[5]), 1)
+    bench.engine.residency.arenas.memory.originals[at] ^= 1  # the answer stays finite
+    (answer,) = bench.run(bench.attend(name))
+    assert (type(answer) is CertificateUnavailable) == (corrupt == kind), answer
+    assert corrupt != kind or f"the original {('keys', 'values')[kind]} of block" in str(answer)
+
+
 def test_all_groups_that_an_append_completes_are_measured_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     bench, shapes = Bench(), []
     measure = bench.kernels.group_norms

@@ -208,18 +208,17 @@ def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
     fields |= {"exact": exact, "rank_certified": found["rank_certified"] > 0, "rung": rung, "host_bytes": host}
     failed = np.argwhere(answers[0].failures) if answers[0].failures.size else ()
     failures = [(int(call.canary_blocks[i]), int(h)) for i, h in failed]
-    contributions = np.broadcast_to(np.float32(0), reads.shape)
-    return Result(joined([x.output for x in answers]), fields, reads[0], reads[1], contributions, failures)
+    output = joined([x.output for x in answers])
+    return Result(output, fields, reads[0], reads[1], np.zeros(reads.shape, np.float32), failures)
 
 
 def _reads(layout: Layout, call: Call, answers: list[Answer], exact: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which original records were read, [2, full, Hkv], perhaps read-only, and bytes from the host by row, [Hq, n]."""
+    """Which original records were read, [2, full, Hkv], and bytes from the host by row, [Hq, n]."""
     heads, full = layout.num_kv_heads, len(call.hot_offsets)
     host = exact * (2 * call.num_tokens * layout.head_dim * layout.itemsize)
-    whole = np.broadcast_to(exact.reshape(heads, -1).any(axis=1), (2, full, heads))
-    if all(answer.marks is None for answer in answers):
-        return whole, host
-    reads = whole.copy()
+    reads = np.zeros((2, full, heads), np.bool_)
+    if exact.any():
+        reads |= exact.reshape(heads, -1).any(axis=1)
     start = 0
     for answer in answers:
         n = answer.output.shape[1]
