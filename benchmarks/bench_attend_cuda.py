@@ -118,10 +118,8 @@ def stored(layout: Layout, sessions: list[Session]) -> tuple[DeviceMemory, list[
         for start in range(0, count, 1 << 16):
             some = ids[start : start + (1 << 16)]
             backend.quantise_blocks(layout, memory, some * size, some * hot)
-        per = 1024 // B
-        groups = [ids[g : g + per] for g in range(0, count - count % per, per)]
-        norms = [backend.group_norms(layout, memory, g * size, g * hot) for g in groups]
-        above, errors = (np.array([x[i] for x in norms], np.float32).reshape(-1, HEADS) for i in (0, 1))
+        groups = ids[: count - count % (1024 // B)].reshape(-1, 1024 // B)
+        above, errors = backend.group_norms(layout, memory, groups * size, groups * hot)
         keys = ids[:, None] * size + np.arange(HEADS) * layout.original_record_bytes
         values = keys + HEADS * layout.original_record_bytes
         calls.append(Call(

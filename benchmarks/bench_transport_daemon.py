@@ -42,7 +42,8 @@ class NullKernels:
     def group_norms(
         self, layout: Layout, memory: Memory, original_offsets: NDArray[np.int64], hot_offsets: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        return np.zeros(layout.num_kv_heads, np.float32), np.zeros(layout.num_kv_heads, np.float32)
+        shape = len(hot_offsets), layout.num_kv_heads
+        return np.zeros(shape, np.float32), np.zeros(shape, np.float32)
 
     def attend(self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
         return [_zero(layout, call) for call in calls]

@@ -30,7 +30,7 @@ class Quantiser(Protocol):
     def group_norms(
         self, layout: Layout, memory: Memory, original_offsets: NDArray[np.int64], hot_offsets: NDArray[np.int64]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Spectral bounds (SV, SR), each [Hkv], of one group's values and of their error."""
+        """Spectral bounds (SV, SR), float32 [G, Hkv] each, of groups' values and of their errors; offsets [G, blocks of a group]."""
         ...
 
 
@@ -173,12 +173,12 @@ class Session:
             for index in np.flatnonzero(state.ids == block).tolist():
                 group = index // blocks_per_group
                 if group < len(state.group_value_norms):
-                    values, errors = self._measure_group(state, group, NO_IDS)
+                    values, errors = self._measure_groups(state, group, group + 1, NO_IDS)
                     state.group_value_norms, state.group_error_norms = (
                         state.group_value_norms.copy(),
                         state.group_error_norms.copy(),
                     )
-                    state.group_value_norms[group], state.group_error_norms[group] = values, errors
+                    state.group_value_norms[group], state.group_error_norms[group] = values[0], errors[0]
 
     def _write(self, state: LayerState, k: Raw, v: Raw) -> None:
         block_size, done, n = self.layout.block_size, 0, k.shape[1]
@@ -195,15 +195,16 @@ class Session:
         memory = table.arenas.memory
         self._kernels.quantise_blocks(self.layout, memory, table.original_offset[filling], table.hot_offset[filling])
         table.seal(filling)
-        while len(state.group_value_norms) < state.length // GROUP_TOKENS:
-            values, errors = self._measure_group(state, len(state.group_value_norms), filling)
-            state.group_value_norms = np.concatenate([state.group_value_norms, values[None]])
-            state.group_error_norms = np.concatenate([state.group_error_norms, errors[None]])
+        measured, complete = len(state.group_value_norms), state.length // GROUP_TOKENS
+        if measured < complete:
+            values, errors = self._measure_groups(state, measured, complete, filling)
+            state.group_value_norms = np.concatenate([state.group_value_norms, values])
+            state.group_error_norms = np.concatenate([state.group_error_norms, errors])
 
-    def _measure_group(self, state: LayerState, group: int, fresh: Ids) -> tuple[Any, Any]:
-        """Norms of a complete group. Its originals enter a bound here, so all but the `fresh` ones are checked first."""
+    def _measure_groups(self, state: LayerState, start: int, stop: int, fresh: Ids) -> tuple[Any, Any]:
+        """Norms of complete groups [start, stop). Their originals enter a bound here, so all but the `fresh` ones are checked first."""
         count = GROUP_TOKENS // self.layout.block_size
-        ids = state.ids[group * count : (group + 1) * count]
+        ids = state.ids[start * count : stop * count].reshape(-1, count)
         for block in np.setdiff1d(ids, fresh).tolist():
             self.table.require_sound(block)
         memory = self.table.arenas.memory

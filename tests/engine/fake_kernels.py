@@ -92,11 +92,12 @@ class FakeKernels:
     def group_norms(
         self, layout: Layout, memory: Memory, original_offsets: Offsets, hot_offsets: Offsets
     ) -> tuple[Norms, Norms]:
-        assert len(original_offsets) == len(hot_offsets) == GROUP // layout.block_size
-        for original, hot in zip(original_offsets.tolist(), hot_offsets.tolist(), strict=True):
+        assert original_offsets.shape == hot_offsets.shape == (len(hot_offsets), GROUP // layout.block_size)
+        for original, hot in zip(original_offsets.ravel().tolist(), hot_offsets.ravel().tolist(), strict=True):
             assert not self._stale_heads(layout, memory, original, hot), "a group is measured before its blocks are quantised"
-        values = [_block(layout, memory, at)[VALUE] for at in original_offsets.tolist()]
-        return group_numbers(np.concatenate(values, axis=1), layout.dtype)
+        groups = [[_block(layout, memory, at)[VALUE] for at in group] for group in original_offsets.tolist()]
+        values, errors = zip(*(group_numbers(np.concatenate(blocks, axis=1), layout.dtype) for blocks in groups), strict=True)
+        return np.stack(values), np.stack(errors)
 
     def attend(self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
         self.launches.append(len(calls))

@@ -1,11 +1,13 @@
 """One turn of the engine: what runs together, in which order, for whom, and what is refused."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from engine_calls import CONFIG, GEOMETRY, LOOSE, Bench
 from fake_kernels import attention
+from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.policy import Budget
 
 from tierd.commands import (
@@ -29,6 +31,7 @@ from tierd.errors import (
     SessionNotFound,
     Unavailable,
 )
+from tierd.residency import Ids
 
 WIDE = replace(GEOMETRY, num_kv_heads=4)
 
@@ -124,6 +127,41 @@ def test_a_group_is_not_measured_over_corrupt_originals() -> None:
     assert type(refused) is CertificateUnavailable and "values of block" in str(refused)
     bench.engine.residency.arenas.memory.originals[at + 3] ^= 0x40
     assert bench.run(Lengths(name, worker="w"), bench.append(name, 5)) == [[1020, 0], 1025]
+
+
+@pytest.mark.parametrize("corrupt", [0, 1])
+@pytest.mark.parametrize("kind", [0, 1])
+def test_an_answer_that_read_one_kind_of_originals_has_those_checked(kind: int, corrupt: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    name = bench.opened(tokens=100)
+    session, attend = bench.engine.sessions.by_id[name], bench.kernels.attend
+
+    def of_one_kind(*args: Any) -> Any:
+        return [replace(x, **{("value_reads", "key_reads")[kind]: np.zeros_like(x.key_reads)}) for x in attend(*args)]
+
+    monkeypatch.setattr(bench.kernels, "attend", of_one_kind)
+    at = session.table.record_offset(corrupt, int(session.layers[0].ids[5]), 1)
+    bench.engine.residency.arenas.memory.originals[at] ^= 1  # the answer stays finite
+    (answer,) = bench.run(bench.attend(name))
+    assert (type(answer) is CertificateUnavailable) == (corrupt == kind), answer
+    assert corrupt != kind or f"the original {('keys', 'values')[kind]} of block" in str(answer)
+
+
+def test_all_groups_that_an_append_completes_are_measured_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, shapes = Bench(), []
+    measure = bench.kernels.group_norms
+
+    def seen(layout: Layout, memory: Memory, original_offsets: Ids, hot_offsets: Ids) -> Any:
+        shapes.append(hot_offsets.shape)
+        return measure(layout, memory, original_offsets, hot_offsets)
+
+    monkeypatch.setattr(bench.kernels, "group_norms", seen)
+    name = bench.opened(tokens=1000)
+    assert bench.run(bench.append(name, 2080)) == [3080]
+    assert shapes == [(3, 1024 // GEOMETRY.block_size)]
+    state = bench.engine.sessions.by_id[name].layers[0]
+    assert state.group_value_norms.shape == state.group_error_norms.shape == (3, GEOMETRY.num_kv_heads)
+    assert len(np.unique(state.group_value_norms)) == 3 * GEOMETRY.num_kv_heads
 
 
 def test_a_full_queue_says_so_and_still_lets_a_worker_leave() -> None:

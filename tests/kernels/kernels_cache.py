@@ -34,11 +34,6 @@ def store(layout: Layout, keys: NDArray[Any], values: NDArray[Any]) -> Cache:
         view[1, :, :count] = values[:, b * B : b * B + count]
     hot = np.arange(full, dtype=np.int64) * layout.hot_block_bytes
     ladder.quantise_blocks(layout, memory, originals[:full], hot)
-    per = GROUP // B
-    pairs = [
-        ladder.group_norms(layout, memory, originals[g * per : (g + 1) * per], hot[g * per : (g + 1) * per])
-        for g in range(tokens // GROUP)
-    ]
-    heads = layout.num_kv_heads
-    groups = [np.array([p[i] for p in pairs], np.float32).reshape(-1, heads) for i in range(2)]
-    return Cache(layout, memory, keys, values, hot, originals, groups)
+    complete = tokens // GROUP * (GROUP // B)
+    groups = ladder.group_norms(layout, memory, *(x[:complete].reshape(-1, GROUP // B) for x in (originals, hot)))
+    return Cache(layout, memory, keys, values, hot, originals, list(groups))

@@ -83,10 +83,9 @@ def store(layout: Layout, k: Raw, v: Raw, blocks: NDArray[np.int64] | None = Non
         whole[:, :tokens] = x
         arena[order, part] = whole.reshape(heads, count, B, layout.head_dim).transpose(1, 0, 2, 3)
     backend.quantise_blocks(layout, memory, originals[:full], hot)
-    per, groups = GROUP // B, tokens // GROUP
-    pairs = [backend.group_norms(layout, memory, originals[g * per : (g + 1) * per], hot[g * per : (g + 1) * per]) for g in range(groups)]
-    norms = [np.array([p[i] for p in pairs], np.float32).reshape(-1, heads) for i in range(2)]
-    return Cache(layout, memory, k, v, hot, originals, norms)
+    complete = tokens // GROUP * (GROUP // B)
+    norms = backend.group_norms(layout, memory, *(x[:complete].reshape(-1, GROUP // B) for x in (originals, hot)))
+    return Cache(layout, memory, k, v, hot, originals, list(norms))
 
 
 def in_scratch(cache: Cache, call: Call) -> Call:
@@ -104,7 +103,7 @@ def in_scratch(cache: Cache, call: Call) -> Call:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_records_are_the_references(layout: Layout) -> None:
-    from tierd_kernels.cuda.norms import decoded_values
+    from tierd_kernels.cuda.norms import records_at, widen
 
     B, heads = layout.block_size, layout.num_kv_heads
     k, v, _ = draw(layout, 3 * B, heads, 1, "outlier", 1)
@@ -112,7 +111,12 @@ def test_records_are_the_references(layout: Layout) -> None:
         k[0, 0, 3] = raw(np.array([1e6]), layout.dtype)[0]  # beyond FP16: the block's keys stay original
     cache, record = store(layout, k, v, np.array([2, 0, 1])), Record(layout)
     pool, at = cache.memory.hot.get(), cache.hot  # type: ignore[attr-defined]
-    decoded = decoded_values(layout, cache.memory.hot, at_device(cache.hot))[0].get().reshape(heads, 3 * B, layout.head_dim)
+    places = [at_device(x) for x in records_at(layout, cache.originals[None], cache.hot[None])]
+    wide = at_device(np.full((heads, 2, 3 * B, layout.head_dim), np.nan))
+    widen(layout, cache.memory, *(int(x.data.ptr) for x in (*places, wide)), heads, 3)  # type: ignore[arg-type]
+    cache.memory.stream.synchronize()  # type: ignore[attr-defined]
+    values, errors = wide.get().swapaxes(0, 1)
+    assert np.array_equal(values, exact_numbers(v))
     for b in range(3):
         for h in range(heads):
             here = slice(b * B, (b + 1) * B)
@@ -121,8 +125,8 @@ def test_records_are_the_references(layout: Layout) -> None:
             notes, found = (x[record.notes_at : record.score_bytes].view(np.float32).copy() for x in (want, got))
             rounded = dequantise_values(block, layout).astype(np.float16).astype(np.float64)
             error = exact_numbers(v[h, here]).astype(np.float64) - rounded
+            assert np.array_equal(errors[h, here], np.zeros_like(error) if block.raw_values else error)
             if not block.raw_values:
-                assert np.array_equal(decoded[h, here], rounded)
                 eta = (got[record.norms_at : record.notes_at].view(np.uint32) & 0xFFFF0000).view(np.float32)
                 norms = np.linalg.norm(error, axis=1)
                 assert (norms <= eta).all() and (eta <= norms * (1 + 2.0**-7) + 1e-38).all()
@@ -136,6 +140,50 @@ def test_records_are_the_references(layout: Layout) -> None:
             for x in (want, got):  # what follows from the rounding of values, and all annotations, is compared above
                 x[record.norms_at : record.score_bytes] = 0
             assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_groups_are_bounded_together_as_alone(layout: Layout) -> None:
+    from tierd_kernels.cuda import backend
+
+    heads, groups, per = layout.num_kv_heads, 3, GROUP // layout.block_size
+    k, v, _ = draw(layout, groups * GROUP, heads, 1, "outlier", 9)
+    v[:, GROUP : 2 * GROUP] = raw(1e-3 * exact_numbers(v[:, GROUP : 2 * GROUP]).astype(np.float64), layout.dtype)
+    if layout.dtype != "float16":
+        v[:, 3:5, 1] = raw(np.array([1e7, -3e6]), layout.dtype)  # beyond FP16: the block's values stay original
+    cache = store(layout, k, v, np.random.default_rng(0).permutation(groups * per))
+    places = [x.reshape(groups, per) for x in (cache.originals, cache.hot)]
+    alone = [backend.group_norms(layout, cache.memory, *(x[[g]] for x in places)) for g in range(groups)]
+    for kind, found in enumerate(cache.groups):
+        assert found.shape == (groups, heads) and found.dtype == np.float32
+        assert np.array_equal(found, np.concatenate([x[kind] for x in alone]))
+    kept = cache.memory.workspace  # type: ignore[attr-defined]
+    cache.memory.workspace = kept[: 16 * layout.head_dim * (GROUP + 2 * layout.head_dim) * 2]  # type: ignore[attr-defined]
+    kept[:] = 0xFF  # NaN
+    assert np.array_equal(backend.group_norms(layout, cache.memory, *places), cache.groups)  # two of a group and KV head at once
+    assert (kept[cache.memory.workspace.nbytes :] == 0xFF).all()  # type: ignore[attr-defined]
+    for g, h in product(range(groups), range(heads)):
+        here = [slice(at, at + layout.block_size) for at in range(g * GROUP, (g + 1) * GROUP, layout.block_size)]
+        blocks = [quantise_block(k[h, x], v[h, x], layout) for x in here]
+        values = exact_numbers(v[h, g * GROUP : (g + 1) * GROUP]).astype(np.float64)
+        used = np.concatenate([dequantise_values(x, layout).astype(np.float16).astype(np.float64) for x in blocks])
+        errors = np.where(np.repeat([x.raw_values for x in blocks], layout.block_size)[:, None], 0, values - used)
+        assert any(x.raw_values for x in blocks) == (layout.dtype != "float16" and g == 0)
+        for found, matrix in zip(cache.groups, (values, errors), strict=True):
+            singular = np.linalg.svd(matrix, compute_uv=False)
+            schatten = np.sum((singular / singular[0]) ** 16) ** (1 / 16) * singular[0]
+            assert singular[0] <= found[g, h] <= schatten * (1 + 1e-6)
+
+
+def test_what_bounds_a_norm_is_rounded_up_and_infinite_where_it_is_not_known() -> None:
+    from tierd_kernels.cuda.norms import _above
+
+    trace = np.append(10.0 ** np.random.default_rng(0).uniform(-70, 70, 1000), [0.0, 1e-90, 1e80, np.inf, np.nan])
+    found = _above(trace, np.append(np.full(1000, 0.5**8), [np.nan, 1.0, 1.0, np.nan, np.nan]))
+    assert found.dtype == np.float32
+    exact = np.sqrt(trace[:1000] / 2)
+    assert (found[:1000] >= exact).all() and (found[:1000] <= exact * (1 + 2.0**-22)).all()
+    assert np.array_equal(found[1000:], np.array([0, 2.0**-126, np.inf, np.inf, np.inf], np.float32))
 
 
 SHAPES = [
@@ -221,6 +269,21 @@ def test_a_call_larger_than_what_is_kept_for_calls_is_answered_in_parts() -> Non
         staged.host = staged.host[:100]
         assert all(isinstance(x, ValueError) and "kept for calls" in str(x) for x in backend.attend(layout, cache.memory, calls, 3))
         staged.host = kept
+
+
+def test_the_parts_of_a_call_are_as_small_as_the_one_that_sees_the_most_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tierd_kernels.cuda import backend
+    from tierd_kernels.cuda.step import Part
+
+    layout = LAYOUTS[0]
+    k, v, q = draw(layout, 100, 2, 100, "diffuse", 2)  # the first query sees one token, the last sees all
+    cache = store(layout, k, v)
+    call, memory = cache.call(q, 0.1, Budget()), cache.memory
+    monkeypatch.setattr(backend, "ROWS_AT_ONCE", 32)
+    monkeypatch.setattr(memory, "workspace", memory.workspace[: backend._needs(layout, memory, Part(call, 0, 32))[0]])  # type: ignore[attr-defined,arg-type]
+    (result,) = backend.attend(layout, memory, [call], 2)
+    assert isinstance(result, Result) and result.output.shape == q.shape
+    assert (result.certificate["exact"] | np.less_equal(result.certificate["bound"], result.certificate["budget"])).all()
 
 
 def passage(layout: Layout, tokens: int, query_heads: int, n: int, seed: int, pull: float) -> tuple[Raw, Raw, Raw]:

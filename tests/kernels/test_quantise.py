@@ -177,7 +177,7 @@ def test_group_norms_dominate_the_truth(geometry: tuple[int, int, int, int], reg
     layout = Layout(HEADS, channels, tokens, group, "float32")
     arena = Arena(layout, n, regime, seed=n)
     arena.quantise()
-    values_norm, errors_norm = cpu.group_norms(layout, arena.memory, arena.original_offsets, arena.hot_offsets)
+    (values_norm,), (errors_norm,) = cpu.group_norms(layout, arena.memory, arena.original_offsets[None], arena.hot_offsets[None])
     for head in range(HEADS):
         values = floats.as_float64(arena.x[:, 1, head]).reshape(-1, channels)
         used = [reference.decode(arena.record(block, head), layout) for block in range(n)]
@@ -196,8 +196,22 @@ def test_blocks_that_stay_original_have_no_error_in_the_group() -> None:
     layout = Layout(1, 64, 16, 16, "float32")
     arena = Arena(layout, 2, "huge", seed=1)
     arena.quantise()
-    values_norm, errors_norm = cpu.group_norms(layout, arena.memory, arena.original_offsets, arena.hot_offsets)
-    assert values_norm[0] > 1e30 and errors_norm[0] == 0.0
+    values_norm, errors_norm = cpu.group_norms(layout, arena.memory, arena.original_offsets[None], arena.hot_offsets[None])
+    assert values_norm[0, 0] > 1e30 and errors_norm[0, 0] == 0.0
+
+
+def test_groups_are_measured_together_as_alone() -> None:
+    layout = Layout(HEADS, 64, 32, 16, "bfloat16")
+    arena = Arena(layout, 12, "mixed", seed=4)
+    arena.quantise()
+    places = arena.original_offsets.reshape(3, 4), arena.hot_offsets.reshape(3, 4)
+    together = cpu.group_norms(layout, arena.memory, *places)
+    alone = [cpu.group_norms(layout, arena.memory, *(x[[g]] for x in places)) for g in range(3)]
+    for kind in range(2):
+        assert together[kind].shape == (3, HEADS) and len(np.unique(together[kind])) == 3 * HEADS
+        assert np.array_equal(together[kind], np.concatenate([x[kind] for x in alone]))
+    nothing = cpu.group_norms(layout, arena.memory, *(x[:0] for x in places))
+    assert [x.shape for x in nothing] == [(0, HEADS)] * 2
 
 
 @given(
@@ -244,11 +258,13 @@ def test_offsets_outside_the_arenas_are_refused() -> None:
         with pytest.raises(ValueError, match=r"hot_offsets has .* allowed: multiples of 64"):
             cpu.quantise_blocks(layout, arena.memory, good, bad)
         with pytest.raises(ValueError, match="original_offsets has"):
-            cpu.group_norms(layout, arena.memory, bad, arena.hot_offsets)
+            cpu.group_norms(layout, arena.memory, bad[None], arena.hot_offsets[None])
     with pytest.raises(ValueError, match="as many"):
         cpu.quantise_blocks(layout, arena.memory, good, np.zeros(2, np.int64))
     with pytest.raises(ValueError, match="at most 1024"):
-        cpu.group_norms(layout, arena.memory, np.repeat(good, 65), np.repeat(arena.hot_offsets, 65))
+        cpu.group_norms(layout, arena.memory, *(np.repeat(x, 65)[None] for x in (good, arena.hot_offsets)))
+    with pytest.raises(ValueError, match=r"groups of \(1,\) and \(1,\) blocks of 16; allowed: both \[groups, blocks\]"):
+        cpu.group_norms(layout, arena.memory, good, arena.hot_offsets)
     with pytest.raises(ValueError, match="block_size, head_dim"):
         reference.quantise_block(np.zeros((16, 63), np.float16), np.zeros((16, 64), np.float16), layout)
     before = arena.memory.hot.copy()

@@ -76,6 +76,12 @@ class Work:
         return np.asarray(exact.reshape(self.locations.shape[2], -1).any(axis=1))
 
     @property
+    def read_originals(self) -> bool:
+        """Whether any original was read. Mostly none was, and what is done with `reads` takes 1.5 ms at 131,072 tokens of 8 KV heads."""
+        assert self.result is not None
+        return bool(self.result.key_reads.any() or self.result.value_reads.any())
+
+    @property
     def reads(self) -> NDArray[np.bool_]:
         """Original records that were read, [2, m, Hkv]."""
         assert self.result is not None
@@ -229,6 +235,8 @@ class Batch:
 
     def _check_reads(self, work: Work) -> None:
         """Every original that came from the host must still be what was stored."""
+        if not work.read_originals:
+            return
         for kind, reads, name in zip((KEY, VALUE), work.host_reads, ("keys", "values"), strict=True):
             bad = work.session.table.corrupt_records(kind, work.ids, reads)
             if bad:

@@ -37,6 +37,7 @@ class ScratchCache:
     def update(self, works: list[Work]) -> None:
         """Learn from answered rows: keep what they read, fetch what they had to read from the host."""
         self._step += 1
+        works = [work for work in works if work.read_originals]
         for work in works:
             self._count(work)
         room = min(self._limit, self._migrator.room)

@@ -5,6 +5,7 @@ kernels read by themselves. Called from one thread, but for `copy_to_scratch`, w
 from collections.abc import Iterator
 from contextlib import contextmanager
 from operator import add, le
+from typing import Any, NamedTuple
 
 import cupy as cp
 import numpy as np
@@ -19,10 +20,10 @@ from tierd_kernels.cuda.record import Record
 from tierd_kernels.cuda.start import FAULTS
 from tierd_kernels.cuda.step import UNIT_MAX, UNIT_MIN, Answer, Part, Step, workspace_bytes
 from tierd_kernels.errors import SCORE_MAX, DeviceLost, ScoreOverflow
-from tierd_kernels.layout import NUMPY_DTYPE, Layout, Memory
-from tierd_kernels.numerics import Array
+from tierd_kernels.layout import Layout, Memory
 
 ROWS_AT_ONCE = 64  # query tokens of a call handled together, at most
+COUNTS = "promoted_key_blocks", "promoted_value_blocks", "skipped_blocks"
 
 
 def hot_block_bytes(layout: Layout) -> int:
@@ -39,7 +40,7 @@ def faults() -> Iterator[None]:
     """A device that reports an error is lost: its context does not recover, and what it holds cannot be trusted."""
     try:
         yield
-    except (*FAULTS, cp.cuda.cublas.CUBLASError) as error:
+    except FAULTS as error:
         raise DeviceLost(f"the CUDA device failed: {error}; restart the daemon") from error
 
 
@@ -74,14 +75,11 @@ def quantise_blocks(
 def group_norms(
     layout: Layout, memory: Memory, original_offsets: NDArray[np.int64], hot_offsets: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Spectral bounds (SV, SR), float32 [Hkv] each, of a group's values and of their error. Raises DeviceLost."""
-    own, size = _own(memory), layout.original_block_bytes
-    dtype = NUMPY_DTYPE[layout.dtype]
-    shape = (layout.num_kv_heads, layout.block_size, layout.head_dim)
-    values = np.stack([own.originals[at + size // 2 : at + size].view(dtype).reshape(shape) for at in original_offsets.tolist()])
+    """As the CPU's. Raises DeviceLost."""
+    own = _own(memory)
     with faults(), own.stream:
-        above, errors = group_bounds(layout, cp.asarray(values), own.hot, cp.asarray(hot_offsets))
-        return above.get(stream=own.stream), errors.get(stream=own.stream)
+        above, errors = group_bounds(layout, own, original_offsets, hot_offsets)
+    return above, errors
 
 
 def copy_to_scratch(memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int) -> NDArray[np.uint8]:
@@ -103,23 +101,23 @@ def copy_to_scratch(memory: Memory, sources: NDArray[np.int64], targets: NDArray
 def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
     """Answers every call, or returns the exception that explains why one has no answer (`ScoreOverflow`, ValueError). Raises
     DeviceLost."""
-    own, answers = _own(memory), dict[int, list[Answer] | Exception]()
-    waiting: list[tuple[int, Part]] = []
+    own = _own(memory)
+    answers: dict[int, list[Answer] | Exception] = {}
+    waiting: list[Waiting] = []
     for i, call in enumerate(calls):
         try:
-            parts = _parts(layout, own, call, num_q_heads)
+            waiting += _parts(layout, own, i, call, num_q_heads)
         except ValueError as error:
             answers[i] = error
             continue
         answers[i] = []
-        waiting += [(i, part) for part in parts]
     with faults():
-        for batch in _batches(layout, own, waiting):
-            step = Step(layout, own, [part for _, part in batch])
+        for batch in _batches(own, waiting):
+            step = Step(layout, own, [x.part for x in batch])
             step.upload()
             step.launch()
-            for (i, _), answer in zip(batch, step.answers(), strict=True):
-                done = answers[i]
+            for x, answer in zip(batch, step.answers(), strict=True):
+                done = answers[x.number]
                 assert isinstance(done, list)
                 done.append(answer)
     results: list[Result | Exception] = []
@@ -132,17 +130,25 @@ def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) 
     return results
 
 
-def _parts(layout: Layout, memory: DeviceMemory, call: Call, num_q_heads: int) -> list[Part]:
+class Waiting(NamedTuple):
+    """A part of the call of that number, and what it needs at most, of each of `_limits`."""
+
+    number: int
+    part: Part
+    needs: tuple[int, int, int]
+
+
+def _parts(layout: Layout, memory: DeviceMemory, number: int, call: Call, num_q_heads: int) -> list[Waiting]:
     """A call's query tokens in runs whose buffers fit what is kept for calls."""
     heads, n, d = call.q.shape
     if heads != num_q_heads or num_q_heads % layout.num_kv_heads or d != layout.head_dim or not 1 <= n <= call.num_tokens:
         raise ValueError(f"q is {call.q.shape} over {call.num_tokens} tokens; expected [{num_q_heads}, n <= tokens, {layout.head_dim}]")
     at_once, limits = min(n, ROWS_AT_ONCE), _limits(memory)
-    while not all(map(le, _needs(layout, memory, Part(call, 0, at_once)), limits)):
+    while not _fits(needs := _needs(layout, memory, Part(call, n - at_once, n)), limits):  # the last part sees the most
         if at_once == 1:
             raise ValueError(f"{call.num_tokens} tokens of {layout} need more than the {limits} bytes kept for calls")
         at_once //= 2
-    return [Part(call, start, min(start + at_once, n)) for start in range(0, n, at_once)]
+    return [Waiting(number, Part(call, start, min(start + at_once, n)), needs) for start in range(0, n, at_once)]
 
 
 def _limits(memory: DeviceMemory) -> tuple[int, int, int]:
@@ -161,52 +167,58 @@ def _needs(layout: Layout, memory: DeviceMemory, part: Part) -> tuple[int, int, 
     )
 
 
-def _batches(layout: Layout, memory: DeviceMemory, waiting: list[tuple[int, Part]]) -> Iterator[list[tuple[int, Part]]]:
+def _fits(needs: tuple[int, ...], limits: tuple[int, ...]) -> bool:
+    return all(map(le, needs, limits))
+
+
+def _batches(memory: DeviceMemory, waiting: list[Waiting]) -> Iterator[list[Waiting]]:
     """Parts that fit together."""
-    batch: list[tuple[int, Part]] = []
+    batch: list[Waiting] = []
     used, limits = (0, 0, 0), _limits(memory)
-    for i, part in waiting:
-        needs = _needs(layout, memory, part)
-        together = tuple(map(add, used, needs))
-        if batch and not all(map(le, together, limits)):
+    for x in waiting:
+        together = tuple(map(add, used, x.needs))
+        if batch and not _fits(together, limits):
             yield batch
-            batch, together = [], needs
-        batch.append((i, part))
+            batch, together = [], x.needs
+        batch.append(x)
         used = together
     if batch:
         yield batch
 
 
 def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
-    def joined(name: str) -> Array:
-        return np.concatenate([x.fields[name] for x in answers], axis=1)
+    """Views of the only answer, if there is one only."""
 
-    states = np.concatenate([x.states for x in answers], axis=1)
-    assert np.isin(states, (CERTIFIED, EXACT)).all(), "a row was left between the rungs"
-    exact, heads, full = states == EXACT, layout.num_kv_heads, len(call.hot_offsets)
-    top = joined("score_top")[exact]
+    def joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    found = {name: joined([x.fields[name] for x in answers]) for name in FIELDS}
+    states = joined([x.states for x in answers])
+    exact = states == EXACT
+    assert (exact | (states == CERTIFIED)).all(), "a row was left between the rungs"
+    top = found.pop("score_top")[exact]
     if not np.all(top <= SCORE_MAX):
         raise ScoreOverflow(f"a score of {np.nanmax(top):.3g} is above {SCORE_MAX:g}, the largest that is answered")
-    counts = ("promoted_key_blocks", "promoted_value_blocks", "skipped_blocks")
-    fields: dict[str, NDArray[np.generic]] = {name: joined(name) for name in FIELDS if name not in ("score_top", "rank_certified", *counts)}
-    keys, values, skipped = (joined(name).astype(np.int64) for name in counts)
-    whole = np.broadcast_to(exact.all(axis=0), exact.shape)
+    rung = np.where(found["promoted_value_blocks"] > 0, 2, found["promoted_key_blocks"] > 0)
+    if top.size:
+        rung[exact] = 3
+        rung[:, exact.all(axis=0)] = 4
     reads, host = _reads(layout, call, answers, exact)
-    fields |= {
-        "exact": exact, "rank_certified": joined("rank_certified") > 0,
-        "rung": np.where(whole, 4, np.where(exact, 3, np.where(values > 0, 2, np.where(keys > 0, 1, 0)))),
-        "promoted_key_blocks": keys, "promoted_value_blocks": values, "skipped_blocks": skipped, "host_bytes": host,
-    }  # fmt: skip
-    failures = [(int(call.canary_blocks[i]), int(h)) for i, h in np.argwhere(answers[0].failures)]
-    output = np.concatenate([x.output for x in answers], axis=1)
-    return Result(output, fields, reads[0], reads[1], np.zeros((2, full, heads), np.float32), failures)
+    fields: dict[str, NDArray[np.generic]] = {**found, **{name: found[name].astype(np.int64) for name in COUNTS}}
+    fields |= {"exact": exact, "rank_certified": found["rank_certified"] > 0, "rung": rung, "host_bytes": host}
+    failed = np.argwhere(answers[0].failures) if answers[0].failures.size else ()
+    failures = [(int(call.canary_blocks[i]), int(h)) for i, h in failed]
+    output = joined([x.output for x in answers])
+    return Result(output, fields, reads[0], reads[1], np.zeros(reads.shape, np.float32), failures)
 
 
 def _reads(layout: Layout, call: Call, answers: list[Answer], exact: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Which original records were read, [2, full, Hkv], and bytes from the host by row, [Hq, n]."""
     heads, full = layout.num_kv_heads, len(call.hot_offsets)
+    host = exact * (2 * call.num_tokens * layout.head_dim * layout.itemsize)
     reads = np.zeros((2, full, heads), np.bool_)
-    host = np.where(exact, 2 * call.num_tokens * layout.head_dim * layout.itemsize, 0)
+    if exact.any():
+        reads |= exact.reshape(heads, -1).any(axis=1)
     start = 0
     for answer in answers:
         n = answer.output.shape[1]
@@ -220,7 +232,6 @@ def _reads(layout: Layout, call: Call, answers: list[Answer], exact: NDArray[np.
                 cold = (rows & (locations[:have].T[:, None] < 0)).sum(axis=2) * layout.original_record_bytes
                 host[:, start : start + n] += cold.reshape(exact.shape[0], n)
         start += n
-    reads |= exact.reshape(heads, -1).any(axis=1)
     return reads, host
 
 

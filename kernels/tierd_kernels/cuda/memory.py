@@ -37,10 +37,11 @@ class Region:
 
 
 class Staging:
-    """A range in pinned memory and its twin on the device."""
+    """A range in pinned memory and its twin on the device, at address `at`."""
 
     def __init__(self, nbytes: int) -> None:
         self.host, self.device = pinned(nbytes, "calls"), cp.empty(nbytes, cp.uint8)
+        self.at = int(self.device.data.ptr)
         self.region = Region(nbytes)
 
     def reset(self) -> None:
@@ -48,33 +49,23 @@ class Staging:
 
     def put(self, array: NDArray[Any]) -> int:
         """Copies an array into the host's range; returns the address that it will have on the device."""
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-        at = self.region.take(data.size)
-        self.host[at : at + data.size] = data
-        return int(self.device.data.ptr) + at
-
-    def array(self, count: int, dtype: np.dtype[Any]) -> tuple[int, NDArray[Any]]:
-        """`count` zeros to be filled on the host's side, and their address on the device."""
-        at = self.region.take(count * dtype.itemsize)
-        array: NDArray[Any] = self.host[at : at + count * dtype.itemsize].view(dtype)
-        array[...] = np.zeros((), dtype)
-        return int(self.device.data.ptr) + at, array
+        at = self.room(array.nbytes)
+        self.view(at, array.shape, array.dtype)[...] = array
+        return at
 
     def room(self, nbytes: int) -> int:
-        """An address on the device for something that comes back."""
-        return int(self.device.data.ptr) + self.region.take(nbytes)
+        """An address on the device for `nbytes` more."""
+        return self.at + self.region.take(nbytes)
 
     def view(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """The host's side of what lies at `address` on the device."""
-        at, size = address - int(self.device.data.ptr), int(np.prod(shape)) * np.dtype(dtype).itemsize
-        seen: NDArray[Any] = self.host[at : at + size].view(dtype).reshape(shape)
-        return seen
+        return np.ndarray(shape, dtype, self.host, address - self.at)
 
     def upload(self, stream: Any) -> None:
-        self._copy(self.device.data.ptr, self.host.ctypes.data, cp.cuda.runtime.memcpyHostToDevice, stream)
+        self._copy(self.at, self.host.ctypes.data, cp.cuda.runtime.memcpyHostToDevice, stream)
 
     def download(self, stream: Any) -> None:
-        self._copy(self.host.ctypes.data, self.device.data.ptr, cp.cuda.runtime.memcpyDeviceToHost, stream)
+        self._copy(self.host.ctypes.data, self.at, cp.cuda.runtime.memcpyDeviceToHost, stream)
 
     def _copy(self, to: int, source: int, kind: int, stream: Any) -> None:
         cp.cuda.runtime.memcpyAsync(to, source, self.region.used, kind, stream.ptr)

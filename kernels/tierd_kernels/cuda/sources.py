@@ -8,6 +8,8 @@ from tierd_kernels.layout import DTYPE_CODE, Layout
 FOLDER = Path(__file__).parent.parent
 PARTS = {
     "quantise": ("quantise/quantise.cu",),
+    "widen": ("quantise/widen.cu",),
+    "gram": ("quantise/gram.cu",),
     "score": ("score/exact.cuh", "bound/bound.cuh", "score/score.cu"),
     "value": ("attend/value.cu",),
     "finish": ("bound/bound.cuh", "bound/finish.cu"),
@@ -24,6 +26,7 @@ PARTS = {
 SHARED_MAX = 227 * 1024  # of a thread block, static and dynamic, from compute capability 9.0 on
 # As in the sources.
 WARPS, LANES, ROW_TILE, FINISH_THREADS, COVER_THREADS, RANK_THREADS, QUANTISE_THREADS, GATHER_THREADS = 4, 32, 4, 512, 512, 256, 512, 256
+GROUP_THREADS, GRAM_SIDE = 256, 64  # of what measures groups; of a tile of a Gram matrix
 SCORE_STAGES, VALUE_STAGES = 2, 4
 STATISTIC_FLOATS, PARTIALS, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 48, 18, 4, 2048, 2048
 ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS = 6, 6, 16, 512
@@ -55,6 +58,8 @@ def shared_bytes(layout: Layout, kernel: str) -> int:
         return 4 * rows
     if kernel == "dense":  # the scores of a split; a record in FP32
         return 8 * ROW_TILE * SPLIT_TOKENS_MAX + 4 * rows
+    if kernel == "widen":  # a record of values as it is
+        return layout.original_record_bytes
     if kernel != "quantise":
         return 0
     return 8 * rows + max(16 * layout.block_size**2, 4 * rows)  # residuals in double; their Gram matrices, or the originals in FP32

@@ -117,20 +117,17 @@ class Step:
         region = Region(memory.workspace.nbytes)
         calls_most = Grid(len(parts), 1, 1, 1, group, 0).rounded().calls
         # First in the staged range, so that all steps find their calls at one address; those beyond the last are empty.
-        self.at, calls = memory.inputs.array(calls_most, CALL)
-        self.calls = calls[: len(parts)]
+        self.at = memory.inputs.room(calls_most * CALL.itemsize)
+        staged = memory.inputs.view(self.at, (calls_most,), CALL)
+        staged[len(parts) :] = np.zeros((), CALL)
+        workspace_at = int(memory.workspace.data.ptr)
+        self.calls: list[dict[str, Any]] = []  # what CALL names, of each part
         for i, part in enumerate(parts):
             call, full = part.call, part.full(layout)
             per = split_blocks or self.kernels.split_blocks(full, sum(tiles), memory.processors)
             splits = -(-full // per)
             if splits >= SPLITS_MAX:
                 raise ValueError(f"{full} blocks are {splits} splits; at most {SPLITS_MAX - 1}")
-            self._fill(self.calls[i], part, full)
-            numbers = {
-                "n": part.n, "tokens": part.tokens, "full": full, "splits": splits, "per": per, "groups": len(call.group_value_norms),
-                "relative_to_output": call.relative_to == "output", "exact_only": needs_exact(call), "scale": call.softmax_scale,
-                "rtol": call.rtol, "atol": call.atol, **policy_numbers(call),
-            }  # fmt: skip
             rows, weights = heads * group * part.n, layout.block_size // TILE * TILE_WEIGHT_FLOATS
             sizes = {
                 "weights": 4 * tiles[i] * (full + 1) * weights, "statistics": 4 * tiles[i] * (full + 1) * STATISTIC_FLOATS,
@@ -140,21 +137,24 @@ class Step:
                 "dots": 4 * rows * (splits + 1), "marks": 4 * tiles[i] * full, "counts": 8 * rows,
                 "picks": 8 * tiles[i] * 2 * PICK_PARTS * ROW_TILE * LANES,
             }  # fmt: skip
-            for name, size in sizes.items():
-                numbers[name] = memory.workspace.data.ptr + region.take(size)
-            for name, number in numbers.items():
-                self.calls[i][name] = number
-        splits_most, rows_most = (int(x.max()) for x in (self.calls["splits"] + 1, group * self.calls["n"]))
-        self.grid = Grid(len(parts), splits_most, max(tiles), rows_most, group, int(self.calls["num_canaries"].max())).rounded()
-        able = self.calls[self.calls["exact_only"] == 0]
-        self.program = Program(len(able) > 0, bool(able["require_rank"].any()), bool(able["coverage"].any()))
+            numbers = dict.fromkeys(CALL.names or (), 0) | {
+                "n": part.n, "tokens": part.tokens, "full": full, "splits": splits, "per": per, "groups": len(call.group_value_norms),
+                "relative_to_output": call.relative_to == "output", "exact_only": needs_exact(call), "scale": call.softmax_scale,
+                "rtol": call.rtol, "atol": call.atol, **policy_numbers(call), **self._staged(part, full),
+                **{name: workspace_at + region.take(size) for name, size in sizes.items()},
+            }  # fmt: skip
+            assert len(numbers) == len(CALL.names or ())
+            staged[i] = tuple(numbers.values())
+            self.calls.append(numbers)
+        splits_most, rows_most = max(x["splits"] for x in self.calls) + 1, group * max(part.n for part in parts)
+        self.grid = Grid(len(parts), splits_most, max(tiles), rows_most, group, max(x["num_canaries"] for x in self.calls)).rounded()
+        able = [x for x in self.calls if not x["exact_only"]]
+        self.program = Program(len(able) > 0, any(x["require_rank"] for x in able), any(x["coverage"] for x in able))
 
-    def _fill(self, out: Any, part: Part, full: int) -> None:
-        """What comes from the host, and goes back to it."""
+    def _staged(self, part: Part, full: int) -> dict[str, int]:
+        """Where what comes from the host lies, and what goes back to it: addresses, and the number of canaries."""
         call, heads, inputs, outputs = part.call, self.layout.num_kv_heads, self.memory.inputs, self.memory.outputs
-        out["pool"], out["scratch"], out["originals"] = self.memory.hot_at, self.memory.scratch_at, self.memory.originals_at
-        q = np.ascontiguousarray(call.q[:, part.start : part.stop])
-        blocks = -(-part.tokens // self.layout.block_size)
+        q, blocks = call.q[:, part.start : part.stop], -(-part.tokens // self.layout.block_size)
         canaries = call.canary_blocks if part.start == 0 else call.canary_blocks[:0]
         canaries = canaries[canaries < full]
         arrays = {
@@ -162,13 +162,14 @@ class Step:
             "value_at": call.value_locations[:full], "unit": np.full(heads, self._exponent(part, full), np.int32),
             "group_values": call.group_value_norms, "group_errors": call.group_error_norms, "canaries": canaries.astype(np.int32),
         }  # fmt: skip
-        for name, array in arrays.items():
-            out[name] = inputs.put(array)
-        out["num_canaries"] = len(canaries)
+        # In this order in `answers`: numbers of eight bytes first.
         rows = self.group * heads * part.n
-        sizes = {"output": q.nbytes, "fields": 8 * len(FIELDS) * rows, "state": 4 * rows, "failures": len(canaries) * heads}
-        for name, size in sizes.items():
-            out[name] = outputs.room(size)
+        sizes = {"fields": 8 * len(FIELDS) * rows, "state": 4 * rows, "output": q.nbytes, "failures": len(canaries) * heads}
+        pools = {"pool": self.memory.hot_at, "scratch": self.memory.scratch_at, "originals": self.memory.originals_at}
+        return {
+            **pools, **{name: inputs.put(array) for name, array in arrays.items()},
+            **{name: outputs.room(size) for name, size in sizes.items()}, "num_canaries": len(canaries),
+        }  # fmt: skip
 
     def _exponent(self, part: Part, full: int) -> int:
         """A power of two near the largest norm of a value; no bound depends on it, but FP32's range does."""
@@ -199,22 +200,25 @@ class Step:
         memory.stream.synchronize()
         out = []
         for part, call in zip(self.parts, self.calls, strict=True):
-            q = part.call.q
+            q, canaries, first = part.call.q, call["num_canaries"], call["fields"]
             shape = (q.shape[0], part.n)
-            view = memory.outputs.view
-            fields = view(int(call["fields"]), (len(FIELDS), *shape), np.float64).copy()
+            own = memory.outputs.view(first, (call["failures"] + canaries * heads - first,), np.uint8).copy()  # the next step writes there
+            fields, states, output, failures = (
+                np.ndarray(size, dtype, own, call[name] - first)
+                for name, size, dtype in (
+                    ("fields", (len(FIELDS), *shape), np.float64), ("state", shape, np.int32), ("output", (*shape, q.shape[2]), q.dtype),
+                    ("failures", (canaries, heads), np.uint8),
+                )
+            )  # fmt: skip
             named = dict(zip(FIELDS, fields, strict=True))
             marks = None
             if part.full(self.layout) and (named["promoted_key_blocks"].any() or named["promoted_value_blocks"].any()):
                 marks = self._marks(call, part)
-            out.append(Answer(
-                view(int(call["output"]), (*shape, q.shape[2]), q.dtype).copy(), named, view(int(call["state"]), shape, np.int32).copy(),
-                view(int(call["failures"]), (int(call["num_canaries"]), heads), np.uint8).astype(bool), marks,
-            ))  # fmt: skip
+            out.append(Answer(output, named, states, failures.astype(bool), marks))
         return out
 
-    def _marks(self, call: Any, part: Part) -> NDArray[np.uint32]:
-        shape = (self.layout.num_kv_heads * -(-self.group * part.n // ROW_TILE), int(call["full"]))
+    def _marks(self, call: dict[str, Any], part: Part) -> NDArray[np.uint32]:
+        shape = (self.layout.num_kv_heads * -(-self.group * part.n // ROW_TILE), call["full"])
         marks = np.empty(shape, np.uint32)
-        cp.cuda.runtime.memcpy(marks.ctypes.data, int(call["marks"]), marks.nbytes, cp.cuda.runtime.memcpyDeviceToHost)
+        cp.cuda.runtime.memcpy(marks.ctypes.data, call["marks"], marks.nbytes, cp.cuda.runtime.memcpyDeviceToHost)
         return marks

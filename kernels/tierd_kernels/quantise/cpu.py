@@ -152,22 +152,23 @@ def _group_norms(
     out: NDArray[np.float32],
 ) -> None:
     heads, size, dim = p[HEADS], p[ORIGINAL], p[DIM]
-    for head in numba.prange(heads):
+    for i in numba.prange(hot_offsets.shape[0] * heads):
+        group, head = i // heads, i % heads
         x = np.empty((p[TOKENS], dim))
         flat = np.empty(p[TOKENS] * dim, np.float32)
         values, errors = np.zeros((dim, dim)), np.zeros((dim, dim))
-        for block in range(hot_offsets.size):
-            at = original_offsets[block] + (heads + head) * size
+        for block in range(hot_offsets.shape[1]):
+            at = original_offsets[group, block] + (heads + head) * size
             widen(originals[at : at + size], p[DTYPE], flat)
             for t in range(p[TOKENS]):
                 for c in range(dim):
                     x[t, c] = flat[t * dim + c]
             add_gram(x, values)
-            at = hot_offsets[block] + head * p[RECORD]
+            at = hot_offsets[group, block] + head * p[RECORD]
             load_errors(p, hot[at : at + p[RECORD]], x)
             add_gram(x, errors)
-        out[0, head] = f32_above(spectral_norm_above(values))
-        out[1, head] = f32_above(spectral_norm_above(errors))
+        out[0, group, head] = f32_above(spectral_norm_above(values))
+        out[1, group, head] = f32_above(spectral_norm_above(errors))
 
 
 def _check(name: str, offsets: NDArray[np.int64], size: int, arena: Bytes) -> None:
@@ -206,14 +207,18 @@ def quantise_blocks(
 def group_norms(
     layout: Layout, memory: Memory, original_offsets: NDArray[np.int64], hot_offsets: NDArray[np.int64]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """SV and SR, float32[num_kv_heads] each, of the tokens of at most 1024 / block_size quantised blocks, any order.
+    """SV and SR, float32[G, num_kv_heads] each: spectral bounds of the values of G groups of full blocks and of what their quantised
+    form is off by. Offsets int64[G, blocks of a group], any order, of at most 1024 tokens.
 
     Blocks whose values stay original are left out of SR. Raises ValueError for offsets outside the arenas or too many
     blocks.
     """
-    _check_blocks(layout, memory, original_offsets, hot_offsets)
-    if hot_offsets.size * layout.block_size > 1024:
-        raise ValueError(f"a group of {hot_offsets.size * layout.block_size} tokens; allowed: at most 1024")
-    norms = np.empty((2, layout.num_kv_heads), np.float32)
+    _check_blocks(layout, memory, original_offsets.ravel(), hot_offsets.ravel())
+    if hot_offsets.ndim != 2 or hot_offsets.shape != original_offsets.shape or hot_offsets.shape[1] * layout.block_size > 1024:
+        raise ValueError(
+            f"groups of {original_offsets.shape} and {hot_offsets.shape} blocks of {layout.block_size}; allowed: both [groups, blocks], of "
+            f"at most 1024 tokens"
+        )
+    norms = np.empty((2, len(hot_offsets), layout.num_kv_heads), np.float32)
     _group_norms(layout.as_array, memory.hot, memory.originals, original_offsets, hot_offsets, norms)
     return norms[0], norms[1]

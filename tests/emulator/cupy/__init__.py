@@ -34,10 +34,6 @@ class CUDADriverError(RuntimeError):
     pass
 
 
-class CUBLASError(RuntimeError):
-    pass
-
-
 class OutOfMemoryError(MemoryError):
     pass
 
@@ -196,7 +192,6 @@ cuda = SimpleNamespace(
     alloc_pinned_memory=lambda nbytes: memoryview(np.zeros(nbytes, np.uint8)),
     memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
     driver=SimpleNamespace(CUDADriverError=CUDADriverError),
-    cublas=SimpleNamespace(CUBLASError=CUBLASError),
     runtime=SimpleNamespace(
         CUDARuntimeError=CUDARuntimeError, memcpyAsync=_copy, memcpy=_copy, memsetAsync=_fill, memcpyHostToDevice=1,
         memcpyDeviceToHost=2, memcpyDeviceToDevice=3, driverGetVersion=lambda: 12080, runtimeGetVersion=lambda: 12090,
