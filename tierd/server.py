@@ -18,6 +18,7 @@ from tierd.engine import Engine
 from tierd.errors import InvalidArgument, TierdError
 from tierd.listen import CannotListen, listen
 from tierd.metrics import SCRAPE_TIMEOUT_S, Metrics, MetricsEndpoint
+from tierd.parsing import Parsing, parsed
 from tierd.service import AppendAssembly, ByteQuota, Converter, check_protocol, describe, handshake_reply
 from tierd.streams import Context, DecodeStream
 from tierd.workers import Workers
@@ -25,7 +26,8 @@ from tierd.workers import Workers
 log = logging.getLogger(__name__)
 WORKER_KEY = "tierd-worker"
 ERROR_KEY = "tierd-error"
-SERVICE = pb.DESCRIPTOR.services_by_name["Tier"].full_name
+TIER = pb.DESCRIPTOR.services_by_name["Tier"]
+SERVICE = TIER.full_name
 CANCEL_GRACE_S = 0.25  # for replies already written to reach their readers
 STATUS_CODES = {
     "invalid_argument": grpc.StatusCode.INVALID_ARGUMENT,
@@ -53,6 +55,7 @@ class Daemon:
         self._health = health.aio.HealthServicer()
         self._endpoint: MetricsEndpoint | None = None
         self._server = grpc.aio.server(
+            interceptors=[Parsing(TIER)],
             options=[
                 ("grpc.max_send_message_length", settings.message_bytes_max),
                 ("grpc.max_receive_message_length", settings.message_bytes_max),
@@ -164,7 +167,7 @@ class Tier:
     async def Handshake(self, request: pb.HandshakeRequest, context: Context) -> pb.HandshakeReply:
         try:
             with self._calls.admitted():
-                check_protocol(request)
+                check_protocol(parsed(request))
                 return handshake_reply(self._settings, self._epoch, self._backend, self._workers.greet())
         except Exception as error:
             await self._abort(context, error)
@@ -172,14 +175,14 @@ class Tier:
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
         """Needs no worker, and is answered while the daemon stops."""
         try:
-            reply: pb.StatusReply = await self._calls.answer(request, "", context.time_remaining())
+            reply: pb.StatusReply = await self._calls.answer(parsed(request), "", context.time_remaining())
             return reply
         except Exception as error:
             await self._abort(context, error)
 
     async def _unary(self, request: Any, context: Context) -> Any:
         try:
-            with self._calls.admitted(), self._quota.held(request.ByteSize()):
+            with self._calls.admitted(), self._quota.held(parsed(request).ByteSize()):
                 worker = _worker_of(context)
                 self._workers.check(worker)
                 return await self._calls.answer(request, worker, context.time_remaining())
@@ -196,7 +199,7 @@ class Tier:
                 self._workers.check(worker)
                 deadline = self._converter.deadline(context.time_remaining())
                 async for request in requests:
-                    assembly.add(request)
+                    assembly.add(parsed(request))
                 reply: pb.AppendReply = await self._calls.perform(assembly.operation(worker, deadline))
                 return reply
         except Exception as error:
