@@ -1,5 +1,6 @@
 """Every method of the client, of both flavours, against a daemon process and against the engine in this process."""
 
+import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -235,13 +236,26 @@ def test_the_end_of_a_connection_closes_its_sessions(connecting: Any, client_dae
         assert watcher.status()["sessions"] == before
 
 
-def test_the_engine_in_this_process_ends_with_its_connection(connecting: Any) -> None:
-    def engines() -> list[str]:
-        return [thread.name for thread in threading.enumerate() if thread.name in ("tierd-engine", "tierd-migrator")]
+def engines() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name in ("tierd-engine", "tierd-migrator")}
 
+
+def test_the_engine_in_this_process_ends_with_its_connection(connecting: Any) -> None:
     before = engines()
     with connecting("inproc://", settings=SMALL_INPROC):
         assert len(engines()) > len(before)
+    assert engines() == before
+
+
+def test_the_engine_in_this_process_ends_when_its_connection_is_collected(connecting: Any) -> None:
+    before = engines()
+    tier = connecting("inproc://", settings=SMALL_INPROC)
+    own = engines() - before
+    assert own
+    del tier
+    gc.collect()
+    for thread in own:
+        thread.join(30.0)
     assert engines() == before
 
 
