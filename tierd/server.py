@@ -157,7 +157,7 @@ class Tier:
         workers: Workers, close_worker: Any,
     ) -> None:  # fmt: skip
         self._settings = settings
-        self._epoch, self._backend = engine.epoch, engine.backend
+        self._engine = engine
         self._converter = converter
         self._calls = calls
         self._metrics = metrics
@@ -183,7 +183,8 @@ class Tier:
         try:
             with self._admitted():
                 check_protocol(parsed(request))
-                return handshake_reply(self._settings, self._epoch, self._backend, self._workers.greet())
+                self._engine.check_device()  # or the worker would learn of it by its first call
+                return handshake_reply(self._settings, self._engine.epoch, self._engine.backend, self._workers.greet())
         except Exception as error:
             await self._abort(context, error)
 

@@ -142,6 +142,15 @@ async def test_calls_over_the_limit_are_refused_by_name_and_the_status_is_told(f
             append.cancel()
 
 
+async def test_a_worker_is_not_greeted_once_the_device_is_lost(folder: Path) -> None:
+    async with bench(folder) as b:
+        b.engine.lost.set_result("the device is lost; restart the daemon")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await b.stub.Handshake(pb.HandshakeRequest(protocol=1))
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert caught.value.details() == "the device is lost; restart the daemon"
+
+
 async def test_a_stream_holds_no_more_requests_than_allowed(folder: Path) -> None:
     async with bench(folder, stream_requests_max=2) as b:
         for request_id in (1, 2, 2, 3):

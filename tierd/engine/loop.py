@@ -101,6 +101,10 @@ class Engine:
         except those that ask for the status or close sessions."""
         return self._device.lost
 
+    def check_device(self) -> None:
+        """Raises Unavailable, as every command would, if the device is lost. Any thread."""
+        self._device.check()
+
     def submit(self, command: Command) -> TimedFuture:
         """Queue a command, from any thread. Raises CapacityExceeded when the queue is full, Unavailable when stopping.
 
