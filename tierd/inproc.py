@@ -40,8 +40,9 @@ class InProcess:
         self._engine.stop(self._settings.grace_s)
 
     def handshake(self, request: pb.HandshakeRequest) -> pb.HandshakeReply:
-        """A new worker; its lease begins at once. Raises InvalidArgument or CapacityExceeded."""
+        """A new worker; its lease begins at once. Raises InvalidArgument, CapacityExceeded, or Unavailable once the device is lost."""
         check_protocol(request)
+        self._engine.check_device()
         with self._lock:
             worker = self._workers.greet()
             self._workers.begin(worker)

@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import grpc
@@ -14,10 +15,11 @@ from tierd_proto.v1 import tierd_pb2_grpc
 from tierd import commands
 from tierd.calls import Calls
 from tierd.config import Settings
-from tierd.engine import Engine
-from tierd.errors import InvalidArgument, TierdError
+from tierd.engine import STATUS_WAITING_MAX, Engine
+from tierd.errors import CapacityExceeded, InvalidArgument, TierdError
 from tierd.listen import CannotListen, listen
 from tierd.metrics import SCRAPE_TIMEOUT_S, Metrics, MetricsEndpoint
+from tierd.parsing import Parsing, parsed
 from tierd.service import AppendAssembly, ByteQuota, Converter, check_protocol, describe, handshake_reply
 from tierd.streams import Context, DecodeStream
 from tierd.workers import Workers
@@ -25,7 +27,8 @@ from tierd.workers import Workers
 log = logging.getLogger(__name__)
 WORKER_KEY = "tierd-worker"
 ERROR_KEY = "tierd-error"
-SERVICE = pb.DESCRIPTOR.services_by_name["Tier"].full_name
+TIER = pb.DESCRIPTOR.services_by_name["Tier"]
+SERVICE = TIER.full_name
 CANCEL_GRACE_S = 0.25  # for replies already written to reach their readers
 STATUS_CODES = {
     "invalid_argument": grpc.StatusCode.INVALID_ARGUMENT,
@@ -53,13 +56,14 @@ class Daemon:
         self._health = health.aio.HealthServicer()
         self._endpoint: MetricsEndpoint | None = None
         self._server = grpc.aio.server(
+            interceptors=[Parsing(TIER)],
             options=[
                 ("grpc.max_send_message_length", settings.message_bytes_max),
                 ("grpc.max_receive_message_length", settings.message_bytes_max),
                 ("grpc.so_reuseport", 0),  # or a second daemon would share the port unnoticed
             ],
-            # Besides the calls that the engine may hold: streams, and as many watchers of health.
-            maximum_concurrent_rpcs=settings.queue_max + 2 * settings.workers_max,
+            # Streams, as many watchers of health, calls, which are refused by name before, and whoever asks for the status.
+            maximum_concurrent_rpcs=2 * settings.workers_max + _calls_max(settings) + STATUS_WAITING_MAX,
         )
         tier = Tier(settings, engine, converter, self._calls, self._metrics, self._quota, self._workers, self._close_worker)
         tierd_pb2_grpc.add_TierServicer_to_server(tier, self._server)
@@ -153,33 +157,48 @@ class Tier:
         workers: Workers, close_worker: Any,
     ) -> None:  # fmt: skip
         self._settings = settings
-        self._epoch, self._backend = engine.epoch, engine.backend
+        self._engine = engine
         self._converter = converter
         self._calls = calls
         self._metrics = metrics
         self._quota = quota
         self._workers = workers
         self._close_worker = close_worker
+        self._num_calls = 0
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """Counts a call that is neither a stream nor Status. Raises CapacityExceeded or, while stopping, Unavailable."""
+        calls_max = _calls_max(self._settings)
+        if self._num_calls >= calls_max:
+            raise CapacityExceeded(f"{self._num_calls} calls are under way, 0 free; allowed: {calls_max}, twice queue_max")
+        self._num_calls += 1
+        try:
+            with self._calls.admitted():
+                yield
+        finally:
+            self._num_calls -= 1
 
     async def Handshake(self, request: pb.HandshakeRequest, context: Context) -> pb.HandshakeReply:
         try:
-            with self._calls.admitted():
-                check_protocol(request)
-                return handshake_reply(self._settings, self._epoch, self._backend, self._workers.greet())
+            with self._admitted():
+                check_protocol(parsed(request))
+                self._engine.check_device()  # or the worker would learn of it by its first call
+                return handshake_reply(self._settings, self._engine.epoch, self._engine.backend, self._workers.greet())
         except Exception as error:
             await self._abort(context, error)
 
     async def Status(self, request: pb.StatusRequest, context: Context) -> pb.StatusReply:
         """Needs no worker, and is answered while the daemon stops."""
         try:
-            reply: pb.StatusReply = await self._calls.answer(request, "", context.time_remaining())
+            reply: pb.StatusReply = await self._calls.answer(parsed(request), "", context.time_remaining())
             return reply
         except Exception as error:
             await self._abort(context, error)
 
     async def _unary(self, request: Any, context: Context) -> Any:
         try:
-            with self._calls.admitted(), self._quota.held(request.ByteSize()):
+            with self._admitted(), self._quota.held(parsed(request).ByteSize()):
                 worker = _worker_of(context)
                 self._workers.check(worker)
                 return await self._calls.answer(request, worker, context.time_remaining())
@@ -191,12 +210,12 @@ class Tier:
     async def Append(self, requests: AsyncIterator[pb.AppendRequest], context: Context) -> pb.AppendReply:
         assembly = AppendAssembly(self._quota)
         try:
-            with self._calls.admitted():
+            with self._admitted():
                 worker = _worker_of(context)
                 self._workers.check(worker)
                 deadline = self._converter.deadline(context.time_remaining())
                 async for request in requests:
-                    assembly.add(request)
+                    assembly.add(parsed(request))
                 reply: pb.AppendReply = await self._calls.perform(assembly.operation(worker, deadline))
                 return reply
         except Exception as error:
@@ -227,6 +246,11 @@ class Tier:
         context.set_trailing_metadata(((ERROR_KEY, message.code),))
         await context.abort(STATUS_CODES[message.code], message.message)
         raise AssertionError("abort returned")
+
+
+def _calls_max(settings: Settings) -> int:
+    """Unary calls and appends under way: those that the engine has taken, and as many that wait for it."""
+    return 2 * settings.queue_max
 
 
 def _worker_of(context: Context) -> str:

@@ -9,6 +9,7 @@ from tierd_proto.v1 import tierd_pb2 as pb
 from tierd.calls import Calls
 from tierd.errors import CapacityExceeded, InvalidArgument
 from tierd.metrics import Metrics
+from tierd.parsing import parsed
 from tierd.service import ByteQuota, describe
 
 Context = Any  # grpc.aio.ServicerContext
@@ -33,7 +34,7 @@ class DecodeStream:
         async with asyncio.TaskGroup() as tasks:
             while (request := await self._context.read()) is not grpc.aio.EOF:
                 try:
-                    self._check(request)
+                    self._check(parsed(request))
                 except Exception as error:
                     await self._write(self._failure(request.id, error))
                     continue

@@ -1,5 +1,6 @@
 """Every method of the client, of both flavours, against a daemon process and against the engine in this process."""
 
+import gc
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,11 @@ from tierd_client import (
     Tolerance,
     connect,
 )
+from tierd_client.transports import grpc_aio, grpc_sync
 from tierd_kernels.layout import HEAD_DIMS
 from tierd_proto.coding import CERTIFICATE_COLUMNS
+from tierd_proto.v1 import tierd_pb2 as pb
+from tierd_proto.v1.tierd_pb2_grpc import TierStub
 
 GEOMETRY = Geometry(num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=64, dtype="float32")
 LOOSE = Tolerance(rtol=0.1)
@@ -232,14 +236,54 @@ def test_the_end_of_a_connection_closes_its_sessions(connecting: Any, client_dae
         assert watcher.status()["sessions"] == before
 
 
-def test_the_engine_in_this_process_ends_with_its_connection(connecting: Any) -> None:
-    def engines() -> list[str]:
-        return [thread.name for thread in threading.enumerate() if thread.name in ("tierd-engine", "tierd-migrator")]
+def engines() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name in ("tierd-engine", "tierd-migrator")}
 
+
+def test_the_engine_in_this_process_ends_with_its_connection(connecting: Any) -> None:
     before = engines()
     with connecting("inproc://", settings=SMALL_INPROC):
         assert len(engines()) > len(before)
     assert engines() == before
+
+
+def test_the_engine_in_this_process_ends_when_its_connection_is_collected(connecting: Any) -> None:
+    before = engines()
+    tier = connecting("inproc://", settings=SMALL_INPROC)
+    own = engines() - before
+    assert own
+    del tier
+    gc.collect()
+    for thread in own:
+        thread.join(30.0)
+    assert engines() == before
+
+
+class BrokenStub(TierStub):
+    """What it sends of Lengths and Attend cannot be parsed."""
+
+    def __init__(self, channel: Any) -> None:
+        super().__init__(channel)  # type: ignore[no-untyped-call]
+
+        def broken(request: Any) -> bytes:
+            return bytes(request.SerializeToString() + b"\xff")
+
+        self.Lengths = channel.unary_unary("/tierd.v1.Tier/Lengths", broken, pb.LengthsReply.FromString)
+        self.Decode = channel.stream_stream("/tierd.v1.Tier/Decode", broken, pb.DecodeReply.FromString)
+
+
+def test_what_the_daemon_cannot_parse_is_an_invalid_argument(
+    connecting: Any, client_daemon: DaemonProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (grpc_sync, grpc_aio):
+        monkeypatch.setattr(module, "TierStub", BrokenStub)
+    with connecting(client_daemon.target, timeout=120) as tier:
+        session = filled(tier)
+        with pytest.raises(InvalidArgument, match=r"cannot be parsed as tierd\.v1\.LengthsRequest"):
+            session.lengths()
+        with pytest.raises(InvalidArgument, match=r"cannot be parsed as tierd\.v1\.DecodeRequest"):
+            session.attend(layer=0, q=numbers(1, 4, 1))
+        session.truncate(3)
 
 
 def test_sessions_of_another_connection_are_refused(connecting: Any, client_daemon: DaemonProcess) -> None:

@@ -1,5 +1,6 @@
 """One turn of the engine: what runs together, in which order, for whom, and what is refused."""
 
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from tierd.commands import (
     Status,
     Truncate,
 )
+from tierd.engine import STATUS_WAITING_MAX
 from tierd.errors import (
     CapacityExceeded,
     CertificateUnavailable,
@@ -167,13 +169,40 @@ def test_all_groups_that_an_append_completes_are_measured_in_one_call(monkeypatc
 def test_a_full_queue_says_so_and_still_lets_a_worker_leave() -> None:
     bench = Bench(replace(CONFIG, queue_max=2))
     name = bench.opened()
-    waiting = [bench.engine.submit(Status(worker="w")) for _ in range(2)]
+    waiting = [bench.engine.submit(Lengths(name, worker="w")) for _ in range(2)]
     with pytest.raises(CapacityExceeded, match="2 commands are waiting, 0 free: queue_max is 2"):
-        bench.engine.submit(Status(worker="w"))
+        bench.engine.submit(Lengths(name, worker="w"))
     leaving = bench.engine.submit(CloseWorker(worker="w"))
     assert bench.engine.run_once() == 3
-    assert [future.result(timeout=0)["queue"] for future in waiting] == [0, 0] and leaving.result(timeout=0) == 1
+    assert [future.result(timeout=0) for future in waiting] == [[0, 0]] * 2 and leaving.result(timeout=0) == 1
     assert type(bench.run(Lengths(name, worker="w"))[0]) is SessionNotFound
+
+
+def test_the_status_has_room_in_a_full_queue_and_takes_none_of_it() -> None:
+    bench = Bench(replace(CONFIG, queue_max=2))
+    name = bench.opened()
+    asked = [bench.engine.submit(Status(worker="")) for _ in range(STATUS_WAITING_MAX)]
+    waiting = [bench.engine.submit(Lengths(name, worker="w")) for _ in range(2)]
+    with pytest.raises(CapacityExceeded, match=f"{STATUS_WAITING_MAX} requests for the status are waiting, 0 free"):
+        bench.engine.submit(Status(worker=""))
+    assert bench.engine.run_once() == STATUS_WAITING_MAX + 2
+    assert {future.result(timeout=0)["sessions"] for future in asked} == {1}
+    assert [future.result(timeout=0) for future in waiting] == [[0, 0]] * 2
+    assert bench.run(Status(worker=""))[0]["commands"] == STATUS_WAITING_MAX + 3
+
+
+def test_the_status_is_told_as_soon_as_a_launch_is_over_and_splits_no_batch() -> None:
+    bench = Bench()
+    first, second, third = (bench.opened(tokens=20) for _ in range(3))
+    status: list[Future[Any]] = []
+    bench.kernels.during = lambda: None if status else status.append(bench.engine.submit(Status(worker="")))
+    lengths = [bench.engine.submit(command) for command in (bench.attend(first), Lengths(first, worker="w"), bench.attend(second))]
+    early, last = bench.engine.submit(Status(worker="")), bench.engine.submit(bench.attend(third))
+    order: list[str] = []
+    lengths[2].add_done_callback(lambda _: order.append(f"a batch after {len(status) and status[0].done()}"))
+    assert bench.engine.run_once() == 6
+    assert early.result(timeout=0)["launches"] == 0 and status[0].result(timeout=0)["launches"] == 1
+    assert order == ["a batch after True"] and len(last.result(timeout=0)) == 1 and bench.kernels.launches == [1, 2]
 
 
 def test_too_many_sessions_are_refused_opened_or_forked() -> None:

@@ -1,6 +1,7 @@
 """Limits and cancellation, on one event loop, over an engine that works only when the test turns it."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -35,6 +36,10 @@ class HeldEngine(Engine):
 
     def start(self) -> None:
         pass
+
+    @property
+    def num_asked(self) -> int:
+        return len(self._asked)
 
 
 class Bench:
@@ -103,6 +108,47 @@ async def test_a_full_queue_refuses_at_once(folder: Path) -> None:
         b.stream.cancel()
         await b.until(lambda status: status["queue"] == 1)  # the closing of the worker
         b.engine.run_once()
+
+
+async def status_of(b: Bench) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads((await b.turn(asyncio.ensure_future(b.stub.Status(pb.StatusRequest())))).json)
+    return told
+
+
+async def test_a_full_queue_still_takes_what_asks_for_the_status(folder: Path) -> None:
+    async with bench(folder, queue_max=1) as b:
+        waiting = b.call("OpenSession", open_request())
+        await b.until(lambda status: status["queue"] == 1)
+        asked = asyncio.ensure_future(b.stub.Status(pb.StatusRequest()))
+        while not (asked.done() or b.engine.num_asked):
+            await asyncio.sleep(0)
+        await b.turn(asyncio.gather(asked, waiting))
+        b.stream.cancel()
+        await b.until(lambda status: status["queue"] == 1)  # the closing of the worker
+        b.engine.run_once()
+
+
+async def test_calls_over_the_limit_are_refused_by_name_and_the_status_is_told(folder: Path) -> None:
+    async with bench(folder, queue_max=1) as b:
+        appends = [b.stub.Append(metadata=(("tierd-worker", b.worker),)) for _ in range(2)]
+        for append in appends:
+            await append.wait_for_connection()
+        while (await status_of(b))["calls_under_way"] < 2:
+            pass
+        with pytest.raises(grpc.aio.AioRpcError, match="2 calls are under way, 0 free; allowed: 2, twice queue_max"):
+            await b.call("OpenSession", open_request())
+        assert (await status_of(b))["calls_under_way"] == 2
+        for append in appends:
+            append.cancel()
+
+
+async def test_a_worker_is_not_greeted_once_the_device_is_lost(folder: Path) -> None:
+    async with bench(folder) as b:
+        b.engine.lost.set_result("the device is lost; restart the daemon")
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await b.stub.Handshake(pb.HandshakeRequest(protocol=1))
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert caught.value.details() == "the device is lost; restart the daemon"
 
 
 async def test_a_stream_holds_no_more_requests_than_allowed(folder: Path) -> None:

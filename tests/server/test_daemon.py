@@ -11,7 +11,7 @@ from urllib.request import urlopen
 
 import grpc
 import pytest
-from daemon_process import CALL_S, KV_HEADS, SMALL, DaemonProcess, Worker, chunks, environment, numbers, status
+from daemon_process import CALL_S, KV_HEADS, SMALL, DaemonProcess, Worker, chunks, environment, numbers, open_request, status
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from test_wire import refusal
@@ -29,11 +29,17 @@ sys.stdin.read()
 """
 
 
+def metric_values(daemon: DaemonProcess) -> dict[str, float]:
+    with urlopen(daemon.said["metrics"], timeout=CALL_S) as response:
+        lines = response.read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+
+
 def test_the_socket_is_its_owners_alone(daemon: DaemonProcess) -> None:
     assert stat.S_IMODE(Path(daemon.target.removeprefix("unix://")).stat().st_mode) == 0o600
 
 
-def test_garbage_on_the_socket_and_in_a_call_hurts_nobody_else(daemon: DaemonProcess, worker: Worker) -> None:
+def test_garbage_on_the_socket_hurts_nobody_else(daemon: DaemonProcess, worker: Worker) -> None:
     session = worker.open()
     for garbage in (b"\x00\xff" * 5000, b"GET / HTTP/1.1\r\n\r\n", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\xff" * 100):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as raw:
@@ -43,10 +49,41 @@ def test_garbage_on_the_socket_and_in_a_call_hurts_nobody_else(daemon: DaemonPro
             with suppress(ConnectionResetError):
                 while raw.recv(4096):
                     pass  # until the daemon hangs up
-    for method in ("OpenSession", "Lengths"):
-        with pytest.raises(grpc.RpcError):
-            worker.channel.unary_unary(f"/tierd.v1.Tier/{method}")(b"\xff" * 50, metadata=worker.metadata, timeout=CALL_S)
     assert list(worker.call("Lengths", pb.LengthsRequest(session_id=session)).lengths) == [0, 0]
+
+
+def test_a_message_that_cannot_be_parsed_is_refused_by_name(folder: Path) -> None:
+    broken = b"\xff" * 50
+    with DaemonProcess(SMALL | {"listen": f"unix://{folder}/t.sock", "metrics-port": 0}) as daemon:
+        with grpc.insecure_channel(daemon.target) as channel:
+            hello = tierd_pb2_grpc.TierStub(channel).Handshake(pb.HandshakeRequest(protocol=1), timeout=CALL_S)
+            metadata = (("tierd-worker", hello.worker),)
+            requests: SimpleQueue[bytes | None] = SimpleQueue()
+            replies = channel.stream_stream("/tierd.v1.Tier/Decode", response_deserializer=pb.DecodeReply.FromString)(
+                iter(requests.get, None), metadata=metadata
+            )
+            assert next(replies) == pb.DecodeReply()
+            stub = tierd_pb2_grpc.TierStub(channel)
+            session = stub.OpenSession(open_request(), metadata=metadata, timeout=CALL_S).session_id
+            methods = pb.DESCRIPTOR.services_by_name["Tier"].methods
+            for method in methods:
+                path, named = f"/tierd.v1.Tier/{method.name}", {"metadata": metadata, "timeout": CALL_S}
+                if method.server_streaming:
+                    requests.put(broken)
+                    requests.put(pb.DecodeRequest(id=7).SerializeToString() + broken)
+                    errors = [next(replies), next(replies)]
+                    assert [(reply.id, reply.error.code) for reply in errors] == [(0, "invalid_argument"), (7, "invalid_argument")]
+                    said = errors[1].error.message
+                else:
+                    call = channel.stream_unary(path) if method.client_streaming else channel.unary_unary(path)
+                    code, name, said = refusal(call, iter([broken]) if method.client_streaming else broken, **named)
+                    assert (code, name) == (grpc.StatusCode.INVALID_ARGUMENT, "invalid_argument")
+                assert f"the message cannot be parsed as tierd.v1.{method.input_type.name}" in said
+            assert list(stub.Lengths(pb.LengthsRequest(session_id=session), metadata=metadata, timeout=CALL_S).lengths) == [0, 0]
+            assert metric_values(daemon)['tierd_call_errors_total{code="invalid_argument"}'] == len(methods) + 1
+            requests.put(None)
+            assert list(replies) == []
+        assert "Traceback" not in daemon.stop()[1]
 
 
 def test_a_killed_worker_leaves_nothing_behind(daemon: DaemonProcess) -> None:
@@ -169,9 +206,7 @@ def test_health_and_reflection(worker: Worker) -> None:
 def test_metrics_tell_what_is_held_and_done(daemon: DaemonProcess, worker: Worker) -> None:
     worker.open()
     refusal(worker.call, "Lengths", pb.LengthsRequest(session_id="s-none"))
-    with urlopen(daemon.said["metrics"], timeout=CALL_S) as response:
-        lines = response.read().decode().splitlines()
-    values = {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if not line.startswith("#"))}
+    values = metric_values(daemon)
     assert values["tierd_sessions"] == 1.0
     assert values["tierd_workers_connected"] == 1.0
     assert values['tierd_pool_bytes{pool="hot",state="free"}'] == 4 << 20

@@ -182,9 +182,12 @@ def test_a_fault_of_the_device_ends_service_and_not_the_process(folder: Path, th
             if thread == "tierd-engine":
                 assert [next(watch).status for watch in watches] == [health_pb2.HealthCheckResponse.NOT_SERVING] * 2
             refusals += [refusal(worker.call, "Lengths", pb.LengthsRequest(session_id=session)), refusal(worker.open)]
+            refusals.append(refusal(worker.stub.Handshake, pb.HandshakeRequest(protocol=1)))
             for code, error, said in refusals:
                 assert (code, error) == (grpc.StatusCode.UNAVAILABLE, "unavailable")
                 assert "cudaErrorIllegalAddress" in said and "restart the daemon" in said
+            with pytest.raises(DaemonUnavailable, match="cudaErrorIllegalAddress"):
+                connect(daemon.target)
             streamed = worker.ask(pb.DecodeRequest(id=1, attend=attend)).error
             assert (streamed.code, "cudaErrorIllegalAddress" in streamed.message) == ("unavailable", True)
             told = worker.status()

@@ -64,6 +64,12 @@ def test_what_is_wrong_fails_the_future(tier: InProcess) -> None:
         tier.handshake(pb.HandshakeRequest(protocol=2))
 
 
+def test_a_worker_is_not_greeted_once_the_device_is_lost(tier: InProcess) -> None:
+    tier._engine.lost.set_result("the device is lost")
+    with pytest.raises(Unavailable, match="the device is lost"):
+        tier.handshake(pb.HandshakeRequest(protocol=1))
+
+
 def test_a_stopped_engine_says_so() -> None:
     tier = InProcess({name.replace("-", "_"): value for name, value in SMALL.items()})
     tier.start()

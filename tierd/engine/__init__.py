@@ -2,6 +2,6 @@
 
 from tierd.config import EngineConfig
 from tierd.engine.batch import Kernels
-from tierd.engine.loop import Engine
+from tierd.engine.loop import STATUS_WAITING_MAX, Engine
 
-__all__ = ["Engine", "EngineConfig", "Kernels"]
+__all__ = ["STATUS_WAITING_MAX", "Engine", "EngineConfig", "Kernels"]

@@ -2,7 +2,8 @@
 
 Commands come from any thread through `submit`. Those of one session take effect in the order of submission. Attends whose
 sessions are all different run as one batch, as far as `batch_rows_max` allows; whatever would touch a session of the waiting
-batch, and every command that is neither Attend nor Append, lets the batch run first.
+batch, and every command that is neither Attend nor Append, lets the batch run first. Status is of no session: it is answered as soon as
+the command or batch under way is done.
 """
 
 import logging
@@ -47,6 +48,7 @@ from tierd.residency import Residency
 
 log = logging.getLogger(__name__)
 IDLE_TICK_S = 1.0  # how often an idle engine looks for leases that ran out
+STATUS_WAITING_MAX = 64  # monitors and people who ask at once; they have room when the queue is full
 NEED_NO_DEVICE = (Status, CloseSession, CloseWorker)
 
 
@@ -86,6 +88,7 @@ class Engine:
         }
         self._wake = threading.Condition()
         self._queue: deque[tuple[Command, Future[Any]]] = deque()
+        self._asked: list[tuple[Command, Future[Any]]] = []  # Status only
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._jobs: list[Job] = []
@@ -98,20 +101,28 @@ class Engine:
         except those that ask for the status or close sessions."""
         return self._device.lost
 
+    def check_device(self) -> None:
+        """Raises Unavailable, as every command would, if the device is lost. Any thread."""
+        self._device.check()
+
     def submit(self, command: Command) -> TimedFuture:
         """Queue a command, from any thread. Raises CapacityExceeded when the queue is full, Unavailable when stopping.
 
-        CloseWorker always finds room: it gives back what others wait for, and there is one per worker.
+        CloseWorker always finds room: it gives back what others wait for, and there is one per worker. Status has room of its own, since a
+        full queue is when it is asked for.
         """
         future = TimedFuture()
         with self._wake:
             if self._stopping:
                 raise Unavailable("the daemon is stopping and takes no new calls")
-            if len(self._queue) >= self.config.queue_max and not isinstance(command, CloseWorker):
-                raise CapacityExceeded(
-                    f"{len(self._queue)} commands are waiting, 0 free: queue_max is {self.config.queue_max}"
-                )
-            self._queue.append((command, future))
+            if isinstance(command, Status):
+                if len(self._asked) >= STATUS_WAITING_MAX:
+                    raise CapacityExceeded(f"{len(self._asked)} requests for the status are waiting, 0 free; allowed: {STATUS_WAITING_MAX}")
+                self._asked.append((command, future))
+            elif len(self._queue) < self.config.queue_max or isinstance(command, CloseWorker):
+                self._queue.append((command, future))
+            else:
+                raise CapacityExceeded(f"{len(self._queue)} commands are waiting, 0 free: queue_max is {self.config.queue_max}")
             self._wake.notify()
         return future
 
@@ -120,13 +131,16 @@ class Engine:
         with self._wake:
             drained = list(self._queue)
             self._queue.clear()
+        num_asked = 0
         try:
             for command, _ in drained:
                 self._leases.touch(command.worker)
+            num_asked += self._answer_asked()
             self._expire_leases()
             self._cache.collect()
             for command, future in drained:
                 self._take(command, future)
+                num_asked += self._answer_asked()
             self._run_batch()
             self._cache.collect()
         finally:
@@ -136,8 +150,8 @@ class Engine:
                     self.counters.events["fault"] += 1
                     future.set_exception(Unavailable("a fault in the daemon ended this call"))
             self._clear_batch()
-        self.counters.commands += len(drained)
-        return len(drained)
+        self.counters.commands += len(drained) + num_asked
+        return len(drained) + num_asked
 
     def start(self) -> None:
         """Run the loop, and the copier, on threads of their own."""
@@ -156,7 +170,8 @@ class Engine:
         else:
             self._thread.join(grace_s)
             with self._wake:
-                left = list(self._queue)
+                left = [*self._asked, *self._queue]
+                self._asked.clear()
                 self._queue.clear()
             for _, future in left:
                 if future.set_running_or_notify_cancel():
@@ -199,14 +214,26 @@ class Engine:
             self._device.limit_threads(self.config.threads)
         while True:
             with self._wake:
-                if not self._queue and not self._stopping:
+                if not self._queue and not self._asked and not self._stopping:
                     self._wake.wait(IDLE_TICK_S)
-                if not self._queue and self._stopping:
+                if not self._queue and not self._asked and self._stopping:
                     return
             try:
                 self.run_once()
             except Exception:
                 log.exception("a turn of the engine failed")
+
+    def _answer_asked(self) -> int:
+        """Answer the requests for the status that wait now; returns their number."""
+        if not self._asked:
+            return 0
+        with self._wake:
+            asked = list(self._asked)
+            self._asked.clear()
+        for command, future in asked:
+            self._leases.touch(command.worker)
+            self._take(command, future)
+        return len(asked)
 
     def _expire_leases(self) -> None:
         for worker in self._leases.expired():
@@ -226,7 +253,7 @@ class Engine:
                 self._device.check()
                 self._join_batch(command, future)
                 return
-            if not isinstance(command, Append) or command.session_id in self._busy:
+            if not isinstance(command, Status) and not (isinstance(command, Append) and command.session_id not in self._busy):
                 self._run_batch()
             if not isinstance(command, NEED_NO_DEVICE):
                 self._device.check()  # only now: the batch may have lost it

@@ -2,8 +2,10 @@
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from tierd_proto.v1 import tierd_pb2 as pb
@@ -23,8 +25,8 @@ class _OwnEngine:
         from tierd.inproc import InProcess  # the one place where the client knows the daemon
 
         self._engine = _told(lambda: InProcess(dict(settings or {})))
-        self._engine.start()
         self.welcome: pb.HandshakeReply = _told(lambda: self._engine.handshake(protocol.handshake()))
+        self._engine.start()
         self._closing = threading.Lock()  # taken once, never given back
 
     def begin(self, request: Request, timeout_s: float) -> "Future[Any]":
@@ -60,11 +62,14 @@ class InprocTransport:
 
 
 class AsyncInprocTransport:
-    """For one event loop."""
+    """For one event loop. Collected unclosed, it ends its engine as the blocking one does."""
 
     def __init__(self, settings: Mapping[str, Any] | None) -> None:
         self._own = _OwnEngine(settings)
         self.welcome = self._own.welcome
+        collected: SimpleQueue[None] = SimpleQueue()
+        self._collected = weakref.finalize(self, collected.put, None)  # all that is safe in a collector's callback
+        threading.Thread(target=_end_when_collected, args=(collected, self._own), name="tierd-release", daemon=True).start()
 
     async def call(self, request: Request, timeout_s: float) -> Any:
         reply = asyncio.wrap_future(self._own.begin(request, timeout_s))
@@ -79,6 +84,12 @@ class AsyncInprocTransport:
 
     async def close(self) -> None:
         await asyncio.to_thread(self._own.end)
+        self._collected()
+
+
+def _end_when_collected(collected: "SimpleQueue[None]", own: _OwnEngine) -> None:
+    collected.get()
+    own.end()
 
 
 def _told(ask: Callable[[], T]) -> T:
