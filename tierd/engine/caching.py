@@ -37,14 +37,16 @@ class ScratchCache:
     def update(self, works: list[Work]) -> None:
         """Learn from answered rows: keep what they read, fetch what they had to read from the host."""
         self._step += 1
-        for work in works:
+        readers = [work for work in works if _read_originals(work)]
+        for work in readers:
             self._count(work)
-        room = min(self._limit, self._migrator.room)
+        room = min(self._limit, self._migrator.room) if readers else 0
         orders: list[CopyOrder] = []
-        for work in works:
+        for work in readers:
             orders += self._prefetch(work, room - len(orders))
-        self._counters.prefetched += len(orders)
-        self._migrator.submit(orders)
+        if orders:  # or the copier would be woken by every call, to contend with the caller that has its answer now
+            self._counters.prefetched += len(orders)
+            self._migrator.submit(orders)
 
     def _count(self, work: Work) -> None:
         missed = work.host_reads
@@ -82,3 +84,9 @@ class ScratchCache:
             return self._residency.begin_copy(table, kind, block, head, self._step) if evictions else None
         except CapacityExceeded:  # enough bytes, but in pieces: sessions of different geometries share the pool
             return None
+
+
+def _read_originals(work: Work) -> bool:
+    """Whether there is anything to learn from a row. Most have read codes alone."""
+    assert work.result is not None
+    return bool(work.result.key_reads.any() or work.result.value_reads.any())
