@@ -65,6 +65,8 @@ class Migrator:
 
     def poll(self) -> list[CopyDone]:
         """Copies finished since the last poll."""
+        if not self._outstanding:
+            return []
         while self._thread is None and self._orders:
             self._copy(self._next())
         with self._wake:

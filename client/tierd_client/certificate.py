@@ -1,7 +1,7 @@
 """What a reply says of its own error."""
 
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Generic
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,8 +64,3 @@ class Result(Generic[Tensor]):
 
     output: Tensor
     certificate: Certificate
-
-
-def certificate_of(columns: dict[str, NDArray[Any]], ndim: int) -> Certificate:
-    """From columns [num_q_heads, n]; for a q of `ndim` 2, n is 1 and its axis goes."""
-    return Certificate(**{name: column[:, 0] if ndim == 2 else column for name, column in columns.items()})

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 from tierd_proto import coding
 from tierd_proto.v1 import tierd_pb2 as pb
 
-from tierd_client.certificate import Result, certificate_of
+from tierd_client.certificate import Certificate, Result
 from tierd_client.errors import DaemonUnavailable, InvalidArgument
 from tierd_client.tensors import Raw, like
 from tierd_client.types import Budget, Geometry, Limits, Policy, Tolerance
@@ -80,9 +80,8 @@ class Row:
         output = coding.decode_tensor(reply.output, "output", ndim=3)
         if output.shape != self.raw.shape or output.dtype != self.raw.dtype:
             raise coding.CodingError(f"output is {output.dtype}{output.shape}; q was {self.raw.dtype}{self.raw.shape}")
-        num_q_heads, n, _ = output.shape
-        columns = coding.decode_certificate(reply.certificate, (num_q_heads, n))
-        return Result(like(output, self.q), certificate_of(columns, self.q.ndim))
+        certificate = Certificate(**coding.decode_certificate(reply.certificate, tuple(self.q.shape[:-1])))
+        return Result(like(output, self.q), certificate)
 
 
 def handshake() -> pb.HandshakeRequest:

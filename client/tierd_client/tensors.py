@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 Raw = NDArray[Any]
-NUMPY_DTYPES = {"float16": "float16", "uint16": "bfloat16", "float32": "float32"}
+NUMPY_DTYPES = {np.dtype("float16"): "float16", np.dtype("uint16"): "bfloat16", np.dtype("float32"): "float32"}
 AnyTensor = Union[NDArray[Any], "torch.Tensor"]
 Tensor = TypeVar("Tensor", bound="NDArray[Any] | torch.Tensor")
 
@@ -28,7 +28,7 @@ def to_raw(name: str, tensor: object, dtype: str) -> Raw:
     if _is_torch(tensor):
         given = str(tensor.dtype).removeprefix("torch.")
     elif isinstance(tensor, np.ndarray):
-        given = NUMPY_DTYPES.get(tensor.dtype.name, f"numpy {tensor.dtype.name}")
+        given = NUMPY_DTYPES.get(tensor.dtype.newbyteorder("=")) or f"numpy {tensor.dtype.name}"
     else:
         raise InvalidArgument(f"{name} is a {type(tensor).__name__}; allowed: torch tensors and numpy arrays")
     if given != dtype:

@@ -16,6 +16,8 @@ RAW: dict[int, np.dtype[Any]] = {
     pb.FLOAT32: np.dtype("<f4"),
 }
 
+_OF_NUMPY = {np.dtype("float16"): pb.FLOAT16, np.dtype("float32"): pb.FLOAT32, np.dtype("uint16"): pb.BFLOAT16}
+
 _F8, _I8, _BOOL = np.dtype("<f8"), np.dtype("<i8"), np.dtype("?")
 CERTIFICATE_COLUMNS: dict[str, np.dtype[Any]] = {
     "bound": _F8,
@@ -48,10 +50,9 @@ class CodingError(ValueError):
 
 def encode_tensor(array: NDArray[Any]) -> pb.Tensor:
     """A raw array (float16, float32, or uint16 bits of bfloat16) as a message with inline bytes. Copies once."""
-    names = {"float16": pb.FLOAT16, "float32": pb.FLOAT32, "uint16": pb.BFLOAT16}
-    if array.dtype.name not in names:
+    dtype = _OF_NUMPY.get(array.dtype.newbyteorder("="))
+    if dtype is None:
         raise CodingError(f"arrays of {array.dtype.name} do not travel; allowed: float16, float32, uint16 (bfloat16 bits)")
-    dtype = names[array.dtype.name]
     return pb.Tensor(dtype=dtype, shape=array.shape, inline=array.astype(RAW[dtype], copy=False).tobytes())
 
 
@@ -78,12 +79,12 @@ def encode_certificate(certificate: dict[str, NDArray[Any]]) -> pb.Certificate:
     return pb.Certificate(**columns)
 
 
-def decode_certificate(message: pb.Certificate, shape: tuple[int, int]) -> dict[str, NDArray[Any]]:
-    """Columns of `shape` [Hq, n], read-only. Raises CodingError for a column of another length."""
-    columns = {}
+def decode_certificate(message: pb.Certificate, shape: tuple[int, ...]) -> dict[str, NDArray[Any]]:
+    """Columns of `shape`, [Hq, n] or, for n of 1, [Hq], read-only. Raises CodingError for a column of another length."""
+    columns, size = {}, math.prod(shape)
     for name, dtype in CERTIFICATE_COLUMNS.items():
         data = getattr(message, name)
-        if len(data) != math.prod(shape) * dtype.itemsize:
+        if len(data) != size * dtype.itemsize:
             raise CodingError(f"certificate column {name} has {len(data)} bytes for shape {list(shape)} of {dtype}")
-        columns[name] = np.frombuffer(data, dtype).reshape(shape)
+        columns[name] = np.ndarray(shape, dtype, data)
     return columns

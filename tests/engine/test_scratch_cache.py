@@ -12,6 +12,7 @@ from tierd_kernels.policy import Budget
 from tierd.commands import Append, Attend, CloseSession, Fork, Geometry, OpenSession, Row, Tolerance, Truncate
 from tierd.engine import Engine, EngineConfig
 from tierd.errors import CapacityExceeded
+from tierd.migrator import Migrator
 from tierd.residency import CopyState, ScratchCopy
 
 RECORDS = 16  # originals of 64 tokens at one layer: four blocks, keys and values of two heads
@@ -37,6 +38,16 @@ def test_what_was_read_from_the_host_is_read_from_scratch_next() -> None:
     bench.run(bench.attend(name))
     assert counts(bench) == (RECORDS, 0, 0, 0)
     assert bench.engine.residency.arenas.scratch.used_bytes == RECORDS * RECORD_BYTES
+
+
+def test_a_call_that_wants_no_copies_does_not_wake_the_copier(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    tail, cached = bench.opened(tokens=10), bench.opened(tokens=64)
+    bench.run(bench.attend(cached))
+    counts(bench)
+    monkeypatch.delattr(Migrator, "submit")
+    assert len(bench.run(bench.attend(tail), bench.attend(cached))) == 2
+    assert counts(bench) == (RECORDS, 0, 0, 0)
 
 
 def test_only_promoted_records_are_fetched() -> None:

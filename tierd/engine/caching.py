@@ -37,15 +37,16 @@ class ScratchCache:
     def update(self, works: list[Work]) -> None:
         """Learn from answered rows: keep what they read, fetch what they had to read from the host."""
         self._step += 1
-        works = [work for work in works if work.read_originals]
-        for work in works:
+        readers = [work for work in works if work.read_originals]
+        for work in readers:
             self._count(work)
-        room = min(self._limit, self._migrator.room)
+        room = min(self._limit, self._migrator.room) if readers else 0
         orders: list[CopyOrder] = []
-        for work in works:
+        for work in readers:
             orders += self._prefetch(work, room - len(orders))
-        self._counters.prefetched += len(orders)
-        self._migrator.submit(orders)
+        if orders:  # or the copier would be woken by every call, to contend with the caller that has its answer now
+            self._counters.prefetched += len(orders)
+            self._migrator.submit(orders)
 
     def _count(self, work: Work) -> None:
         missed = work.host_reads

@@ -45,4 +45,4 @@ class Counters:
 
 
 def _sum(column: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> int:
-    return int(column.astype(np.int64).sum())
+    return int(column.sum(dtype=np.int64))

@@ -121,7 +121,8 @@ class TierServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Decode(self, request_iterator, context):
-        """Requests are answered as they complete; `id` pairs them. The first reply has id 0 and says that the lease has begun.
+        """Requests are answered as they complete; `id` pairs them. The first reply has id 0 and says that the lease has begun; a later one with
+        id 0 is an error about a message that cannot be parsed, not even as far as its id.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
