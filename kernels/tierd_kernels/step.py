@@ -36,6 +36,7 @@ NORM_RETURN = 1.0 / (1.0 + 2.0**-7) - 2.0**-15
 FP32_SCORE_MAX = 1e30  # where |q| |k|, or the scale, reaches further, FP32 may overflow on the way: such rows go to float64
 SKIP_SHARE_HELD_BACK = 0.1  # masses are relative to the whole when blocks are chosen, to what is kept when the bound is taken
 BUDGET_MAX = 1e250  # keeps a budget finite in any unit
+BUDGET_MIN = 1e-290  # below, doubles are rounded by more than a budget is lowered for: nothing is allowed
 SQUARE_FLOOR = 2.0**-511  # the square of what lies below is not a normal double: norms do not see it
 # What a selection aims at, as shares of the budget: the second try is for what the first misjudged.
 TARGETS = (0.9, 0.5)
@@ -184,7 +185,7 @@ class Step:
         """The budgets, rounded down; NaN, which nothing meets, where the reference is not a number."""
         with np.errstate(over="ignore", invalid="ignore"):
             asked = self.call.atol / self.unit_R[rows] + self.call.rtol * reference
-            return np.minimum(asked * (1.0 - 2.0**-20), BUDGET_MAX)
+            return np.where(asked < BUDGET_MIN, 0.0, np.minimum(asked * (1.0 - 2.0**-20), BUDGET_MAX))
 
     # -- policies -------------------------------------------------------------------------------------------------------------
 

@@ -111,6 +111,15 @@ def test_what_rounds_to_nothing_is_in_an_exact_bound(gap: int) -> None:
     check_reply(k, v, q, result.output, result.certificate, 0.0, 0.0, softmax_scale=1.0)
 
 
+@pytest.mark.parametrize("exponent", range(-10, 20, 3))
+def test_a_tolerance_that_is_hardly_a_double_is_not_exceeded(exponent: int) -> None:
+    """Counted in the values' unit it may be less than one, and be rounded up."""
+    k, v, q = draw("random", 1, 1, 20, 1, 64, "float32", 3)
+    cache = store(Layout(1, 64, 16, 16, "float32"), k, v * np.float32(10.0**exponent))
+    for atol in (1e-310, 2e-312, 3e-324, 1e-300):
+        assert (answer(cache, q, 0.0, Budget(), atol=atol).certificate["budget"] <= atol).all()
+
+
 def test_a_chunk_of_queries_is_answered_as_its_tokens_are() -> None:
     k, v, q = draw("random", 2, 2, 300, 130, 64, "float32", 5)
     cache = store(Layout(2, 64, 16, 16, "float32"), k, v)

@@ -145,7 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   // The budget, rounded down; in double, as the fields: tolerances and values may lie where units do not.
   const float vbar = fmaxf((norm - left_norm) * NORM_RETURN - 2.f * NORM_FLOOR, 0.f);
   const double size = power_of_two(unit), reference = call.relative_to_output ? sqrtf(norm2) * (1.f - 1e-5f) : vbar;
-  const double budget = fmin((call.atol * power_of_two(-unit) + call.rtol * reference) * (1. - 2e-5), BUDGET_MAX);
+  const double asked = call.atol * power_of_two(-unit) + call.rtol * reference, budget = asked < 1e-250 ? 0. : fmin(asked * (1. - 2e-5), BUDGET_MAX);
   const bool good = total <= budget && o < INFINITY;
   double *out = call.fields + h * rows + index;
   const i64 stride = (i64)heads * rows;
