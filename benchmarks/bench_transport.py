@@ -4,7 +4,8 @@ Engines: "null", whose kernels do nothing (8 query heads, one token), which leav
 8 KV heads, 2048 tokens). Transports: in-process, unary calls, the client's stream. Loops: closed, and open at fixed rates, where a
 call counts from when it was due. Each call's time is split: late (due, not yet begun: the worker was busy, or woke late), queue and
 compute as the engine measured them, wire (all else: encoding, gRPC, threads, decoding). Replies are checked against attention in
-extended precision first, through each transport; one that breaks its promise ends the run without a report.
+extended precision first, through each transport; one that breaks its promise ends the run without a report. The headline names what a
+bare gRPC stream costs at the same time, the scale of all else.
 
     python benchmarks/bench_transport.py
 """
@@ -23,6 +24,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from bench_transport_bare import bare_stream_p50_us
 from bench_transport_daemon import ENGINES
 from bench_transport_worker import MEET_S, PARTS, Load, Samples, work
 from common import RESULTS, machine_name, write_results
@@ -139,6 +141,7 @@ def headline_of(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Of the null engine, one worker, closed loop."""
     alone = {row["transport"]: row for row in rows if (row["engine"], row["workers"], row["loop"]) == ("null", 1, "closed")}
     return {
+        "in_process_handover_p50_us": alone["in-process"]["total_p50_us"],
         "unary_handover_p50_us": alone["unary"]["total_p50_us"],
         "stream_handover_p50_us": alone["stream"]["total_p50_us"],
         "stream_handover_p99_us": alone["stream"]["total_p99_us"],
@@ -174,7 +177,7 @@ def main() -> int:
     except Failed as failure:
         console.print(f"[red]no report[/red]\n{failure}", markup=True)
         return 1
-    headline = headline_of(rows)
+    headline = headline_of(rows) | {"bare_stream_p50_us": bare_stream_p50_us()}
     columns = ("total_p50_us", "total_p90_us", "total_p99_us", "late_p50_us", "queue_p50_us", "compute_p50_us", "wire_p50_us",
                "calls_per_s", "worker_cpu_us_per_call", "daemon_cpu_us_per_call")  # fmt: skip
     table = Table("engine", "transport", "workers", "offered/s", *(name.removesuffix("_per_call").replace("_", " ") for name in columns))
