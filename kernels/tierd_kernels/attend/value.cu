@@ -20,6 +20,25 @@ __device__ __forceinline__ u32 part(float x, float y, float low) {
   return as_bits(__floats2half2_rn(fmaf(-low, high.x, x), fmaf(-low, high.y, y)));
 }
 
+// The largest score of each row of the tile. For a thread block of WARPS warps, all of whose threads come here.
+__device__ __forceinline__ void row_tops(const Call &call, int base, float (&tops)[ROW_TILE]) {
+  __shared__ float of_warp[WARPS][ROW_TILE];
+  const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE;
+  const int splits = call.splits + (call.tokens > call.full * BLOCK), lane = threadIdx.x % LANES;
+  float largest = -INFINITY;
+  for (int i = threadIdx.x / ROW_TILE; i < splits; i += WARPS * LANES / ROW_TILE)
+    largest = fmaxf(largest, partials[(i64)i * PARTIALS * ROW_TILE + SPLIT_TOP * ROW_TILE + threadIdx.x % ROW_TILE]);
+#pragma unroll
+  for (int bit = 4; bit < 32; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
+  if (lane < ROW_TILE) of_warp[threadIdx.x / LANES][lane] = largest;
+  __syncthreads();
+  if (threadIdx.x < ROW_TILE) {
+    for (int w = 1; w < WARPS; w++) largest = fmaxf(largest, of_warp[w][threadIdx.x]);
+    tops[threadIdx.x] = largest;
+  }
+  __syncthreads();
+}
+
 // What a skipped block may cost each row, in units of its mass: m e^Delta (nu + ||O||) at most this; and ||O||, as long as it is not known.
 struct Limits { float most[ROW_TILE], output[ROW_TILE]; };
 

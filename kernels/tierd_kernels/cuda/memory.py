@@ -15,7 +15,7 @@ from tierd_kernels.layout import Memory
 
 WORKSPACE_BYTES = 512 << 20  # of a launch: 460 bytes a block and tile of four rows (B = 16)
 STAGING_BYTES = 64 << 20  # what a launch carries in, and out
-LANDING_BYTES = 1 << 20  # a record of originals, at most
+LANDING_BYTES = 1 << 20  # records on their way back from scratch
 # Blocks are larger than this, so that the offset over it tells them apart.
 BLOCK_BYTES_MIN = 1024
 ALIGNMENT = 256

@@ -156,11 +156,8 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
     }
   }
   wrong = __ballot_sync(~0u, wrong) != 0;
-  float sums[2][TOP], extra[2] = {0.f, 0.f}, of_block[STEPS][ROW_TILE][CHANNELS];  // sums: of this half's pair of rows
-#pragma unroll
-  for (int k = 0; k < 2; k++)
-#pragma unroll
-    for (int i = 0; i < TOP; i++) sums[k][i] = 0.f;
+  RowSums sums[2];  // of this half's pair of rows
+  float extra[2] = {0.f, 0.f}, of_block[STEPS][ROW_TILE][CHANNELS];
 #pragma unroll
   for (int k = 0; k < STEPS; k++)
 #pragma unroll
@@ -196,11 +193,9 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
       for (int i = 1; i < TILES; i++) own = t == i ? score[i][k] : own;
       const float is = !key ? was : own - top[k] >= LOG2_MIN ? exp2_approx(own - top[k]) : 0.f;
       // Raw values have no codes that could err; promoted ones are used as they are.
-      const float eta = value && raw ? 0.f : stored, used = value ? nu : nu + eta, normed = is * nu, failed = is * eta;
-      sums[k][SUM] += is, sums[k][SUM_SQUARES] = fmaf(is, is, sums[k][SUM_SQUARES]);
-      sums[k][SUM_NORM] += normed, sums[k][SUM_SQUARES_NORM] = fmaf(normed, normed, sums[k][SUM_SQUARES_NORM]);
-      sums[k][SUM_ERROR] += failed, sums[k][SUM_SQUARE_USED] = fmaf(is * used, used, sums[k][SUM_SQUARE_USED]);
-      sums[k][SUM_SQUARE_ERROR] = fmaf(value ? 0.f : failed, eta, sums[k][SUM_SQUARE_ERROR]);
+      const float eta = value && raw ? 0.f : stored;
+      sums[k].add(is, nu, eta, value ? nu : nu + eta);
+      if (value) sums[k].v[SUM_SQUARE_ERROR] = 0.f;
       const bool touched = key || value;
       if (touched) extra[k] += was * factor_was[k] * (raw ? nu : nu + stored);
       room.weight[warp][token][pair + k] = touched ? is * factor_is[k] : 0.f;
@@ -260,14 +255,14 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
 #pragma unroll
     for (int bit = 1; bit < TILE; bit <<= 1) {
 #pragma unroll
-      for (int i = 0; i < TOP; i++) sums[k][i] += __shfl_xor_sync(~0u, sums[k][i], bit);
+      for (int i = 0; i < TOP; i++) sums[k].v[i] += __shfl_xor_sync(~0u, sums[k].v[i], bit);
       extra[k] += __shfl_xor_sync(~0u, extra[k], bit);
     }
     const int row = pair + k;
     if (token || !(mark >> row & 0x11)) continue;
     room.extra[warp][row] += extra[k];
 #pragma unroll
-    for (int i = 0; i < TOP; i++) statistics[i * ROW_TILE + row] = sums[k][i];
+    for (int i = 0; i < TOP; i++) statistics[i * ROW_TILE + row] = sums[k].v[i];
     if (!(mark >> row & 1)) continue;
     if (wrong) statistics[SUM * ROW_TILE + row] = 1.f;  // a block without mass would not be looked at
     const float eps = wrong ? INFINITY
