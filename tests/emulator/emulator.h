@@ -266,6 +266,9 @@ inline void bulk_copy(void *to, const void *from, u32 bytes, u64 *bar) {
   emulator::copies.push_back({to, from, bytes, bar});
 }
 inline u64 stream_policy() { return 0; }
+inline void fetch_ahead(const void *at) { (void)*(volatile const char *)at; }
+inline void let_next_begin() {}
+inline void wait_for_previous() {}
 inline void bulk_stream(void *to, const void *from, u32 bytes, u64 *bar, u64) { bulk_copy(to, from, bytes, bar); }
 inline void barrier_wait(u64 *bar, u32 parity) {
   for (size_t i = 0; i < emulator::copies.size();) {

@@ -38,29 +38,36 @@ constexpr float NORM_FLOOR = 8.8817841970012523e-16f;  // 2^-50: squares stay fa
 constexpr float LOG2_MIN = -124.f;                     // a weight below 2^-124 of its block's largest counts as zero
 
 // One session and layer. Offsets are bytes: hot [full] in the device pool, original [blocks] in the host pool, locations [full][Hkv]
-// into scratch, or ~offset of the record among the originals.
+// into scratch, or ~offset of the record among the originals. What the passes need first lies together, in one line of the cache: at 8,192 tokens
+// a kernel is waiting for its call for a tenth of its time.
 struct Call {
-  const unsigned char *pool, *scratch, *originals;
+  int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
+  int unit;                                        // within [-60, 120]: norms are counted in units of 2^unit
+  int relative_to_output, exact_only, num_canaries, require_rank, coverage, k_min, k_max, boundary_check, none;
+  double scale;
   const void *q;  // raw [Hq][n][D]
+  const i64 *hot;
+  const unsigned char *pool;
+  float *weights, *statistics, *partials;          // by tile of rows: [full + 1 blocks] (weights: of TILES each), [splits + 1]
+  u32 *marks;                                      // [tiles][full]: promoted keys, a bit a row, values, the next four bits, SKIPPED_BLOCK
+  const unsigned char *scratch, *originals;
   void *output;   // raw [Hq][n][D]
-  const i64 *hot, *original, *key_at, *value_at;
-  const int *unit;                                 // [Hkv], within [-60, 120]: norms are counted in units of 2^unit
+  const i64 *original, *key_at, *value_at;
   const float *group_values, *group_errors;        // [groups][Hkv]: SV and SR of complete groups of 1024 tokens
-  float *weights, *statistics, *partials, *sums, *skips;  // by tile of rows: [full + 1 blocks] (weights: of TILES each), [splits + 1]
+  float *sums, *skips;                             // as partials
   double *fields;                                  // [FIELDS][Hkv * rows]
   float *facts, *dots;                             // [Hkv * rows][ROW_FACTS]; o_G . O of each split, [Hkv * rows][splits + 1]
   int *state;                                      // [Hkv * rows]
-  u32 *marks;                                      // [tiles][full]: promoted keys, a bit a row, values, the next four bits, SKIPPED_BLOCK
   int *counts;                                     // [Hkv * rows][2]: promoted keys, values
   float *picks;                                    // [tiles][2 rounds][PICK_PARTS][ROW_TILE][LANES][2]: see select/pick.cu
   double *dense;                                   // [tiles][splits + 1][ROW_TILE][DENSE_FACTS + D]
   const int *canaries;                             // [num_canaries] full blocks
   unsigned char *failures;                         // [num_canaries][Hkv]
-  double scale, rtol, atol, skip_share;            // of the budget, for skipped blocks
+  double rtol, atol, skip_share;                   // of the budget, for skipped blocks
   double tau_cov, key_bound_max, v_tol;            // of the coverage policy
-  int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
-  int relative_to_output, exact_only, num_canaries, require_rank, coverage, k_min, k_max, boundary_check;
+  int end[14];                                     // to whole lines
 };
+static_assert(sizeof(Call) == 384, "as in launch.py");
 
 // A row is open until finish has certified it, at first or after promotion; else it is due to be computed exactly.
 enum { OPEN, CERTIFIED, DUE, EXACT };
@@ -83,6 +90,10 @@ __device__ __forceinline__ float as_float(const void *p, i64 i) {
   if (DTYPE == 1) return __uint_as_float((u32)((const unsigned short *)p)[i] << 16);
   return ((const float *)p)[i];
 }
+
+// Four neighbouring numbers as they are stored, the first at a multiple of four: one load.
+struct __align__(4 * ITEM) Four { u32 words[ITEM]; };
+__device__ __forceinline__ Four four_of(const void *p, i64 i) { return *(const Four *)((const unsigned char *)p + i * ITEM); }
 
 // CuPy compiles with flush-to-zero: subnormals take their way to and from double by their bits.
 __device__ __forceinline__ double wide(float x) {
@@ -120,8 +131,10 @@ __device__ __forceinline__ float fold8(float (&v)[8], int lane) {
   return v[0];
 }
 
-// x 2^-e in two steps: e may lie outside FP32's exponents where x does not.
-__device__ __forceinline__ float downscale(float x, int e) { return ldexpf(ldexpf(x, -(e / 2)), -(e - e / 2)); }
+// x 2^-e in two steps, e within [-128, 128]: it may lie outside FP32's exponents where x does not.
+__device__ __forceinline__ float downscale(float x, int e) { return x * __int_as_float((127 - e / 2) << 23) * __int_as_float((127 - (e - e / 2)) << 23); }
+// The least e with x < 2^e, of a finite x that FP32 does not flush; 0 of zero.
+__device__ __forceinline__ int exponent_above(float x) { return x > 0.f ? (int)(__float_as_uint(x) >> 23) - 126 : 0; }
 // 2^-unit, for a unit within [-60, 120]. Norms that no such unit brings near 1 leave a bound that is too large to certify anything.
 __device__ __forceinline__ float unit_factor(int unit) { return __int_as_float((127 - unit) << 23); }
 __device__ __forceinline__ double power_of_two(int e) { return __hiloint2double((1023 + e) << 20, 0); }
@@ -134,10 +147,8 @@ __device__ __forceinline__ float half_bits(u32 w, int upper) { return __half2flo
 constexpr u32 SKIPPED_BLOCK = 256;
 constexpr int PICK_PARTS = 16;
 
-// Whether a row of the tile is in this state.
+// Whether a row of the tile is in this state. For whole warps.
 __device__ __forceinline__ bool any_row(const Call &call, int h, int group, int tile, int state) {
-  const int rows = group * call.n;
-  bool any = false;
-  for (int row = tile * ROW_TILE; row < min(rows, (tile + 1) * ROW_TILE); row++) any |= call.state[h * rows + row] == state;
-  return any;
+  const int rows = group * call.n, row = tile * ROW_TILE + threadIdx.x % ROW_TILE;
+  return __ballot_sync(~0u, row < rows && call.state[h * rows + row] == state) != 0;
 }

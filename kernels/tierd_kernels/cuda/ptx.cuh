@@ -36,6 +36,12 @@ __device__ __forceinline__ void bulk_stream(void *to, const void *from, u32 byte
                "l"(from), "r"(bytes), "r"(shared_at(bar)), "l"(policy)
                : "memory");
 }
+// Fetches a line of global memory to the L2, ahead of the loads that read it. (The bulk form takes one lane after the other: 6 us for 32 ranges.)
+__device__ __forceinline__ void fetch_ahead(const void *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory"); }
+// A kernel may begin while the one before it on the stream still runs, once all thread blocks of that one have said so, or ended; it waits for
+// all that the one before has written. Only what no kernel of the step writes may be read before the wait.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // What was initialised is seen by the copies that complete on it.
 __device__ __forceinline__ void barriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -28,6 +28,7 @@ SHARED_MAX = 227 * 1024  # of a thread block, static and dynamic, from compute c
 WARPS, LANES, ROW_TILE, FINISH_THREADS, COVER_THREADS, RANK_THREADS, QUANTISE_THREADS, GATHER_THREADS = 4, 32, 4, 512, 512, 256, 512, 256
 GROUP_THREADS, GRAM_SIDE = 256, 64  # of what measures groups; of a tile of a Gram matrix
 SCORE_STAGES, VALUE_STAGES = 2, 4
+RESIDENT = 4  # thread blocks of a pass on one multiprocessor, of a head dimension up to 128
 STATISTIC_FLOATS, PARTIALS, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 48, 18, 4, 2048, 2048
 ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS = 6, 6, 16, 512
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
@@ -49,7 +50,9 @@ def shared_bytes(layout: Layout, kernel: str) -> int:
         return max(WARPS * SCORE_STAGES * record.score_bytes, 4 * rows)
     if kernel == "value":  # tiles of tokens with their weights under way; a warp's sums
         tile = -(-(record.value_bytes + 4 * TILE_WEIGHT_FLOATS) // 128) * 128
-        return WARPS * max(VALUE_STAGES * tile, 4 * ROW_TILE * layout.head_dim)
+        # Not less than what keeps a fifth from beginning where the scores' first thread blocks have ended: multiprocessors that took
+        # five left others with three (131,072 tokens: 152 us, 148 with four everywhere).
+        return max(WARPS * max(VALUE_STAGES * tile, 4 * ROW_TILE * layout.head_dim), SHARED_MAX // (RESIDENT + 1))
     if kernel == "finish":  # the row's partials and skips
         return 4 * SPLITS_MAX * (PARTIALS + SKIPS)
     if kernel == "promote":  # of a warp, a tile of original keys and its changes of the sums

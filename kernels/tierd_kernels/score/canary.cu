@@ -3,7 +3,9 @@
 extern "C" __global__ void __launch_bounds__(WARPS *LANES) canary(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
   float *x = (float *)shared;  // [BLOCK][D + 1]
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
+  wait_for_previous();
   const int h = blockIdx.y;
   if ((int)blockIdx.x >= call.num_canaries) return;
   const int b = call.canaries[blockIdx.x];

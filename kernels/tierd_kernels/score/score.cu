@@ -12,25 +12,35 @@ constexpr float NORM_ROOM = 1.f + 6.103515625e-5f;                  // 2^-14: si
 // q . offset: parts of q, one MMA each, sums of 2 * KEY_STEPS of them; in units of ||q|| ||offset||, ||q|| >= 1/2.
 constexpr float OFFSET_ROUNDINGS = (34.f + 2.f * KEY_STEPS + 16.f + 24.f) * U32F;
 
-struct RowFacts { float scale, q_norm; int seen; };
+struct RowFacts { float scale, q_norm; };
 
-// q of row `row` of the tile, the channels of this lane (8 c + 4 limb of each step), scaled by a power of two into [-1, 1].
-__device__ __forceinline__ RowFacts load_query(const Call &call, int h, int group, int row, int c, int limb, float (&q)[KEY_STEPS * 4]) {
-  bool real = row < group * call.n;
-  int head = real ? row / call.n : 0, token = real ? row % call.n : 0;
-  const i64 at = ((i64)(h * group + head) * call.n + token) * D;
+// Of row `row` of the tile the channels of this lane, 8 c + 4 limb and the three behind it of each step, as they are stored.
+struct Query { Four raw[KEY_STEPS]; int seen; };  // seen: tokens; 0 where there is no such row
+__device__ __forceinline__ bool inside(int j, int c, int limb) { return KEY_DIM == D || 32 * j + 8 * c + 4 * limb < D; }
+__device__ __forceinline__ Query read_query(const Call &call, int n, int h, int group, int row, int c, int limb) {
+  const bool real = row < group * n;
+  const int head = real ? row / n : 0, token = real ? row - head * n : 0;
+  const i64 at = ((i64)(h * group + head) * n + token) * D;
+  Query query;
+#pragma unroll
+  for (int j = 0; j < KEY_STEPS; j++) query.raw[j] = four_of(call.q, at + (inside(j, c, limb) ? 32 * j + 8 * c + 4 * limb : 0));
+  query.seen = real ? call.tokens - n + 1 + token : 0;
+  return query;
+}
+
+// The same in FP32, scaled by a power of two into [-1, 1]; and what undoes it, times the softmax scale in binary units.
+__device__ __forceinline__ RowFacts scale_query(const Query &query, float softmax_scale, int c, int limb, float (&q)[KEY_STEPS * 4]) {
   float top = 0.f, norm = 0.f;
 #pragma unroll
   for (int j = 0; j < KEY_STEPS; j++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      int channel = 32 * j + 8 * c + 4 * limb + i;
-      q[4 * j + i] = real && channel < D ? as_float(call.q, at + channel) : 0.f;
+      q[4 * j + i] = query.seen > 0 && inside(j, c, limb) ? as_float(&query.raw[j], i) : 0.f;
       top = fmaxf(top, fabsf(q[4 * j + i]));
     }
 #pragma unroll
   for (int bit = 1; bit < 8; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
-  int e = top > 0.f ? ilogbf(top) + 1 : 0;
+  const int e = exponent_above(top);
 #pragma unroll
   for (int i = 0; i < KEY_STEPS * 4; i++) {
     q[i] = downscale(q[i], e);
@@ -38,7 +48,7 @@ __device__ __forceinline__ RowFacts load_query(const Call &call, int h, int grou
   }
 #pragma unroll
   for (int bit = 1; bit < 8; bit <<= 1) norm += __shfl_xor_sync(~0u, norm, bit);
-  return {downscale((float)(call.scale * 1.4426950408889634), -e), sqrtf(norm) * STORE, real ? call.tokens - call.n + 1 + token : 0};
+  return {downscale(softmax_scale, -e), sqrt_approx(norm) * NORM_ROOM};
 }
 
 // Of a block and row, ready for the scores: q . offset, and Delta, D and eps but for the limbs' part of eps.
@@ -59,14 +69,18 @@ __device__ __forceinline__ u32 scale_squares(u32 s) {
 typedef uint2 Operands[KEY_STEPS][2][3][LANES];
 __device__ __forceinline__ void prepare_operands(Operands &operands, const float (&q)[KEY_STEPS * 4], int warp, int lane, int limb) {
 #pragma unroll
-  for (int j = 0; j < KEY_STEPS; j++) {
-    if (j % WARPS != warp) continue;
+  for (int first = 0; first < KEY_STEPS; first += WARPS) {
+    const int j = first + warp;
+    if (KEY_STEPS % WARPS && j >= KEY_STEPS) break;
     float x[8];  // this row's eight channels from 32 j + 8 c on
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      float other = __shfl_xor_sync(~0u, q[4 * j + i], 4);
-      x[i] = limb ? other : q[4 * j + i];
-      x[4 + i] = limb ? q[4 * j + i] : other;
+      float own = q[4 * first + i];
+#pragma unroll
+      for (int w = 1; w < WARPS && first + w < KEY_STEPS; w++) own = w == warp ? q[4 * (first + w) + i] : own;
+      const float other = __shfl_xor_sync(~0u, own, 4);
+      x[i] = limb ? other : own;
+      x[4 + i] = limb ? own : other;
     }
 #pragma unroll
     for (int k = 0; k < 2; k++) {
@@ -127,7 +141,7 @@ __device__ __forceinline__ void block_facts(const unsigned char *low, const unsi
 // The trailing block, from its originals: a split of its own, one warp a row. Scores in double.
 __device__ __noinline__ void score_tail(const Call *at_call, int heads, int group, int h, int tile, int tiles, float *x) {
   const Call &call = *at_call;
-  const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, count = call.tokens - call.full * BLOCK, unit = call.unit[h];
+  const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, count = call.tokens - call.full * BLOCK, unit = call.unit;
   const unsigned char *keys = call.originals + call.original[call.full] + (i64)h * ORIGINAL_BYTES, *values = keys + (i64)heads * ORIGINAL_BYTES;
   const Row query = query_row(call, h, group, tile * ROW_TILE + row);
   const int seen = query.seen - call.full * BLOCK;
@@ -185,24 +199,28 @@ __device__ __noinline__ void score_tail(const Call *at_call, int heads, int grou
 
 extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) score(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4, limb = r & 1;
-  const int tiles = (group * call.n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
-  if (blockIdx.x >= heads * tiles || split > call.splits || call.exact_only) return;
-  const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-  if (split == call.splits) {
-    if (call.tokens > call.full * BLOCK) score_tail(calls + blockIdx.z, heads, group, h, tile, tiles, (float *)shared);
+  const int n = call.n, full = call.full, per = call.per, splits = call.splits, exact_only = call.exact_only, unit_exponent = call.unit;
+  const float softmax_scale = (float)(call.scale * 1.4426950408889634);
+  const int tiles = (group * n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
+  if (blockIdx.x >= heads * tiles || split > splits || exact_only) return;
+  const int h = blockIdx.x / tiles, tile = blockIdx.x - h * tiles;
+  if (split == splits) {
+    if (call.tokens > full * BLOCK) score_tail(calls + blockIdx.z, heads, group, h, tile, tiles, (float *)shared);
     return;
   }
   unsigned char *stage = shared + warp * SCORE_STAGES * SCORE_BYTES;
   __shared__ u64 bars[WARPS][SCORE_STAGES];
   __shared__ float tops[WARPS][ROW_TILE];
 
-  const int full = call.full, each = call.per / WARPS, first = split * call.per + warp * each, count = max(0, min(each, full - first));
+  const int each = per / WARPS, first = split * per + warp * each, count = max(0, min(each, full - first));
   const unsigned char *pool = call.pool + (i64)h * RECORD_BYTES;
+  const i64 offset = lane < count ? call.hot[first + lane] : 0;
+  const Query query = read_query(call, n, h, group, tile * ROW_TILE + (r >> 1), c, limb);
   if (lane < SCORE_STAGES) barrier_init(&bars[warp][lane]);
   barriers_ready();
-  const i64 offset = lane < count ? call.hot[first + lane] : 0;
   const u64 policy = stream_policy();
   auto issue = [&](int i, int s) {
     i64 at = __shfl_sync(~0u, offset, i);
@@ -212,16 +230,17 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     }
   };
   for (int i = 0; i < min(count, SCORE_STAGES); i++) issue(i, i);
+  for (int at = 0; at < 4 * KEY_DIM && lane < count; at += 128) fetch_ahead(pool + offset + KEY_SCALE_AT + at);  // for `block_facts`
 
   float q[KEY_STEPS * 4];
-  const RowFacts mine = load_query(call, h, group, tile * ROW_TILE + (r >> 1), c, limb, q);
+  const RowFacts mine = scale_query(query, softmax_scale, c, limb, q);
   __shared__ Operands operands;
   prepare_operands(operands, q, warp, lane, limb);
   __syncthreads();
   // Facts of row c, which is the row of the scores that a lane holds; lane 8 c has r / 2 = c.
   const float scale = __shfl_sync(~0u, mine.scale, 8 * c), q_norm = __shfl_sync(~0u, mine.q_norm, 8 * c);
-  const int seen = __shfl_sync(~0u, mine.seen, 8 * c);
-  const float unit = unit_factor(call.unit[h]);
+  const int seen = __shfl_sync(~0u, query.seen, 8 * c);
+  const float unit = unit_factor(unit_exponent);
   const float size = fabsf(scale) * 0.69314724f;  // |softmax scale| in natural units, rounded up
   const u32 keep_bytes = limb ? 0x5410 : 0x7632, give_bytes = limb ? 0x7632 : 0x5410;
   const u32 keep_flip = limb ? 0x80808080u : 0u, give_flip = limb ? 0u : 0x80808080u;  // a low limb is stored + 128
@@ -343,8 +362,8 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   if (r == 0) tops[warp][c] = highest;
   __syncthreads();
 
-  const int place_of_split = split * call.per + threadIdx.x;
-  if (threadIdx.x < call.per && place_of_split < full) call.marks[(i64)(h * tiles + tile) * full + place_of_split] = 0;
+  const int place_of_split = split * per + threadIdx.x;
+  if (threadIdx.x < per && place_of_split < full) call.marks[(i64)(h * tiles + tile) * full + place_of_split] = 0;
   float reference = tops[0][threadIdx.x % ROW_TILE];
 #pragma unroll
   for (int w = 1; w < WARPS; w++) reference = fmaxf(reference, tops[w][threadIdx.x % ROW_TILE]);
@@ -352,7 +371,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     __shared__ float masses[WARPS][ROW_TILE];
     if (r == 0) masses[warp][c] = running;
     __syncthreads();
-    float *out = call.partials + ((i64)(h * tiles + tile) * (call.splits + 1) + split) * PARTIALS * ROW_TILE, mass = 0.f;
+    float *out = call.partials + ((i64)(h * tiles + tile) * (splits + 1) + split) * PARTIALS * ROW_TILE, mass = 0.f;
     if (threadIdx.x >= ROW_TILE) return;
     for (int w = 0; w < WARPS; w++) mass += masses[w][threadIdx.x] * exp2_approx(tops[w][threadIdx.x] - reference);
     out[MASS * ROW_TILE + threadIdx.x] = mass, out[SPLIT_TOP * ROW_TILE + threadIdx.x] = reference;
