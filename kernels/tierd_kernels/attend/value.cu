@@ -24,24 +24,30 @@ __device__ __forceinline__ u32 part(float x, float y, float low) {
 struct Limits { float most[ROW_TILE], output[ROW_TILE]; };
 
 // The largest score of each row of the tile and, with `skipping`, the limits: never so much that the heaviest block could go. For a thread block
-// of WARPS warps, all of whose threads come here: a thread a row and every 32nd split.
-__device__ __forceinline__ void row_limits(const Call &call, int splits, int base, bool skipping, float (&tops)[ROW_TILE], Limits &limits) {
+// of WARPS warps, all of whose threads come here: a thread a row and every 32nd split. `meanwhile` runs while the first sums are on their way.
+template <typename Work>
+__device__ __forceinline__ void row_limits(const Call &call, int splits, int base, bool skipping, float (&tops)[ROW_TILE], Limits &limits, Work meanwhile) {
   constexpr int EACH = WARPS * LANES / ROW_TILE, AT_ONCE = 4;  // loads under way together: one after the other took 6 us at 131,072 tokens
   constexpr float LOWEST = -3e38f;                             // of a row that sees nothing; its difference to -infinity is no NaN
   __shared__ float of_warp[3][WARPS][ROW_TILE];
   const int number = splits + (call.tokens > call.full * BLOCK), lane = threadIdx.x % LANES, row = threadIdx.x % ROW_TILE, warp = threadIdx.x / LANES;
   const float *partials = call.partials + (i64)base * (splits + 1) * PARTIALS * ROW_TILE + row;
   float top = LOWEST, mass = 0.f, norm = 0.f;
-#pragma unroll 1
-  for (int i = threadIdx.x / ROW_TILE; i < number; i += AT_ONCE * EACH) {
-    float its_top[AT_ONCE], its_mass[AT_ONCE], its_norm[AT_ONCE];
+  float its_top[AT_ONCE], its_mass[AT_ONCE], its_norm[AT_ONCE];
+  auto read = [&](int first) {
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++) {
-      const bool is = i + k * EACH < number;
-      const float *p = partials + (i64)(i + (is ? k * EACH : 0)) * PARTIALS * ROW_TILE;
-      its_top[k] = is ? p[SPLIT_TOP * ROW_TILE] : -INFINITY;
+      const int i = first + k * EACH;
+      const float *p = partials + (i64)min(i, number - 1) * PARTIALS * ROW_TILE;
+      its_top[k] = i < number ? p[SPLIT_TOP * ROW_TILE] : -INFINITY;
       if (!NAIVE) its_mass[k] = p[MASS * ROW_TILE], its_norm[k] = p[NORM * ROW_TILE];
     }
+  };
+  read(threadIdx.x / ROW_TILE);
+  meanwhile();
+#pragma unroll 1
+  for (int i = 0; i < number; i += AT_ONCE * EACH) {
+    if (i) read(i + threadIdx.x / ROW_TILE);
     float largest = top;
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++) largest = fmaxf(largest, its_top[k]);
@@ -124,11 +130,11 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   int items = count * TILES;
   for (int i = 0; i < min(items, VALUE_STAGES); i++) issue_codes(i, i);
   wait_for_previous();  // codes are no kernel's of the step
-  for (int i = 0; i < min(items, VALUE_STAGES); i++) issue_weights(i, i);
-
   const bool skipping = may_skip && each > BLOCKS_AHEAD;
   __shared__ Limits limits;
-  row_limits(call, splits, base, skipping, tops, limits);
+  row_limits(call, splits, base, skipping, tops, limits, [&] {
+    for (int i = 0; i < min(items, VALUE_STAGES); i++) issue_weights(i, i);
+  });
   const int row = r & 3;
   const float top = tops[row];
   float *sums = call.sums + ((i64)base * (splits + 1) + split) * ROW_TILE * D;

@@ -11,8 +11,8 @@ constexpr int KEY_STEPS = (D + 31) / 32, KEY_DIM = 32 * KEY_STEPS;  // channels 
 constexpr int SPLIT_TOKENS = 2048, SPLIT_BLOCKS = SPLIT_TOKENS / BLOCK;  // at most
 constexpr int TILES = BLOCK / TILE, VALUE_TILES = D / 16, VALUE_GROUPS = (D + GROUP - 1) / GROUP;
 
-constexpr int KEY_SCALE_AT = BLOCK * KEY_DIM, KEY_OFFSET_AT = KEY_SCALE_AT + 2 * KEY_DIM, NORMS_AT = KEY_OFFSET_AT + 2 * KEY_DIM;
-constexpr int NOTES_AT = NORMS_AT + 4 * BLOCK, SCORE_BYTES = NOTES_AT + 64;
+constexpr int KEY_SCALE_AT = 0, KEY_OFFSET_AT = 2 * KEY_DIM, NOTES_AT = 4 * KEY_DIM, KEY_CODES_AT = NOTES_AT + 64;
+constexpr int NORMS_AT = KEY_CODES_AT + BLOCK * KEY_DIM, SCORE_BYTES = NORMS_AT + 4 * BLOCK;
 constexpr int VALUE_SCALES_AT = 8 * D, VALUE_BYTES = VALUE_SCALES_AT + 64 * VALUE_GROUPS;  // of a tile
 constexpr int RECORD_BYTES = SCORE_BYTES + TILES * VALUE_BYTES;
 constexpr int ITEM = DTYPE == 2 ? 4 : 2, ORIGINAL_BYTES = BLOCK * D * ITEM;

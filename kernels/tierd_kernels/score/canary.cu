@@ -27,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) canary(const Call *ca
     double stored = 0., original = 0., norm1 = 0., norm2 = 0., q1 = 0.;
     for (int c = 0; c < D; c++) {
       const int lane = in % 8 * 4 + c % 32 / 8, part = c % 8 / 4 * 2 + in / 8;
-      const signed char code = (signed char)record[(((token / TILE * KEY_STEPS + c / 32) * LANES + lane) * 4 + part) * 4 + c % 4];
+      const signed char code = (signed char)record[KEY_CODES_AT + (((token / TILE * KEY_STEPS + c / 32) * LANES + lane) * 4 + part) * 4 + c % 4];
       const double q = wide(as_float(call.q, query.at + c)), scale = __half2float(scales[c]);
       stored += q * (code * scale + (double)__half2float(offsets[c])), original += q * wide(x[token * (D + 1) + c]);
       norm1 += fabs(q * scale), norm2 += q * scale * (q * scale), q1 += fabs(q);

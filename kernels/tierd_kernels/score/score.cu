@@ -1,11 +1,16 @@
 // Score pass: weights 2^(s - top) of every token, statistics of every block, and the splits' sums of the bound.
 //
-// One warp takes a block after the other; the score part of a record arrives in shared memory by bulk copies, SCORE_STAGES ahead. Codes are
+// One warp takes a block after the other; codes and norms arrive in shared memory by bulk copies, SCORE_STAGES ahead. Codes are
 // the A operand of mma.m16n8k32.s8 as stored; B holds q times the block's scale, in units of its largest entry / 32512, as two int8
 // limbs: columns 2 * row + limb. A lane prepares the four channels of each step that its limb names, for both limbs, and gives the
 // other limb's bytes to its neighbour. int32 sums are exact, D <= 512. What depends on a block's scales and offsets alone, q . offset
-// and the norms of q * scale, comes from MMAs over sixteen blocks at once: 40 instructions a block where sums by lanes took 110.
+// and the norms of q * scale, comes from MMAs over CHUNK blocks at once: 40 instructions a block where sums by lanes took 110. Those scales
+// and offsets arrive before their blocks, once: read from global memory where they were needed, and with their block again, they kept the first
+// blocks waiting for 28 MB (131,072 tokens: 13 us).
 constexpr int SCORE_STAGES = 2;  // at 131,072 tokens: 2 67 us, 3 66, 4 70; two blocks at once in a warp 73, five or six blocks resident 72 to 87
+constexpr int CHUNK = 8, SCALE_BYTES = 2 * KEY_DIM, REST_BYTES = KEY_CODES_AT - SCALE_BYTES;  // rest: a block's offsets and notes
+constexpr int CODE_BYTES = SCORE_BYTES - KEY_CODES_AT;                                          // and its norms
+constexpr int STAGED_BYTES = SCORE_STAGES * CODE_BYTES + CHUNK * (2 * SCALE_BYTES + REST_BYTES);  // of a warp; scales of two chunks
 constexpr float LIMB_MAX = 32512.f;
 constexpr float PRODUCT_FLOOR = 0x1p-90f;                            // entries of q below 2^-126 of the largest, which are flushed, times keys below 2^23
 constexpr float NORM_ROOM = 1.f + 6.103515625e-5f;                  // 2^-14: sixteen MMAs over positive terms, 34 u each, and the root
@@ -53,7 +58,7 @@ __device__ __forceinline__ RowFacts scale_query(const Query &query, float softma
 
 // Of a block and row, ready for the scores: q . offset, and Delta, D and eps but for the limbs' part of eps.
 struct __align__(16) BlockFacts { float offset_dot, delta, d_norm, eps; };
-struct RowSize { float size, q_norm, unit; };  // |softmax scale| as `load_query` has it, in natural units; ||q||; 2^-unit
+struct RowSize { float size, q_norm; };  // |softmax scale| as `scale_query` has it, in natural units; ||q||
 
 __device__ __forceinline__ u32 halves(float x, float y) { return as_bits(__floats2half2_rn(x, y)); }
 // x, y >= 0 in FP16, not below: the factor is worth more than rounding, the sum more than a subnormal's.
@@ -101,41 +106,34 @@ __device__ __forceinline__ void prepare_operands(Operands &operands, const float
   }
 }
 
-// Facts of blocks r and r + 8 of sixteen, for row c of the tile: rows of A are blocks.
-__device__ __forceinline__ void block_facts(const unsigned char *low, const unsigned char *high, const Operands &operands, int c, int lane,
-                                            const RowSize &row, BlockFacts (&facts)[2], float (&notes)[2]) {
+// Facts of block r of a chunk, for row c of the tile: rows of A are blocks, the upper eight none.
+__device__ __forceinline__ BlockFacts block_facts(u32 scales, u32 rest, const Operands &operands, int c, int lane, const RowSize &row) {
   float dot[4] = {0.f, 0.f, 0.f, 0.f}, l1[4] = {0.f, 0.f, 0.f, 0.f}, l2[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int j = 0; j < KEY_STEPS; j++) {
-    const int at = 2 * (32 * j + 8 * c);
-    const uint4 s0 = *(const uint4 *)(low + KEY_SCALE_AT + at), s1 = *(const uint4 *)(high + KEY_SCALE_AT + at);
-    const uint4 z0 = *(const uint4 *)(low + KEY_OFFSET_AT + at), z1 = *(const uint4 *)(high + KEY_OFFSET_AT + at);
+    const uint4 s = shared128(scales + 2 * (32 * j + 8 * c)), z = shared128(rest + 2 * (32 * j + 8 * c));
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-      const u32 a0 = k ? s0.z : s0.x, a1 = k ? s1.z : s1.x, a2 = k ? s0.w : s0.y, a3 = k ? s1.w : s1.y;
+      const u32 a0 = k ? s.z : s.x, a2 = k ? s.w : s.y;
       float part[4] = {0.f, 0.f, 0.f, 0.f};  // an accumulator of its own: one MMA's rounding, not that of a chain
       const uint2 b = operands[j][k][0][lane], up = operands[j][k][1][lane], squares = operands[j][k][2][lane];
-      mma_f16(part, k ? z0.z : z0.x, k ? z1.z : z1.x, k ? z0.w : z0.y, k ? z1.w : z1.y, b.x, b.y);
-#pragma unroll
-      for (int i = 0; i < 4; i++) dot[i] += part[i];
+      mma_f16(part, k ? z.z : z.x, 0, k ? z.w : z.y, 0, b.x, b.y);
+      dot[0] += part[0], dot[1] += part[1];
       if (NAIVE) continue;
-      mma_f16(l1, a0, a1, a2, a3, up.x, up.y);
-      mma_f16(l2, scale_squares(a0), scale_squares(a1), scale_squares(a2), scale_squares(a3), squares.x, squares.y);
+      mma_f16(l1, a0, 0, a2, 0, up.x, up.y);
+      mma_f16(l2, scale_squares(a0), 0, scale_squares(a2), 0, squares.x, squares.y);
     }
   }
-#pragma unroll
-  for (int k = 0; k < 2; k++) {
-    const float *note = (const float *)((k ? high : low) + NOTES_AT);
-    const float norm1 = l1[2 * k] * NORM_ROOM;  // no norm is above it, where a square was infinite
-    const float norm2 = fminf(sqrt_approx(l2[2 * k]) * (NORM_ROOM / 64.f), norm1);
-    facts[k].offset_dot = dot[2 * k] + dot[2 * k + 1];
-    if (NAIVE) continue;
-    facts[k].delta = row.size * fminf(note[H] * norm1, note[RK] * norm2);
-    facts[k].d_norm = row.size * note[SK] * norm2;
-    facts[k].eps = row.size * (norm1 * (128.f * (16.f * U32F + SCORE_ROUNDINGS)) +
-                               row.q_norm * note[OFFSET_NORM] * (OFFSET_ROUNDINGS + SCORE_ROUNDINGS) + PRODUCT_FLOOR) + EXP_ERROR;
-    notes[k] = note[c == 0 ? SV : c == 1 ? AMP : VALUE_NORM_MAX] * row.unit;
-  }
+  BlockFacts facts = {dot[0] + dot[1], 0.f, 0.f, 0.f};
+  if (NAIVE) return facts;
+  auto note = [&](int i) { return __uint_as_float(shared32(rest + SCALE_BYTES + 4 * i)); };
+  const float norm1 = l1[0] * NORM_ROOM;  // no norm is above it, where a square was infinite
+  const float norm2 = fminf(sqrt_approx(l2[0]) * (NORM_ROOM / 64.f), norm1);
+  facts.delta = row.size * fminf(note(H) * norm1, note(RK) * norm2);
+  facts.d_norm = row.size * note(SK) * norm2;
+  facts.eps = row.size * (norm1 * (128.f * (16.f * U32F + SCORE_ROUNDINGS)) +
+                          row.q_norm * note(OFFSET_NORM) * (OFFSET_ROUNDINGS + SCORE_ROUNDINGS) + PRODUCT_FLOOR) + EXP_ERROR;
+  return facts;
 }
 
 // The trailing block, from its originals: a split of its own, one warp a row. Scores in double.
@@ -211,7 +209,8 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     if (call.tokens > full * BLOCK) score_tail(calls + blockIdx.z, heads, group, h, tile, tiles, (float *)shared);
     return;
   }
-  unsigned char *stage = shared + warp * SCORE_STAGES * SCORE_BYTES;
+  unsigned char *stage = shared + warp * STAGED_BYTES;
+  const u32 scales = shared_at(stage) + SCORE_STAGES * CODE_BYTES, rest = scales + 2 * CHUNK * SCALE_BYTES;  // [2][CHUNK], [CHUNK]
   __shared__ u64 bars[WARPS][SCORE_STAGES];
   __shared__ float tops[WARPS][ROW_TILE];
 
@@ -225,12 +224,25 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   auto issue = [&](int i, int s) {
     i64 at = __shfl_sync(~0u, offset, i);
     if (lane == 0) {
-      barrier_expect(&bars[warp][s], SCORE_BYTES);
-      bulk_stream(stage + s * SCORE_BYTES, pool + at, SCORE_BYTES, &bars[warp][s], policy);
+      barrier_expect(&bars[warp][s], CODE_BYTES);
+      bulk_stream(stage + s * CODE_BYTES, pool + at + KEY_CODES_AT, CODE_BYTES, &bars[warp][s], policy);
     }
   };
+  auto fetch = [&](int i) {  // scales, offsets and notes of the chunk that begins with block i
+    const u32 to = scales + (i / CHUNK & 1) * CHUNK * SCALE_BYTES;
+    const int end = min(CHUNK, count - i);
+#pragma unroll 1
+    for (int b = 0; b < end; b++) {
+      const unsigned char *from = pool + __shfl_sync(~0u, offset, i + b);
+#pragma unroll
+      for (int k = 0; k < KEY_CODES_AT; k += 16 * LANES) {
+        const int at = k + lane * 16;
+        if (at < KEY_CODES_AT) copy16((at < SCALE_BYTES ? to + b * SCALE_BYTES : rest + b * REST_BYTES - SCALE_BYTES) + at, from + at, policy);
+      }
+    }
+  };
+  if (count > 0) fetch(0);
   for (int i = 0; i < min(count, SCORE_STAGES); i++) issue(i, i);
-  for (int at = 0; at < 4 * KEY_DIM && lane < count; at += 128) fetch_ahead(pool + offset + KEY_SCALE_AT + at);  // for `block_facts`
 
   float q[KEY_STEPS * 4];
   const RowFacts mine = scale_query(query, softmax_scale, c, limb, q);
@@ -247,7 +259,8 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   const i64 place = (i64)(h * tiles + tile) * (full + 1) + first;
   float *weights = call.weights + place * TILES * WEIGHT_FLOATS, *statistics = call.statistics + place * STATISTIC_FLOATS;
 
-  __shared__ BlockFacts facts_of[WARPS][TILE][ROW_TILE];
+  __shared__ BlockFacts facts_of[WARPS][CHUNK][ROW_TILE];
+  __shared__ float c1_of[WARPS][CHUNK];
   BlockFacts(*facts)[ROW_TILE] = facts_of[warp];
   int now = 0;
   u32 parity = 0;
@@ -260,24 +273,24 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     parity ^= now == 0;
   };
   for (int i = 0; i < count; i++) {
-    if (i % TILE == 0) {
-      const i64 low = __shfl_sync(~0u, offset, min(i + r, count - 1)), high = __shfl_sync(~0u, offset, min(i + r + 8, count - 1));
-      BlockFacts found[2];
-      float notes[2];
-      block_facts(pool + low, pool + high, operands, c, lane, {size, q_norm, unit}, found, notes);
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        facts[r + 8 * k][c] = found[k];
-        if (!NAIVE && i + r + 8 * k < count) statistics[(r + 8 * k) * STATISTIC_FLOATS + BLOCK_NOTES + c] = notes[k];
+    if (i % CHUNK == 0) {
+      copies_wait();
+      const u32 own = rest + r * REST_BYTES;
+      facts[r][c] = block_facts(scales + (i / CHUNK & 1) * CHUNK * SCALE_BYTES + r * SCALE_BYTES, own, operands, c, lane, {size, q_norm});
+      if (!NAIVE) {
+        auto note = [&](int k) { return __uint_as_float(shared32(own + SCALE_BYTES + 4 * k)); };
+        if (c == 3) c1_of[warp][r] = note(C1);
+        else if (i + r < count) statistics[r * STATISTIC_FLOATS + BLOCK_NOTES + c] = note(c == 0 ? SV : c == 1 ? AMP : VALUE_NORM_MAX) * unit;
       }
       __syncwarp();
+      if (i + CHUNK < count) fetch(i + CHUNK);
     }
-    const u32 record = shared_at(stage) + now * SCORE_BYTES;
+    const u32 codes = shared_at(stage) + now * CODE_BYTES, own_scales = scales + i % (2 * CHUNK) * SCALE_BYTES;
     barrier_wait(&bars[warp][now], parity);
     float a[KEY_STEPS * 4], tops4[4] = {1e-30f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < KEY_STEPS; j++) {
-      const uint2 s = shared64(record + KEY_SCALE_AT + 64 * j + 16 * c + 8 * limb);
+      const uint2 s = shared64(own_scales + 64 * j + 16 * c + 8 * limb);
       const float2 x = __half22float2(as_half2(s.x)), y = __half22float2(as_half2(s.y));
       const float scales[4] = {x.x, x.y, y.x, y.y};
 #pragma unroll
@@ -302,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       b[2 * j] = limb ? other : own;
       b[2 * j + 1] = limb ? own : other;
     }
-    const BlockFacts fact = facts[i % TILE][c];
+    const BlockFacts fact = facts[i % CHUNK][c];
     const float step = __shfl_sync(~0u, top, 8 * c) * (1.f / LIMB_MAX);
     float s[2 * TILES], largest = -INFINITY;
 #pragma unroll
@@ -310,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       int d[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // two chains: half the latency
 #pragma unroll
       for (int j = 0; j < KEY_STEPS; j++) {
-        mma_s8(d[j & 1], shared128(record + (t * KEY_STEPS + j) * LANES * 16 + lane * 16), b[2 * j], b[2 * j + 1]);
+        mma_s8(d[j & 1], shared128(codes + (t * KEY_STEPS + j) * LANES * 16 + lane * 16), b[2 * j], b[2 * j + 1]);
       }
       const int left = seen - (first + i) * BLOCK - t * TILE - r;  // of the row's tokens, from this one on
       const float x = fmaf((float)((d[0][0] + d[1][0]) * 256 + d[0][1] + d[1][1]), step, fact.offset_dot) * scale;
@@ -341,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     RowSums sum;
 #pragma unroll
     for (int t = 0; t < 2 * TILES; t++) {
-      const u32 both = shared32(record + NORMS_AT + ((t / 2) * TILE + (t & 1) * 8) * 4 + r * 4);
+      const u32 both = shared32(codes + BLOCK * KEY_DIM + ((t / 2) * TILE + (t & 1) * 8) * 4 + r * 4);
       const float x = s[t] - largest, nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR);
       const float eta = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
       const float w = x >= LOG2_MIN ? exp2_approx(x) : 0.f;  // x is NaN where the row sees nothing: zero too
@@ -351,8 +364,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     float mass = fold8(sum.v, lane);
     if (r == TOP) mass = largest;
     highest = fmaxf(highest, largest);
-    const float c1 = __uint_as_float(shared32(record + NOTES_AT + 4 * C1));
-    const float eps = fmaf(c1 * step, size * (0.5f * (1.f + 64.f * U32F)), fact.eps);
+    const float eps = fmaf(c1_of[warp][i % CHUNK] * step, size * (0.5f * (1.f + 64.f * U32F)), fact.eps);
     float second = r == 0 ? fact.delta + eps : r == 1 ? fmaf(BLOCK_ROOT, eps, fact.d_norm) : eps;
     statistics[lane] = mass;
     if (r < 3) statistics[LANES + lane] = second * STORE;
