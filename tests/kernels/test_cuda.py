@@ -411,7 +411,7 @@ def test_corruption_is_seen_by_the_canary_and_a_copy_in_scratch_is_read() -> Non
     cache = store(layout, k, v)
     every = np.arange(len(cache.hot))
     call = cache.call(q, 0.05, Budget(), canary_blocks=every)
-    at, record = int(cache.hot[7]) + Record(layout).nbytes, Record(layout)
+    at = int(cache.hot[7]) + Record(layout).nbytes
     cache.memory.hot[at + 2 * 5 + 1] ^= 0x08  # type: ignore[index]
     (result,) = backend.attend(layout, cache.memory, [call], 8)
     assert isinstance(result, Result) and result.canary_failures == [(7, 1)]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tierd_kernels.cuda.record import KEYS_RAW, LANES, NOTES, TILE, VALUES_RAW, Record, encode
-from tierd_kernels.cuda.sources import PARTS, SHARED_MAX, shared_bytes, source
+from tierd_kernels.cuda.sources import PARTS, RESIDENT, SHARED_MAX, shared_bytes, source
 from tierd_kernels.layout import BLOCK_SIZES, HEAD_DIMS, VALUE_GROUPS, Layout
 from tierd_kernels.quantise.reference import quantise_block
 
@@ -48,23 +48,39 @@ def test_a_record_holds_every_code_and_scale_where_a_lane_looks_for_it(d: int, B
     assert notes[KEYS_RAW : VALUES_RAW + 1].view(np.uint32).tolist() == [block.raw_keys, block.raw_values]
 
 
+def built(kernel: str, layout: Layout, folder: Path) -> str:
+    """What the assembler says of a kernel; its PTX is in the folder."""
+    text, options = source(layout, kernel)
+    (folder / "kernel.cu").write_text(text)
+    assert NVCC is not None
+    command = [NVCC, "-arch=sm_90", *options, "-Xptxas", "-v", "-keep", "-keep-dir", str(folder), "-cubin", "-o", str(folder / "out")]
+    done = subprocess.run([*command, str(folder / "kernel.cu")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "error" not in done.stderr, done.stderr
+    return done.stderr
+
+
+def shared(kernel: str, layout: Layout, said: str) -> int:
+    """Bytes of a thread block, static and dynamic."""
+    return sum(map(int, re.findall(r"(\d+) bytes smem", said))) + shared_bytes(layout, kernel)
+
+
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: f"{x.head_dim}-{x.block_size}-{x.value_group}-{x.dtype}")
 @pytest.mark.parametrize("kernel", PARTS)
 def test_a_source_compiles_for_hopper_within_its_registers(kernel: str, layout: Layout, tmp_path: Path) -> None:
-    text, options = source(layout, kernel)
-    (tmp_path / "kernel.cu").write_text(text)
-    assert NVCC is not None
-    command = [NVCC, "-arch=sm_90", *options, "-Xptxas", "-v", "-keep", "-keep-dir", str(tmp_path), "-cubin", "-o", str(tmp_path / "out")]
-    done = subprocess.run([*command, str(tmp_path / "kernel.cu")], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "error" not in done.stderr
-    assert max(map(int, re.findall(r"(\d+) bytes spill", done.stderr))) <= SPILL_BYTES_MAX, done.stderr
-    static = sum(map(int, re.findall(r"(\d+) bytes smem", done.stderr)))
-    (registers,) = re.findall(r"Used (\d+) registers", done.stderr)
-    assert static + shared_bytes(layout, kernel) <= SHARED_MAX and int(registers) < REGISTERS_MAX
+    said = built(kernel, layout, tmp_path)
+    assert max(map(int, re.findall(r"(\d+) bytes spill", said))) <= SPILL_BYTES_MAX, said
+    (registers,) = re.findall(r"Used (\d+) registers", said)
+    assert shared(kernel, layout, said) <= SHARED_MAX and int(registers) < REGISTERS_MAX
     ptx = (tmp_path / "kernel.ptx").read_text()
     for instruction in MMA.get(kernel, ()):
         assert instruction in ptx
     if kernel in MMA:
         assert "cp.async.bulk.shared" in ptx and ".local" not in ptx  # no array that is indexed at run time
+
+
+@pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
+def test_four_blocks_of_either_pass_share_a_multiprocessor_and_one_fits_where_the_other_was(tmp_path: Path) -> None:
+    reserved, of_all = 1024, 228 * 1024
+    score, value = (shared(name, LAYOUTS[0], built(name, LAYOUTS[0], tmp_path)) + reserved for name in ("score", "value"))
+    assert value <= score and RESIDENT * score <= of_all < (RESIDENT + 1) * value

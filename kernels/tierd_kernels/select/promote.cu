@@ -266,7 +266,7 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
                             : (room.size[row] * (room.q_norm[row] * notes[KEY_NORM_MAX] * KEY_ROUNDINGS + KEY_FLOOR) +
                                SCORE_ROUNDINGS * size[k] + EXP_ERROR) * STORE;
     statistics[TOP * ROW_TILE + row] = top[k];
-    statistics[DELTA * ROW_TILE + row] = statistics[EPSILON * ROW_TILE + row] = eps;
+    statistics[DELTA * ROW_TILE + row] = eps;
     statistics[D_NORM * ROW_TILE + row] = BLOCK_ROOT * eps * STORE;
   }
 }
@@ -312,13 +312,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) promote(const Call *calls,
     for (int w = 0; w < WARPS; w++) x += changes[w * ROW_TILE * D + i];
     sums[i] += x;
   }
-  const float *of_split = call.statistics + ((i64)base * (call.full + 1) + first) * STATISTIC_FLOATS + TOP * ROW_TILE;
+  const float *of_split = call.statistics + ((i64)base * (call.full + 1) + first) * STATISTIC_FLOATS;
   float largest = -INFINITY;
-  for (int b = lane; b < count; b += LANES) largest = fmaxf(largest, of_split[b * STATISTIC_FLOATS + warp]);
+  for (int b = lane; b < count; b += LANES) largest = fmaxf(largest, of_split[b * STATISTIC_FLOATS + TOP * ROW_TILE + warp]);
   largest = warp_max(largest);
   if (lane == 0) after[warp] = largest;
   __syncthreads();
-  split_sums<true>(call, base, split, after[threadIdx.x % ROW_TILE]);
+  split_sums<true>(call, of_split, base, split, after[threadIdx.x % ROW_TILE]);
   __syncthreads();
   if (threadIdx.x >= ROW_TILE) return;
   float extra = 0.f;
