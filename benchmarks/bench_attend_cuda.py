@@ -156,8 +156,8 @@ class Graph:
 
 
 def profile(graph: Graph) -> dict[str, Any]:
-    """Of the graph's kernels, from a trace: how many a step has, their own microseconds by name, and the share of the time in which one
-    runs."""
+    """Of the graph's kernels, from a trace: how many a step has, the microseconds from each one's first thread block to its last, in which it
+    may wait for the one ahead, and the share of the time in which any runs."""
     replays = 5
     cp.cuda.Device().synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
@@ -168,8 +168,11 @@ def profile(graph: Graph) -> dict[str, Any]:
     steps, by_name = replays * len(graph.steps), dict[str, float]()
     for event in events:
         by_name[event.name] = by_name.get(event.name, 0.0) + event.time_range.elapsed_us() / steps
-    spans = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
-    return {"kernels_per_step": len(events) / steps, "busy": sum(by_name.values()) * steps / spans, "us_by_kernel": by_name}
+    ranges = sorted((e.time_range.start, e.time_range.end) for e in events)
+    busy, until = 0.0, ranges[0][0]
+    for start, end in ranges:
+        busy, until = busy + max(0.0, end - max(start, until)), max(until, end)
+    return {"kernels_per_step": len(events) / steps, "busy": busy / (until - ranges[0][0]), "us_by_kernel": by_name}
 
 
 def own_buffers(memory: DeviceMemory) -> DeviceMemory:
