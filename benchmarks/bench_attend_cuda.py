@@ -156,7 +156,7 @@ class Graph:
 
 
 def profile(graph: Graph) -> dict[str, Any]:
-    """Of the graph's kernels, from a trace: how many a step has, the microseconds from each one's first thread block to its last, in which it
+    """Of the graph's kernels, from a trace: how many a step has, the microseconds from each one's first thread block to its last, while it
     may wait for the one ahead, and the share of the time in which any runs."""
     replays = 5
     cp.cuda.Device().synchronize()
