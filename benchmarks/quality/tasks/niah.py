@@ -12,8 +12,13 @@ from tasks.haystack import Haystack
 from tasks.words import ADJECTIVES, NOUNS
 
 NEEDLE = "One of the special magic numbers for {key} is: {value}."
-HEADER_ONE = "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number afterwards.\n"
-HEADER_MANY = "Some special magic numbers are hidden within the following text. Make sure to memorize it. I will quiz you about the numbers afterwards.\n"
+HEADER_ONE = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number afterwards.\n"
+)
+HEADER_MANY = (
+    "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the numbers afterwards.\n"
+)
 ASK_ONE = (
     "\nWhat is the special magic number for {key} mentioned in the provided text? "
     "The special magic number for {key} mentioned in the provided text is"
