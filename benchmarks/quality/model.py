@@ -59,7 +59,6 @@ def configuration(layers: int = 5, hidden: int = 384, intermediate: int = 768, h
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=END,
-        pad_token_id=END,
     )
 
 

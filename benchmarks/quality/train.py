@@ -37,20 +37,24 @@ class Size:
     dtype: torch.dtype
     compiled: bool
     shape: dict[str, int]
+    stages: schedule.Stages
     tokens: int
-    longest: int
     workers: int
     log_every: int
     save_every_s: float
     evaluation_s: float
     examples: int
 
+    @property
+    def longest(self) -> int:
+        return max(self.stages[-1][1])
+
 
 # 64K tokens a batch fill an H100 (2 rows of 32K) and leave some 10 steps a second on short rows.
-REAL = Size("cuda", torch.bfloat16, True, {}, 65_536, 32_768, 12, 20, 60.0, 45.0, 50)
-SMOKE_SHAPE = {"layers": 2, "hidden": 64, "intermediate": 128, "heads": 2, "kv_heads": 1}
-SMOKE = Size("cpu", torch.float32, False, SMOKE_SHAPE, 2_048, 1_024, 1, 2, 5.0, 8.0, 2)
-SAVING_S = 5.0
+REAL = Size("cuda", torch.bfloat16, True, {}, schedule.STAGES, 65_536, 12, 20, 60.0, 40.0, 50)
+SMOKE_SHAPE = {"layers": 2, "hidden": 128, "intermediate": 256, "heads": 2, "kv_heads": 1}
+SMOKE = Size("cpu", torch.float32, False, SMOKE_SHAPE, schedule.SMOKE_STAGES, 2_048, 1, 5, 5.0, 3.0, 4)
+SAVING_S = 2.0
 
 
 class Log:
@@ -113,9 +117,9 @@ class Run:
         while (now := time.monotonic()) < self.ends_at:
             gone = (now - begins_at) / (self.ends_at - begins_at)
             self.position.progress = (self.part - 1 + min(1.0, gone)) / self.parts
-            if schedule.stage(self.position.progress) != stage:
-                stage = schedule.stage(self.position.progress)
-                self.log({"event": "stage", "stage": stage, "step": self.position.step, "lengths": schedule.STAGES[stage][1]})
+            if (now_in := schedule.stage(self.position.progress, self.size.stages)) != stage:
+                stage = now_in
+                self.log({"event": "stage", "stage": stage, "step": self.position.step, "lengths": self.size.stages[stage][1]})
             self._step(batches)
             if self.position.step % self.size.log_every:
                 continue
@@ -154,6 +158,8 @@ class Run:
         speed = (self.position.tokens - last[1]) / (time.monotonic() - last[0])
         place = {"step": self.position.step, "progress": round(self.position.progress, 4), "tokens": self.position.tokens}
         self.log({**place, "rate": round(rate, 4), "tokens_per_s": round(speed), **report})
+        if self.stream.failures:
+            self.log({"event": "batches not made", "of": self.position.batch, "errors": self.stream.failures[-3:]})
         if report["loss"] == report["loss"] and abs(report["loss"]) != float("inf"):
             return True
         self.log({"event": "the loss is not finite: back to the last checkpoint's weights, on with new data"})
@@ -181,7 +187,7 @@ class Run:
         )
 
     def _next_length(self, number: int) -> int:
-        return schedule.length(self.position.progress, self.position.seed, number, self.size.longest)
+        return schedule.length(self.position.progress, self.size.stages, self.position.seed, number)
 
 
 def main() -> None:
