@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from tasks import Haystack  # noqa: E402
 from training import checkpoint, quick, schedule  # noqa: E402
 from training.batches import Batch, Stream  # noqa: E402
-from training.network import Network, attention_of, fastest_backend  # noqa: E402
+from training.network import Network, attention_of, fastest_backends  # noqa: E402
 from training.optimisers import Optimisers  # noqa: E402
 from training.tally import Tally  # noqa: E402
 
@@ -51,7 +51,7 @@ class Size:
 
 
 # 64K tokens a batch fill an H100 (2 rows of 32K) and leave some 10 steps a second on short rows.
-REAL = Size("cuda", torch.bfloat16, True, {}, schedule.STAGES, 65_536, 12, 20, 60.0, 40.0, 50)
+REAL = Size("cuda", torch.bfloat16, True, {}, schedule.STAGES, 65_536, 12, 50, 60.0, 40.0, 50)
 SMOKE_SHAPE = {"layers": 2, "hidden": 128, "intermediate": 256, "heads": 2, "kv_heads": 1}
 SMOKE = Size("cpu", torch.float32, False, SMOKE_SHAPE, schedule.SMOKE_STAGES, 2_048, 1, 5, 5.0, 3.0, 4)
 SAVING_S = 2.0
@@ -168,8 +168,9 @@ class Run:
 
     def save(self) -> None:
         """The state to go on from, and the model as it is used."""
-        self.kept = checkpoint.capture(self.model, self.optimisers)
-        checkpoint.write(self.out, self.kept, self.position)
+        state = checkpoint.capture(self.model, self.optimisers)
+        checkpoint.write(self.out, state, self.position)
+        self.kept = state
         byte_model.save(self.model, self.out / "model")
         self.log({"event": "saved", "step": self.position.step})
 
@@ -201,10 +202,8 @@ def main() -> None:
     try:
         backends = []
         if size.device == "cuda":
-            torch.set_float32_matmul_precision("high")
-            backend, times = fastest_backend(run.model.config, 4096, size.tokens // 4096)
-            backends = [backend]
-            log({"event": "attention", "gpu": torch.cuda.get_device_name(), "backend": backend.name, "ms": times})
+            backends, report = fastest_backends(run.model.config, [64, 512, 4096, 32768], size.tokens)
+            log({"event": "attention", "gpu": torch.cuda.get_device_name(), "first": backends[0].name, "ms": report})
         with attention_of(backends):
             run.warm_up()
             run.train()
