@@ -200,7 +200,7 @@ def main() -> None:
     log({"event": "start", "seed": arguments.seed, "part": arguments.part, "minutes": arguments.minutes, "torch": torch.__version__})
     run = Run(arguments, size, log)
     try:
-        backends = []
+        backends: list[Any] = []
         if size.device == "cuda":
             backends, report = fastest_backends(run.model.config, [64, 512, 4096, 32768], size.tokens)
             log({"event": "attention", "gpu": torch.cuda.get_device_name(), "first": backends[0].name, "ms": report})
