@@ -12,11 +12,13 @@ import torch
 import train
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from model import END, configuration, create, load
+from model import configuration, create, load
 from training import batches, checkpoint, rows, schedule
 from training.network import Network
 from training.optimisers import Optimisers
 from training.quick import exact
+from training.run import parse
+from vocabulary import END
 
 TINY = {"layers": 2, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2}
 
@@ -182,8 +184,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_two_parts_run_end_to_end(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    assert (done := run("--smoke", "--out", str(first), "--minutes", "0.25", "--part", "1/2")).returncode == 0, done.stderr
-    assert (done := run("--smoke", "--out", str(second), "--minutes", "0.25", "--part", "2/2", "--resume", str(first))).returncode == 0, (
+    assert (done := run("--smoke", "--out", str(first), "--minutes", "0.4", "--part", "1/2")).returncode == 0, done.stderr
+    assert (done := run("--smoke", "--out", str(second), "--minutes", "0.4", "--part", "2/2", "--resume", str(first))).returncode == 0, (
         done.stderr
     )
     files = [path for path in second.rglob("*") if path.is_file()]
@@ -214,5 +216,5 @@ def test_wrong_parts_are_refused(
     given = ["train.py", "--smoke", "--out", str(tmp_path), "--minutes", "1", *(text.format(tmp=tmp_path) for text in arguments)]
     monkeypatch.setattr(sys, "argv", given)
     with pytest.raises(SystemExit, match="2"):
-        train.parse()
+        parse("")
     assert message in capsys.readouterr().err

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from model import END
+from vocabulary import END
 
 from training import rows
 
@@ -69,15 +69,15 @@ class Stream:
         self._ordered: deque[Any] = deque()
         self.failures: list[str] = []
         self._ahead = 3 * workers
-        # Forked before CUDA starts: the children share the corpus and only ever run Python and numpy.
-        self._pool = multiprocessing.get_context("fork").Pool(workers)
+        # Fresh processes: a fork of one that has computed with PyTorch can inherit a lock that nobody will release.
+        self._pool = multiprocessing.get_context("spawn").Pool(workers)
+        self._fill()
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            while len(self._ordered) < self._ahead:
-                self._order()
+            self._fill()
             try:
-                made: Batch = self._ordered.popleft().get(timeout=60)
+                made: Batch = self._ordered.popleft().get(timeout=120)
             except ValueError as error:  # a row that could not be made: the log says so, and minutes on a GPU are not lost
                 self.failures.append(str(error))
                 continue
@@ -87,6 +87,10 @@ class Stream:
         """End the workers."""
         self._pool.terminate()
         self._pool.join()
+
+    def _fill(self) -> None:
+        while len(self._ordered) < self._ahead:
+            self._order()
 
     def _order(self) -> None:
         length = self._next_length(self._number)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from random import Random
 
 import corpus
-from model import END
 from tasks import NAMES, Haystack, completion, example, niah
 from tasks.words import ADJECTIVES, NOUNS, PLAIN
+from vocabulary import END
 
 END_TEXT = chr(END)  # one code point: ids are read off the text's UTF-16
 PROMPT_WEIGHT, TEXT_WEIGHT, ANSWER_WEIGHT_MAX = 0.3, 1.0, 60.0
