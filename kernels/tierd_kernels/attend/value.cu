@@ -1,4 +1,4 @@
-// Value pass: a split's sum of weights times values, per tile of rows.
+// Value pass: a split's sum of weights times values, per tile of rows; and, while the first values are on their way, its sums of the bound.
 //
 // Sixteen channels are the M of mma.m16n8k16 and sixteen tokens its K. A value is code * scale + offset, rounded once to FP16
 // (`E_out` has that rounding); the weights, times 2^14, are the B operand as FP16 high and low parts: columns part * 4 + row.
@@ -28,7 +28,6 @@ struct Limits { float most[ROW_TILE], output[ROW_TILE]; };
 template <typename Work>
 __device__ __forceinline__ void row_limits(const Call &call, int splits, int base, bool skipping, float (&tops)[ROW_TILE], Limits &limits, Work meanwhile) {
   constexpr int EACH = WARPS * LANES / ROW_TILE, AT_ONCE = 4;  // loads under way together: one after the other took 6 us at 131,072 tokens
-  constexpr float LOWEST = -3e38f;                             // of a row that sees nothing; its difference to -infinity is no NaN
   __shared__ float of_warp[3][WARPS][ROW_TILE];
   const int number = splits + (call.tokens > call.full * BLOCK), lane = threadIdx.x % LANES, row = threadIdx.x % ROW_TILE, warp = threadIdx.x / LANES;
   const float *partials = call.partials + (i64)base * (splits + 1) * PARTIALS * ROW_TILE + row;
@@ -40,7 +39,7 @@ __device__ __forceinline__ void row_limits(const Call &call, int splits, int bas
       const int i = first + k * EACH;
       const float *p = partials + (i64)min(i, number - 1) * PARTIALS * ROW_TILE;
       its_top[k] = i < number ? p[SPLIT_TOP * ROW_TILE] : -INFINITY;
-      if (!NAIVE) its_mass[k] = p[MASS * ROW_TILE], its_norm[k] = p[NORM * ROW_TILE];
+      if (!NAIVE) its_mass[k] = p[RUN_MASS * ROW_TILE], its_norm[k] = p[RUN_NORM * ROW_TILE];
     }
   };
   read(threadIdx.x / ROW_TILE);
@@ -92,6 +91,11 @@ __device__ __forceinline__ void row_limits(const Call &call, int splits, int bas
   __syncthreads();
 }
 
+// The split's largest score, of row lane % ROW_TILE.
+__device__ __forceinline__ float split_top(const Call &call, int splits, int base, int split) {
+  return call.partials[(((i64)base * (splits + 1) + split) * PARTIALS + SPLIT_TOP) * ROW_TILE + threadIdx.x % ROW_TILE];
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
   let_next_begin();
@@ -132,8 +136,12 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   wait_for_previous();  // codes are no kernel's of the step
   const bool skipping = may_skip && each > BLOCKS_AHEAD;
   __shared__ Limits limits;
+  __shared__ float lightest[ROW_TILE];  // mass of the split's lightest block, relative to the split's largest score
   row_limits(call, splits, base, skipping, tops, limits, [&] {
     for (int i = 0; i < min(items, VALUE_STAGES); i++) issue_weights(i, i);
+    if (NAIVE || tail) return;
+    const float least = split_sums<false>(call, base, split, split_top(call, splits, base, split));
+    if (threadIdx.x < ROW_TILE) lightest[threadIdx.x] = least;
   });
   const int row = r & 3;
   const float top = tops[row];
@@ -160,12 +168,12 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
 
   if (skipping) {
     __shared__ unsigned char order[WARPS][LANES];
-    const float *partials = call.partials + ((i64)base * (splits + 1) + split) * PARTIALS * ROW_TILE;
+    const float own_top = split_top(call, splits, base, split);
     bool any = count > BLOCKS_AHEAD;  // and each row has a block that it could do without
 #pragma unroll
     for (int k = 0; k < ROW_TILE; k++) {
-      const float lightest = exp2_approx(partials[SPLIT_TOP * ROW_TILE + k] - tops[k]) * partials[LIGHTEST * ROW_TILE + k];
-      any = any && !(lightest * limits.output[k] > limits.most[k]);
+      const float least = exp2_approx(__shfl_sync(~0u, own_top, k) - tops[k]) * lightest[k];
+      any = any && !(least * limits.output[k] > limits.most[k]);
     }
     if (any) {
       const float *x = call.statistics + ((i64)base * (full + 1) + first + min(lane, count - 1)) * STATISTIC_FLOATS;

@@ -64,10 +64,11 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
 }
 
 // The sums of a split relative to `reference`, the row's largest score in it, to call.partials; thread (block, row), rows fastest. All
-// threads of the thread block come here. `marked`: some blocks were promoted.
+// threads of the thread block come here. `marked`: some blocks were promoted, and scores changed. Returns, in a tile's first threads, the mass
+// of the lightest block.
 template <bool marked>
-__device__ __forceinline__ void split_sums(const Call &call, int base, int split, float reference) {
-  __shared__ float sums[WARPS][PARTIALS][ROW_TILE];
+__device__ __forceinline__ float split_sums(const Call &call, int base, int split, float reference) {
+  __shared__ float sums[WARPS][RUN_MASS][ROW_TILE], least[WARPS][ROW_TILE];
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4, row = threadIdx.x % ROW_TILE;
   const int pairs = max(0, min(call.per, call.full - split * call.per)) * ROW_TILE;
   const i64 first = (i64)base * (call.full + 1) + split * call.per;
@@ -115,19 +116,22 @@ __device__ __forceinline__ void split_sums(const Call &call, int base, int split
   sums[warp][r][c] = low;
   sums[warp][8 + r][c] = high;
   if (r == 0) sums[warp][AMPLITUDE_TOP][c] = amplitude_top;
-  if (r == 1) sums[warp][LIGHTEST][c] = lightest;
+  if (r == 1) least[warp][c] = lightest;
   __syncthreads();
-  if (threadIdx.x < PARTIALS * ROW_TILE) {
-    int k = threadIdx.x / ROW_TILE;
+  const int k = threadIdx.x / ROW_TILE;
+  if (k < RUN_MASS && (marked || k != SPLIT_TOP)) {  // which others read meanwhile, where it is what it was
     float x = sums[0][k][row];
 #pragma unroll
     for (int w = 1; w < WARPS; w++) {
-      float y = sums[w][k][row];
+      const float y = sums[w][k][row];
       const bool largest = k == SPLIT_TOP || k == DELTA_MAX || k == NORM_TOP || k == AMPLITUDE_TOP;
-      x = largest ? fmaxf(x, y) : k == LIGHTEST ? fminf(x, y) : x + y;
+      x = largest ? fmaxf(x, y) : x + y;
     }
     call.partials[((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE + threadIdx.x] = x;
   }
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) lightest = fminf(lightest, least[w][row]);
+  return lightest;
 }
 
 // Groups of 1024 tokens, or splits where they are larger; the trailing block is a group of its own, the last.

@@ -2,10 +2,10 @@
 // One thread block a row.
 constexpr float NORM_RETURN = 1.f / (1.f + 1.f / 128) - 1.f / 16384;
 
+constexpr int SUMMED = RUN_MASS;  // of the partials, what is put together here
 constexpr int FINISH_WARPS = 16, THREADS = FINISH_WARPS * LANES;
 constexpr int PER_LANE = (D + LANES - 1) / LANES;  // channels of a lane: its own and every 32nd from it on
 constexpr int AHEAD = 4, AT_ONCE = AHEAD * FINISH_WARPS;  // splits of a warp, every 16th, and of the thread block, under way together
-constexpr float LOWEST = -3e38f;                          // below all scores; its difference to -infinity is no NaN
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *calls, int heads, int group, int again) {
   let_next_begin();
@@ -26,8 +26,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   }
   if (again && *state != OPEN) return;
   __shared__ double wide_of[FINISH_WARPS][D];
-  __shared__ float stored[D], norms[2][FINISH_WARPS], dots[SPLITS_MAX], found[8][FINISH_WARPS];
-  extern __shared__ float own[];  // the row's partials, [splits][PARTIALS], and skips, [splits][SKIPS]
+  __shared__ float stored[D], norms[2][FINISH_WARPS], dots[SPLITS_MAX], found[8][FINISH_WARPS], of_row[2];
+  extern __shared__ float own[];  // the row's partials, [splits][SUMMED], and skips, [splits][SKIPS]
   const int splits = own_splits + (tokens > full * BLOCK), base = h * tiles + tile;
   const float *partials = call.partials + (i64)base * (own_splits + 1) * PARTIALS * ROW_TILE + row;
   const float *sums = call.sums + ((i64)base * (own_splits + 1) * ROW_TILE + row) * D;
@@ -46,11 +46,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   const int skip_floats = NAIVE ? 0 : splits * SKIPS;
   const float first_skip = threadIdx.x < skip_floats ? skips[threadIdx.x * ROW_TILE] : 0.f;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < splits * PARTIALS; i += THREADS) own[i] = partials[i * ROW_TILE];
-  if (threadIdx.x < skip_floats) own[splits * PARTIALS + threadIdx.x] = first_skip;
+  for (int i = threadIdx.x; i < splits * SUMMED; i += THREADS) own[i] = partials[(i / SUMMED * PARTIALS + i % SUMMED) * ROW_TILE];
+  if (threadIdx.x < skip_floats) own[splits * SUMMED + threadIdx.x] = first_skip;
 #pragma unroll 1
-  for (int i = threadIdx.x + THREADS; i < skip_floats; i += THREADS) own[splits * PARTIALS + i] = skips[i * ROW_TILE];
-  auto part = [&](int i, int k) { return own[i * PARTIALS + k]; };
+  for (int i = threadIdx.x + THREADS; i < skip_floats; i += THREADS) own[splits * SUMMED + i] = skips[i * ROW_TILE];
+  auto part = [&](int i, int k) { return own[i * SUMMED + k]; };
   double wide[PER_LANE] = {0.};
 #pragma unroll 1
   for (int first = last_held;; first -= AT_ONCE) {
@@ -66,32 +66,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
     if (D % LANES == 0 || i * LANES + lane < D) wide_of[warp][i * LANES + lane] = wide[i];
   __syncthreads();
 
-  // Every warp finds the row's largest score and its mass by itself: no barrier.
+  // One warp finds the row's largest score, its mass, and what was skipped; others add up the channels meanwhile.
   float *facts = call.facts + (i64)(h * rows + index) * ROW_FACTS;
-  float top = LOWEST, mass = 0.f, left[SKIPS] = {0.f};
+  constexpr int CHANNELS_FROM = THREADS - 256;  // the threads that have a channel each
+  const int channel = threadIdx.x - CHANNELS_FROM;
+  float left[SKIPS] = {0.f};
+  double sum = 0.;
+  if (warp == 0) {
+    float top = LOWEST, mass = 0.f;
 #pragma unroll 1
-  for (int i = lane; i < splits; i += LANES) top = fmaxf(top, part(i, SPLIT_TOP));
-  top = again ? facts[ROW_TOP] : warp_max(top);  // to which the value pass has weighed
+    for (int i = lane; i < splits; i += LANES) top = fmaxf(top, part(i, SPLIT_TOP));
+    top = again ? facts[ROW_TOP] : warp_max(top);  // to which the value pass has weighed
 #pragma unroll 1
-  for (int i = lane; i < splits; i += LANES) {
-    mass += exp2_approx(part(i, SPLIT_TOP) - top) * part(i, MASS);
+    for (int i = lane; i < splits; i += LANES) {
+      mass += exp2_approx(part(i, SPLIT_TOP) - top) * part(i, MASS);
+#pragma unroll
+      for (int k = 0; k < SKIPS; k++)
+        if (!NAIVE) left[k] += own[splits * SUMMED + i * SKIPS + k];
+    }
+    mass = warp_sum(mass);
 #pragma unroll
     for (int k = 0; k < SKIPS; k++)
-      if (!NAIVE) left[k] += own[splits * PARTIALS + i * SKIPS + k];
-  }
-  mass = warp_sum(mass);
-#pragma unroll
-  for (int k = 0; k < SKIPS; k++)
-    if (!NAIVE) left[k] = warp_sum(left[k]);
-  mass -= left[SKIP_MASS];  // of what was kept; sums over all blocks, divided by it, only grow
-  const float inverse = __fdividef(1.f, mass);
-
-  float norm2 = 0.f, error2 = 0.f;
-  if (const int channel = threadIdx.x; channel < D) {
-    const i64 at = ((i64)(h * group + index / n) * n + index % n) * D;
-    double sum = 0.;
+      if (!NAIVE) left[k] = warp_sum(left[k]);
+    // Of what was kept: sums over all blocks, divided by it, only grow.
+    if (lane == 0) of_row[0] = top, of_row[1] = mass - left[SKIP_MASS];
+  } else if (channel >= 0 && channel < D) {
 #pragma unroll
     for (int w = 0; w < FINISH_WARPS; w++) sum += wide_of[w][channel];
+  }
+  __syncthreads();
+  const float top = of_row[0], mass = of_row[1], inverse = __fdividef(1.f, mass);
+
+  float norm2 = 0.f, error2 = 0.f;
+  if (channel >= 0 && channel < D) {
+    const i64 at = ((i64)(h * group + index / n) * n + index % n) * D;
     sum /= mass;
     const double y = store(call.output, at + channel, sum);
     const float scaled = (float)(y * unit_factor(unit)), off = (float)((y - sum) * unit_factor(unit));
@@ -99,9 +107,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
     norm2 = scaled * scaled, error2 = off * off;
   }
   if (NAIVE) return;
-  if (warp * LANES < D) {
+  if (channel >= 0 && warp - CHANNELS_FROM / LANES < PER_LANE) {
     norm2 = warp_sum(norm2), error2 = warp_sum(error2);
-    if (lane == 0) norms[0][warp] = norm2, norms[1][warp] = error2;
+    if (lane == 0) norms[0][channel / LANES] = norm2, norms[1][channel / LANES] = error2;
   }
   __syncthreads();
   norm2 = error2 = 0.f;

@@ -25,13 +25,15 @@ constexpr int TOPS_AT = ROW_TILE * TILE, WEIGHT_FLOATS = TOPS_AT + ROW_TILE;
 // is the largest score in log2 units.
 enum { SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, SUM_SQUARE_USED, SUM_SQUARE_ERROR, TOP, DELTA, D_NORM, EPSILON, STATISTICS };
 constexpr int BLOCK_NOTES = STATISTICS * ROW_TILE, STATISTIC_FLOATS = BLOCK_NOTES + 4;
-// Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE].
+// Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE]. The score pass leaves
+// SPLIT_TOP and the last two, mass and mass times norms as it went, from which the value pass of all splits takes what may be skipped.
 enum { MASS, LOW, T1, MASS_ERROR, SPREAD, USED, ERROR2, AMPLITUDE, KEY_SQUARES, VALUE, SQUARES, NORM, SPLIT_TOP, DELTA_MAX, NORM_TOP, ERROR, AMPLITUDE_TOP,
-       LIGHTEST, PARTIALS };
+       RUN_MASS, RUN_NORM, PARTIALS };
 // What the value pass left out of a split, relative to the row's largest score: [SKIPS][ROW_TILE]. Sums over skipped blocks of their mass m, of
 // m e^Delta and of m e^Delta nu, and their number.
 enum { SKIP_MASS, SKIP_GROWN, SKIP_NORM, SKIP_COUNT, SKIPS };
 
+constexpr float LOWEST = -3e38f;       // below all scores; its difference to -infinity is no NaN
 constexpr double BUDGET_MAX = 1e250;  // keeps a budget finite in any unit
 constexpr float U32F = 5.9604644775390625e-8f;
 constexpr float NORM_FLOOR = 8.8817841970012523e-16f;  // 2^-50: squares stay far from underflow, and the bound only grows

@@ -16,7 +16,6 @@ from tierd_kernels.cuda.sources import (
     FINISH_THREADS,
     GATHER_THREADS,
     LANES,
-    PARTIALS,
     PARTS,
     PICK_PARTS,
     PICK_THREADS,
@@ -25,6 +24,7 @@ from tierd_kernels.cuda.sources import (
     RESIDENT,
     SKIPS,
     SPLIT_TOKENS_MAX,
+    SUMMED,
     WARPS,
     shared_bytes,
     source,
@@ -174,7 +174,7 @@ class Kernels:
         self._over(name, shape, threads, calls, grid, stream, *more, shared=shared, first=first)
 
     def _finish(self, calls: int, grid: Grid, again: int, stream: Any, first: bool = False) -> None:
-        shared = 4 * grid.splits * (PARTIALS + SKIPS)
+        shared = 4 * grid.splits * (SUMMED + SKIPS)
         self._rows("finish", FINISH_THREADS, calls, grid, stream, again, shared=shared, first=first)
 
     def _over(

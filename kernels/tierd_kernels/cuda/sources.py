@@ -11,7 +11,7 @@ PARTS = {
     "widen": ("quantise/widen.cu",),
     "gram": ("quantise/gram.cu",),
     "score": ("score/exact.cuh", "bound/bound.cuh", "score/score.cu"),
-    "value": ("attend/value.cu",),
+    "value": ("bound/bound.cuh", "attend/value.cu"),
     "finish": ("bound/bound.cuh", "bound/finish.cu"),
     "rank": ("bound/rank.cu",),
     "pick": ("bound/bound.cuh", "select/threshold.cuh", "select/pick.cu"),
@@ -29,7 +29,7 @@ WARPS, LANES, ROW_TILE, FINISH_THREADS, COVER_THREADS, RANK_THREADS, QUANTISE_TH
 GROUP_THREADS, GRAM_SIDE = 256, 64  # of what measures groups; of a tile of a Gram matrix
 SCORE_STAGES, SCORE_CHUNK, VALUE_STAGES = 2, 8, 4
 RESIDENT = 4  # thread blocks of a pass on one multiprocessor, of a head dimension up to 128
-STATISTIC_FLOATS, PARTIALS, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 48, 18, 4, 2048, 2048
+STATISTIC_FLOATS, PARTIALS, SUMMED, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 48, 19, 17, 4, 2048, 2048
 ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS = 6, 6, 16, 512
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
 
@@ -55,7 +55,7 @@ def shared_bytes(layout: Layout, kernel: str) -> int:
         # five left others with three (131,072 tokens: 152 us, 148 with four everywhere).
         return max(WARPS * max(VALUE_STAGES * tile, 4 * ROW_TILE * layout.head_dim), SHARED_MAX // (RESIDENT + 1))
     if kernel == "finish":  # the row's partials and skips
-        return 4 * SPLITS_MAX * (PARTIALS + SKIPS)
+        return 4 * SPLITS_MAX * (SUMMED + SKIPS)
     if kernel == "promote":  # of a warp, a tile of original keys and its changes of the sums
         return WARPS * (TILE * (layout.head_dim * layout.itemsize + 16) + 4 * ROW_TILE * layout.head_dim)
     if kernel == "canary":  # a record of keys in FP32

@@ -1,4 +1,4 @@
-// Score pass: weights 2^(s - top) of every token, statistics of every block, and the splits' sums of the bound.
+// Score pass: weights 2^(s - top) of every token, statistics of every block, and of every split its largest score, mass and mass times norms.
 //
 // One warp takes a block after the other; codes and norms arrive in shared memory by bulk copies, SCORE_STAGES ahead. Codes are
 // the A operand of mma.m16n8k32.s8 as stored; B holds q times the block's scale, in units of its largest entry / 32512, as two int8
@@ -190,7 +190,7 @@ __device__ __noinline__ void score_tail(const Call *at_call, int heads, int grou
   statistics[D_NORM * ROW_TILE] = d;
   const float mass = sum.v[SUM], phi = 1.f + eps, a2 = sqrtf(sum.v[SUM_SQUARES]), g = phi * mass * eps, c = phi * a2 * eps;
   const float parts[PARTIALS] = {mass, mass * eps, phi * eps * sum.v[SUM_NORM], g, phi * phi * mass * eps * eps, sum.v[SUM_SQUARE_USED], 0.f,
-                                 mass * norm_top, c * c, 0.f, 0.f, sum.v[SUM_NORM], largest, eps, norm_top, 0.f * (eps + sum.v[SUM_NORM] + mass), norm_top, INFINITY};
+                                 mass * norm_top, c * c, 0.f, 0.f, sum.v[SUM_NORM], largest, eps, norm_top, 0.f * (eps + sum.v[SUM_NORM] + mass), norm_top, mass, sum.v[SUM_NORM]};
   float *out = call.partials + ((i64)(h * tiles + tile) * (call.splits + 1) + call.splits) * PARTIALS * ROW_TILE + row;
   for (int k = 0; k < PARTIALS; k++) out[k * ROW_TILE] = parts[k];
 }
@@ -212,7 +212,6 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   unsigned char *stage = shared + warp * STAGED_BYTES;
   const u32 scales = shared_at(stage) + SCORE_STAGES * CODE_BYTES, rest = scales + 2 * CHUNK * SCALE_BYTES;  // [2][CHUNK], [CHUNK]
   __shared__ u64 bars[WARPS][SCORE_STAGES];
-  __shared__ float tops[WARPS][ROW_TILE];
 
   const int each = per / WARPS, first = split * per + warp * each, count = max(0, min(each, full - first));
   const unsigned char *pool = call.pool + (i64)h * RECORD_BYTES;
@@ -264,7 +263,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   BlockFacts(*facts)[ROW_TILE] = facts_of[warp];
   int now = 0;
   u32 parity = 0;
-  float highest = -INFINITY, running = 0.f;
+  float highest = LOWEST, running = 0.f;  // largest score, and sum r relative to it, of row c
   auto next = [&](int i) {
     statistics += STATISTIC_FLOATS, weights += TILES * WEIGHT_FLOATS;
     __syncwarp();
@@ -334,6 +333,9 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     }
 #pragma unroll
     for (int bit = 4; bit < 32; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
+    const float before = highest;
+    highest = fmaxf(highest, largest);
+    const float keep = exp2_approx(before - highest), take = exp2_approx(largest - highest);
     if (NAIVE) {
       float mass = 0.f;
 #pragma unroll
@@ -345,9 +347,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
 #pragma unroll
       for (int bit = 4; bit < 32; bit <<= 1) mass += __shfl_xor_sync(~0u, mass, bit);
       if (r < TILES) weights[r * WEIGHT_FLOATS + TOPS_AT + c] = largest;
-      const float before = highest;
-      highest = fmaxf(highest, largest);
-      running = running * exp2_approx(before - highest) + mass * exp2_approx(largest - highest);
+      running = fmaf(running, keep, mass * take);
       next(i);
       continue;
     }
@@ -361,33 +361,29 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       sum.add(w, nu, eta, nu + eta);
       weights[(t / 2) * WEIGHT_FLOATS + c * TILE + (t & 1) * 8 + r] = w;
     }
-    float mass = fold8(sum.v, lane);
-    if (r == TOP) mass = largest;
-    highest = fmaxf(highest, largest);
+    float mine = fold8(sum.v, lane);  // sum r of row c
+    running = fmaf(running, keep, mine * take);
+    if (r == TOP) mine = largest;
     const float eps = fmaf(c1_of[warp][i % CHUNK] * step, size * (0.5f * (1.f + 64.f * U32F)), fact.eps);
     float second = r == 0 ? fact.delta + eps : r == 1 ? fmaf(BLOCK_ROOT, eps, fact.d_norm) : eps;
-    statistics[lane] = mass;
+    statistics[lane] = mine;
     if (r < 3) statistics[LANES + lane] = second * STORE;
     else if (r >= 4 && r < 4 + TILES) weights[(r - 4) * WEIGHT_FLOATS + TOPS_AT + c] = largest;
     next(i);
   }
+  __shared__ float tops[WARPS][ROW_TILE], runs[WARPS][8][ROW_TILE];
   if (r == 0) tops[warp][c] = highest;
+  runs[warp][r][c] = running;
   __syncthreads();
-
   const int place_of_split = split * per + threadIdx.x;
   if (threadIdx.x < per && place_of_split < full) call.marks[(i64)(h * tiles + tile) * full + place_of_split] = 0;
-  float reference = tops[0][threadIdx.x % ROW_TILE];
+  if (warp || (r != SUM && r != SUM_NORM)) return;
+  float reference = highest, sum = 0.f;
 #pragma unroll
-  for (int w = 1; w < WARPS; w++) reference = fmaxf(reference, tops[w][threadIdx.x % ROW_TILE]);
-  if (NAIVE) {
-    __shared__ float masses[WARPS][ROW_TILE];
-    if (r == 0) masses[warp][c] = running;
-    __syncthreads();
-    float *out = call.partials + ((i64)(h * tiles + tile) * (splits + 1) + split) * PARTIALS * ROW_TILE, mass = 0.f;
-    if (threadIdx.x >= ROW_TILE) return;
-    for (int w = 0; w < WARPS; w++) mass += masses[w][threadIdx.x] * exp2_approx(tops[w][threadIdx.x] - reference);
-    out[MASS * ROW_TILE + threadIdx.x] = mass, out[SPLIT_TOP * ROW_TILE + threadIdx.x] = reference;
-    return;
-  }
-  split_sums<false>(call, h * tiles + tile, split, reference);
+  for (int w = 1; w < WARPS; w++) reference = fmaxf(reference, tops[w][c]);
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) sum = fmaf(runs[w][r][c], exp2_approx(tops[w][c] - reference), sum);
+  float *out = call.partials + ((i64)(h * tiles + tile) * (splits + 1) + split) * PARTIALS * ROW_TILE + c;
+  out[(r != SUM ? RUN_NORM : NAIVE ? MASS : RUN_MASS) * ROW_TILE] = sum;
+  if (r == SUM) out[SPLIT_TOP * ROW_TILE] = reference;
 }
