@@ -1,0 +1,72 @@
+"""What is measured of a model and a variant: answers by greedy decoding, and perplexity, teacher-forced."""
+
+from typing import Any
+
+import torch
+from checkpoints import Checkpoint
+from tierd_client import Tier
+from truth import Verdict, judge
+from variants import Variant, attending, softmax_scale
+from watched import Answer
+
+CHUNK = 256  # query tokens of one forward
+
+
+@torch.no_grad()
+def complete(
+    checkpoint: Checkpoint, variant: Variant, tier: Tier, prompts: torch.Tensor, new_tokens: int
+) -> tuple[list[str], dict[str, Any]]:
+    """Greedy completions of prompts [rows, tokens], and totals of what certificates said (none of a variant without).
+
+    All tokens of a prompt but the last are its prefill, dense in every variant: each generated token follows from the variant's own
+    attention over the whole cache.
+    """
+    model, rows = checkpoint.model, len(prompts)
+    generated = torch.empty(rows, 0, dtype=prompts.dtype, device=prompts.device)
+    with attending(variant, model, tier, prompts.shape[1] + new_tokens) as cache:
+        model(prompts[:, :-1], past_key_values=cache, logits_to_keep=1)
+        token, ended = prompts[:, -1:], torch.zeros(rows, dtype=torch.bool)
+        ends = torch.tensor(sorted(checkpoint.tokenizer.end))
+        while generated.shape[1] < new_tokens and not ended.all():
+            token = model(token, past_key_values=cache).logits[:, -1:].argmax(dim=2)
+            generated = torch.cat((generated, token), dim=1)
+            ended |= torch.isin(token[:, 0].cpu(), ends)
+        said = totals(cache.summary()) if variant.certified else {}
+    return [checkpoint.tokenizer.decode(_until_end(ids, checkpoint.tokenizer.end)) for ids in generated.tolist()], said
+
+
+def _until_end(ids: list[int], end: frozenset[int]) -> list[int]:
+    return ids[: next((at for at, token in enumerate(ids) if token in end), len(ids))]
+
+
+def totals(summary: Any) -> dict[str, Any]:
+    """A cache's summary over all layers and heads."""
+    names = ("answers", "over_budget", "promoted_key_blocks", "promoted_value_blocks", "skipped_blocks", "host_bytes")
+    counts: dict[str, Any] = {name: int(getattr(summary, name).sum()) for name in names}
+    return counts | {"rungs": summary.rungs.sum(axis=(0, 1)).tolist()}
+
+
+@torch.no_grad()
+def negative_log_likelihood(checkpoint: Checkpoint, variant: Variant, tier: Tier, window: torch.Tensor) -> dict[str, Any]:
+    """Sum over the tokens of `window` [1, tokens] after the first chunk, in nats, teacher-forced in chunks of 256 queries.
+
+    Every certificate is held against exact attention on the way; `verdict` counts what was found. The first chunk meets an empty
+    cache and is dense in every variant, so that its tokens are not counted.
+    """
+    model, nll, verdict = checkpoint.model, 0.0, Verdict()
+    scale, length = softmax_scale(model), window.shape[1]
+    if length <= CHUNK:
+        raise ValueError(f"a window of {length} tokens; it must be longer than the first chunk, {CHUNK}")
+
+    def see(answer: Answer) -> None:
+        found, _ = judge(answer.q, answer.k, answer.v, scale, answer.output, answer.certificate, variant.rtol)
+        verdict.add(found)
+
+    with attending(variant, model, tier, length, see) as cache:
+        model(window[:, :CHUNK], past_key_values=cache, logits_to_keep=1)
+        for start in range(CHUNK, length - 1, CHUNK):
+            stop = min(start + CHUNK, length - 1)
+            logits = model(window[:, start:stop], past_key_values=cache).logits[0].float()
+            nll += float(torch.nn.functional.cross_entropy(logits, window[0, start + 1 : stop + 1], reduction="sum"))
+    said = {"verdict": vars(verdict)} if variant.certified else {}
+    return {"nll": nll, "tokens_scored": length - 1 - CHUNK, **said}
