@@ -4,6 +4,7 @@ A checkpoint is a folder as `save_pretrained` leaves it. One without a tokenizer
 byte by byte, as the small model of this folder is.
 """
 
+import itertools
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -84,13 +85,6 @@ class Checkpoint:
         """Tokens of `text`."""
         return len(self.tokenizer.encode(text))
 
-    def ids(self, texts: list[str]) -> torch.Tensor:
-        """Token ids [rows, tokens] of texts that are equally long in tokens. Raises ValueError if they are not."""
-        rows = [self.tokenizer.encode(text) for text in texts]
-        if len({len(row) for row in rows}) != 1:
-            raise ValueError(f"texts have {sorted({len(row) for row in rows})} tokens; rows of one batch must be equally long")
-        return torch.tensor(rows, device=self.device)
-
 
 def default_device() -> str:
     """The GPU where there is one."""
@@ -148,13 +142,19 @@ def held_out_modules() -> list[Path]:
     return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[::HELD_OUT_EVERY]
 
 
-def windows(checkpoint: Checkpoint, source: Path | None, tokens: int, count: int) -> list[torch.Tensor]:
-    """`count` windows of `tokens` ids [1, tokens], texts joined by blank lines. Raises ValueError if the text is too short."""
-    need, ids = tokens * count, list[int]()
+def all_windows(checkpoint: Checkpoint, source: Path | None, tokens: int) -> Iterator[torch.Tensor]:
+    """Windows of `tokens` ids [1, tokens] on the checkpoint's device, texts joined by blank lines; what is left at the end is dropped."""
+    ids: list[int] = []
     for text in texts(source):
         ids += checkpoint.tokenizer.encode(text + "\n\n")
-        if len(ids) >= need:
-            break
-    if len(ids) < need:
-        raise ValueError(f"{source or 'the standard library'} has {len(ids)} tokens; {count} windows of {tokens} need {need}")
-    return list(torch.tensor(ids[:need], device=checkpoint.device).view(count, 1, tokens))
+        while len(ids) >= tokens:
+            yield torch.tensor([ids[:tokens]], device=checkpoint.device)
+            del ids[:tokens]
+
+
+def windows(checkpoint: Checkpoint, source: Path | None, tokens: int, count: int) -> list[torch.Tensor]:
+    """The first `count` windows. Raises ValueError if the text is too short for them."""
+    found = list(itertools.islice(all_windows(checkpoint, source, tokens), count))
+    if len(found) < count:
+        raise ValueError(f"{source or 'the standard library'} holds {len(found)} windows of {tokens} tokens; {count} are needed")
+    return found

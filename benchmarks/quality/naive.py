@@ -4,6 +4,7 @@ The numbers are those of tierd's own INT8 keys and INT4 values, decoded from its
 and here. As with the other caches, a forward over an empty cache attends to the originals.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,7 @@ from numpy.typing import NDArray
 from tierd_kernels.host import reserve
 from tierd_kernels.layout import KEY_TILE, RAW_KEYS, RAW_VALUES, Layout
 from tierd_kernels.quantise.cpu import quantise_blocks
-from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 BLOCK, GROUP = 16, 16  # as tierd_client.Geometry has them
 
@@ -64,43 +62,34 @@ def decode_records(
 
 
 class NaiveLayer(DynamicLayer):
-    """`keys`, `values` [rows, heads, tokens, d] float32: full blocks as they decode, behind them the trailing block's originals."""
+    """`keys`, `values` float32 [rows, heads, positions, d]: full blocks as they decode, originals behind them. A row's blocks begin
+    after its padding, of which `pads` has the length."""
 
-    def __init__(self) -> None:
+    def __init__(self, pads: Sequence[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._tail: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._decoded = list(pads)  # positions up to which each row is
+        self._originals: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores [rows, heads, n, d]; returns what attention is to use."""
-        new = (key_states, value_states)
-        first = self._tail is None
-        if self._tail is None:
+        new, before = (key_states, value_states), self._originals
+        if before is None:
             self.lazy_initialization(key_states.float(), value_states.float())
-            self._tail = (key_states[:, :, :0], value_states[:, :, :0])
-            self._decoded = (key_states[:, :, :0].float(), value_states[:, :, :0].float())
-        k, v = (torch.cat(pair, dim=2) for pair in zip(self._tail, new, strict=True))
-        full = k.shape[2] // BLOCK * BLOCK
-        self._tail = (k[:, :, full:], v[:, :, full:])
-        if full:
-            parts = (x.view_as(k[:, :, :full]).to(k.device) for x in stored(*(x[:, :, :full].flatten(0, 1) for x in (k, v))))
-            key, value = (torch.cat(pair, dim=2) for pair in zip(self._decoded, parts, strict=True))
-            self._decoded = (key, value)
-        self.keys, self.values = (torch.cat((x, tail.float()), dim=2) for x, tail in zip(self._decoded, self._tail, strict=True))
-        return new if first else (self.keys, self.values)
+            self._originals = new
+        else:
+            self._originals = (torch.cat((before[0], new[0]), dim=2), torch.cat((before[1], new[1]), dim=2))
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = torch.cat((self.keys, new[0].float()), dim=2), torch.cat((self.values, new[1].float()), dim=2)
+        for row, start in enumerate(self._decoded):
+            stop = start + (self.keys.shape[2] - start) // BLOCK * BLOCK
+            if stop > start:
+                self.keys[row, :, start:stop], self.values[row, :, start:stop] = (
+                    x.to(key_states.device) for x in stored(*(x[row, :, start:stop] for x in self._originals))
+                )
+                self._decoded[row] = stop
+        return new if before is None else (self.keys, self.values)
 
 
-def naive_cache(num_layers: int) -> Cache:
-    """An empty cache for `model.set_attn_implementation("naive")`."""
-    return Cache(layers=[NaiveLayer() for _ in range(num_layers)])
-
-
-def _attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, **more: Any
-) -> tuple[torch.Tensor, None]:
-    """SDPA in the type of the keys: decoded numbers are not rounded to the model's own type."""
-    output, _ = sdpa_attention_forward(module, query.to(key.dtype), key, value, mask, **more)
-    return output.to(query.dtype), None
-
-
-AttentionInterface.register("naive", _attention)
-AttentionMaskInterface.register("naive", sdpa_mask)
+def naive_cache(num_layers: int, pads: Sequence[int]) -> Cache:
+    """An empty cache for rows that `pads` positions of padding lead, for a model that attends by `rows`."""
+    return Cache(layers=[NaiveLayer(pads) for _ in range(num_layers)])

@@ -17,8 +17,8 @@ class Comparison:
     `critical_failures`: examples that dense answers right and the variant does not."""
 
     examples: int
-    dense: float
-    variant: float
+    dense_score: float
+    variant_score: float
     delta: float
     delta_low: float
     delta_high: float
@@ -79,6 +79,7 @@ def perplexity_delta(dense_nll: ArrayLike, variant_nll: ArrayLike, tokens: Array
     low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     total = n.sum()
     return {
-        "windows": d.size, "tokens_scored": int(total), "dense": float(np.exp(d.sum() / total)), "variant": float(np.exp(v.sum() / total)),
+        "windows": d.size, "tokens_scored": int(total),
+        "dense_perplexity": float(np.exp(d.sum() / total)), "variant_perplexity": float(np.exp(v.sum() / total)),
         "delta": float(delta(np.arange(d.size))), "delta_low": float(low), "delta_high": float(high),
     }  # fmt: skip

@@ -1,5 +1,6 @@
 """What is measured of a model and a variant: answers by greedy decoding, and perplexity, teacher-forced."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,25 +15,39 @@ CHUNK = 256  # query tokens of one forward
 
 @torch.no_grad()
 def complete(
-    checkpoint: Checkpoint, variant: Variant, tier: Tier, prompts: torch.Tensor, new_tokens: int
+    checkpoint: Checkpoint, variant: Variant, tier: Tier, prompts: Sequence[str], new_tokens: int
 ) -> tuple[list[str], dict[str, Any]]:
-    """Greedy completions of prompts [rows, tokens], and totals of what certificates said (none of a variant without).
+    """Greedy completions of the prompts, and totals of what certificates said (none of a variant without).
 
     All tokens of a prompt but the last are its prefill, dense in every variant: each generated token follows from the variant's own
     attention over the whole cache.
     """
-    model, rows = checkpoint.model, len(prompts)
-    generated = torch.empty(rows, 0, dtype=prompts.dtype, device=prompts.device)
-    with attending(variant, model, tier, prompts.shape[1] + new_tokens) as cache:
-        model(prompts[:, :-1], past_key_values=cache, logits_to_keep=1)
-        token, ended = prompts[:, -1:], torch.zeros(rows, dtype=torch.bool)
-        ends = torch.tensor(sorted(checkpoint.tokenizer.end))
-        while generated.shape[1] < new_tokens and not ended.all():
-            token = model(token, past_key_values=cache).logits[:, -1:].argmax(dim=2)
-            generated = torch.cat((generated, token), dim=1)
-            ended |= torch.isin(token[:, 0].cpu(), ends)
+    model, tokenizer = checkpoint.model, checkpoint.tokenizer
+    ids, mask = _padded([tokenizer.encode(prompt) for prompt in prompts], checkpoint.device)
+    pads = (mask == 0).sum(dim=1).tolist()
+    token, place = ids[:, -1:], mask.cumsum(dim=1) - 1
+    rows: list[list[int]] = [[] for _ in prompts]
+    with attending(variant, model, tier, ids.shape[1] + new_tokens, pads) as cache:
+        here = {"position_ids": place[:, :-1].clamp(min=0), "attention_mask": mask[:, :-1]}
+        model(ids[:, :-1], past_key_values=cache, logits_to_keep=1, **here)
+        for step in range(new_tokens):
+            here = {"position_ids": place[:, -1:] + step, "attention_mask": mask}
+            token = model(token, past_key_values=cache, **here).logits[:, -1:].argmax(dim=2)
+            mask = torch.cat((mask, torch.ones_like(token)), dim=1)
+            for row, new in zip(rows, token[:, 0].tolist(), strict=True):
+                row.append(new)
+            if all(tokenizer.end.intersection(row) for row in rows):
+                break
         said = totals(cache.summary()) if variant.certified else {}
-    return [checkpoint.tokenizer.decode(_until_end(ids, checkpoint.tokenizer.end)) for ids in generated.tolist()], said
+    return [tokenizer.decode(_until_end(row, tokenizer.end)) for row in rows], said
+
+
+def _padded(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask [rows, longest], short rows padded on the left."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
 
 
 def _until_end(ids: list[int], end: frozenset[int]) -> list[int]:
@@ -62,7 +77,7 @@ def negative_log_likelihood(checkpoint: Checkpoint, variant: Variant, tier: Tier
         found, _ = judge(answer.q, answer.k, answer.v, scale, answer.output, answer.certificate, variant.rtol)
         verdict.add(found)
 
-    with attending(variant, model, tier, length, see) as cache:
+    with attending(variant, model, tier, length, see=see) as cache:
         model(window[:, :CHUNK], past_key_values=cache, logits_to_keep=1)
         for start in range(CHUNK, length - 1, CHUNK):
             stop = min(start + CHUNK, length - 1)

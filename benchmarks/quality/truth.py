@@ -1,7 +1,7 @@
 """Exact attention from the same q, k, v, and whether a certificate tells the truth. Knows nothing of how tierd computes.
 
 float64 in torch, on the tensors' device, all head-steps of a forward at once. Its own rounding is bounded from above (`noise`) in the
-manner of Higham, Accuracy and Stability of Numerical Algorithms, section 3: a sum of d products is off by gamma_d of the sum of their sizes.
+manner of Higham, Accuracy and Stability of Numerical Algorithms, section 3: a sum of d products is off by gamma_d of their sizes.
 """
 
 from dataclasses import dataclass, fields

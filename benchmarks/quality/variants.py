@@ -3,11 +3,12 @@
 Every variant computes a forward over an empty cache with the model's own dense attention; they differ in what later tokens attend to.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import rows
 import torch
 from naive import BLOCK, GROUP, naive_cache
 from tierd_client import Coverage, Tier, Tolerance, connect
@@ -87,18 +88,20 @@ def connection(model: Any, max_tokens: int, rows: int = 1) -> Tier:
 
 @contextmanager
 def attending(
-    variant: Variant, model: Any, tier: Tier, max_tokens: int, see: Callable[[Answer], None] | None = None
+    variant: Variant, model: Any, tier: Tier, max_tokens: int, pads: Sequence[int] = (0,), see: Callable[[Answer], None] | None = None
 ) -> Iterator[Any]:
-    """An empty cache for forwards of `model`, which attends as `variant` says until the end of the block, then as before. `see` is shown
-    every certified answer; forwards are of one row then."""
+    """An empty cache for forwards of `model`, which attends as `variant` says until the end of the block, then as before.
+
+    `pads`: positions of padding that lead each row. `see` is shown every certified answer; there must be one row then.
+    """
     before = model.config._attn_implementation
-    model.set_attn_implementation({"dense": "sdpa", "naive": "naive"}.get(variant.kind, "tierd"))
+    model.set_attn_implementation("tierd" if variant.certified else rows.NAME)
     config = model.config.get_text_config(decoder=True)
     try:
         if variant.kind == "dense":
             yield DynamicCache(config=config)
         elif variant.kind == "naive":
-            yield naive_cache(config.num_hidden_layers)
+            yield naive_cache(config.num_hidden_layers, pads)
         else:
             terms: dict[str, Any] = {"tolerance": Tolerance(rtol=variant.rtol), "policy": variant.policy, "max_tokens": max_tokens}
             with TierdCache(tier, config, **terms) if see is None else WatchedCache(tier, config, see, **terms) as cache:
