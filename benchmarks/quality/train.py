@@ -1,0 +1,229 @@
+"""Train the byte-level model of the quality evidence on one GPU, in one command or in several that hand their state on.
+
+    python benchmarks/quality/train.py --out OUT --minutes 8.5 --part 1/2
+    python benchmarks/quality/train.py --out OUT2 --minutes 8.5 --part 2/2 --resume OUT
+
+TRAINING.md has the recipe. `--smoke` trains a tiny model on the CPU for some steps: every part runs, nothing is learnt.
+"""
+
+import time
+
+STARTED = time.monotonic()  # before the imports that take seconds: --minutes counts them
+
+import argparse  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import model as byte_model  # noqa: E402
+import torch  # noqa: E402
+from tasks import Haystack  # noqa: E402
+from training import checkpoint, quick, schedule  # noqa: E402
+from training.batches import Batch, Stream  # noqa: E402
+from training.network import Network, attention_of, fastest_backend  # noqa: E402
+from training.optimisers import Optimisers  # noqa: E402
+from training.tally import Tally  # noqa: E402
+
+CLIP_NORM = 1.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """What differs between the real training and the smoke test. Seconds are of wall-clock time, `tokens` per batch."""
+
+    device: str
+    dtype: torch.dtype
+    compiled: bool
+    shape: dict[str, int]
+    tokens: int
+    longest: int
+    workers: int
+    log_every: int
+    save_every_s: float
+    evaluation_s: float
+    examples: int
+
+
+# 64K tokens a batch fill an H100 (2 rows of 32K) and leave some 10 steps a second on short rows.
+REAL = Size("cuda", torch.bfloat16, True, {}, 65_536, 32_768, 12, 20, 60.0, 45.0, 50)
+SMOKE_SHAPE = {"layers": 2, "hidden": 64, "intermediate": 128, "heads": 2, "kv_heads": 1}
+SMOKE = Size("cpu", torch.float32, False, SMOKE_SHAPE, 2_048, 1_024, 1, 2, 5.0, 8.0, 2)
+SAVING_S = 5.0
+
+
+class Log:
+    """Lines of JSON in `log.jsonl` of the output folder, and on the terminal."""
+
+    def __init__(self, folder: Path, inherited: Path | None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = (inherited / "log.jsonl").read_text() if inherited else ""
+        self._file = (folder / "log.jsonl").open("w")
+        self._file.write(before)
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        text = json.dumps({"s": round(time.monotonic() - STARTED, 1), **line})
+        self._file.write(text + "\n")
+        self._file.flush()
+        print(text, flush=True)
+
+
+class Run:
+    """One command's worth of training."""
+
+    def __init__(self, arguments: argparse.Namespace, size: Size, log: Log) -> None:
+        self.size, self.log, self.out = size, log, arguments.out
+        self.part, self.parts = arguments.part
+        self.ends_at = STARTED + arguments.minutes * 60 - size.evaluation_s - SAVING_S
+        self.position = checkpoint.Position(arguments.seed, progress=(self.part - 1) / self.parts)
+        state = checkpoint.read(arguments.resume) if arguments.resume else None
+        if state:
+            self.position = state[1]
+            self.log({"event": "resumed", **vars(self.position)})
+        # Workers are forked here, before anything starts CUDA, and find the corpus in memory.
+        Haystack.source("train")
+        self.stream = Stream(self.position.seed, size.tokens, self._next_length, size.workers, self.position.batch)
+        self.model = byte_model.create(byte_model.configuration(**size.shape), self.position.seed).to(size.device)
+        self.optimisers = Optimisers(self.model)
+        if state:
+            checkpoint.restore(self.model, self.optimisers, state[0])
+        self.network = Network(self.model, size.dtype, size.compiled)
+        self.tally = Tally(size.device)
+        self.kept = checkpoint.capture(self.model, self.optimisers)
+
+    def train(self) -> None:
+        """Steps until the time is up; a checkpoint every minute and at the end."""
+        begins_at, saved_at, logged = time.monotonic(), time.monotonic(), (time.monotonic(), self.position.tokens)
+        batches = iter(self.stream)
+        stage, first = -1, self.position.step
+        while (now := time.monotonic()) < self.ends_at:
+            gone = (now - begins_at) / (self.ends_at - begins_at)
+            self.position.progress = (self.part - 1 + min(1.0, gone)) / self.parts
+            if schedule.stage(self.position.progress) != stage:
+                stage = schedule.stage(self.position.progress)
+                self.log({"event": "stage", "stage": stage, "step": self.position.step, "lengths": schedule.STAGES[stage][1]})
+            self._step(batches)
+            if self.position.step - first == 1:
+                self.log({"event": "first step", "step": self.position.step})
+            if self.position.step % self.size.log_every:
+                continue
+            if not self._log(logged):
+                continue
+            logged = (time.monotonic(), self.position.tokens)
+            if logged[0] - saved_at > self.size.save_every_s:
+                self.save()
+                saved_at = time.monotonic()
+
+    def _step(self, batches: Any) -> None:
+        count = schedule.micro_steps(self.position.progress)
+        for _ in range(count):
+            batch: Batch = next(batches)
+            tensors = (torch.from_numpy(array) for array in (batch.ids, batch.weights, batch.answers, batch.kinds))
+            ids, weights, answers, kinds = (tensor.to(self.size.device, non_blocking=True) for tensor in tensors)
+            loss, right = self.network(ids[:, :-1].long(), ids[:, 1:].long())
+            mean = (loss * weights).sum() / weights.sum() / count
+            mean.backward()  # type: ignore[no-untyped-call]
+            self.tally.add(loss, right, weights, answers, kinds.long())
+            self.tally.add_step(mean, 1 / count)
+            self.position.batch += 1
+            self.position.tokens += loss.numel()
+        torch.nn.utils.clip_grad_norm_(self.optimisers.parameters, CLIP_NORM)
+        self.optimisers.step(schedule.rate(self.position.progress, self.position.step))
+        self.position.step += 1
+
+    def _log(self, last: tuple[float, int]) -> bool:
+        """One line of the log. False if the loss was not finite: then the weights are those of the last checkpoint again."""
+        report = self.tally.report()  # waits for the device
+        rate = schedule.rate(self.position.progress, self.position.step)
+        speed = (self.position.tokens - last[1]) / (time.monotonic() - last[0])
+        place = {"step": self.position.step, "progress": round(self.position.progress, 4), "tokens": self.position.tokens}
+        self.log({**place, "rate": round(rate, 4), "tokens_per_s": round(speed), **report})
+        if report["loss"] == report["loss"] and abs(report["loss"]) != float("inf"):
+            return True
+        self.log({"event": "the loss is not finite: back to the last checkpoint's weights, on with new data"})
+        checkpoint.restore(self.model, self.optimisers, self.kept)
+        return False
+
+    def save(self) -> None:
+        """The state to go on from, and the model as it is used."""
+        self.kept = checkpoint.capture(self.model, self.optimisers)
+        checkpoint.write(self.out, self.kept, self.position)
+        byte_model.save(self.model, self.out / "model")
+        self.log({"event": "saved", "step": self.position.step})
+
+    def evaluate(self) -> None:
+        """What the model can do, in the seconds that were kept for it."""
+        network = Network(self.model, self.size.dtype, compiled=False)  # its shapes vary: compiling each would take longer
+        quick.evaluate(
+            network,
+            self.size.device,
+            self.size.tokens,
+            self.size.examples,
+            self.size.longest,
+            self.ends_at + self.size.evaluation_s,
+            self.log,
+        )
+
+    def _next_length(self, number: int) -> int:
+        return schedule.length(self.position.progress, self.position.seed, number, self.size.longest)
+
+
+def main() -> None:
+    arguments = parse()
+    size = SMOKE if arguments.smoke else REAL
+    if size.device == "cuda" and not _has_gpu():
+        raise SystemExit("no NVIDIA GPU here: training needs one (--smoke runs every part on the CPU)")
+    log = Log(arguments.out, arguments.resume)
+    log({"event": "start", "seed": arguments.seed, "part": arguments.part, "minutes": arguments.minutes, "torch": torch.__version__})
+    run = Run(arguments, size, log)
+    try:
+        backends = []
+        if size.device == "cuda":
+            torch.set_float32_matmul_precision("high")
+            backend, times = fastest_backend(run.model.config, 4096, size.tokens // 4096)
+            backends = [backend]
+            log({"event": "attention", "gpu": torch.cuda.get_device_name(), "backend": backend.name, "ms": times})
+        with attention_of(backends):
+            run.train()
+            run.save()
+            run.evaluate()
+        log({"event": "end", **vars(run.position)})
+    except BaseException as error:
+        log({"event": "failed", "error": repr(error)[:2000], **vars(run.position)})
+        raise
+    finally:
+        run.stream.close()
+
+
+def _has_gpu() -> bool:
+    """Asked of the driver's library alone: starting CUDA here would break the workers' fork."""
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    return torch.cuda.is_available()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for state, model and log; seven files, none over 16 MB")
+    parser.add_argument("--resume", type=Path, help="output folder of the part before")
+    parser.add_argument("--minutes", type=float, required=True, help="wall-clock limit of this command, everything included")
+    parser.add_argument("--part", type=_part, default=(1, 1), help="which part of how many, as 1/2: the schedule spans all (default 1/1)")
+    parser.add_argument("--seed", type=int, default=1, help="of the first part; later parts go on with it")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU")
+    arguments = parser.parse_args()
+    if (arguments.resume is None) != (arguments.part[0] == 1):
+        parser.error("the first part starts anew, and every later one needs --resume with the folder of the part before")
+    if arguments.resume and arguments.resume.resolve() == arguments.out.resolve():
+        parser.error("--out and --resume are the same folder: a part would overwrite what it started from")
+    return arguments
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form 1/2")
+    return int(part), int(parts)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Parts of the trainer: rows of data, schedule, forward pass, checkpoints, and a quick evaluation."""

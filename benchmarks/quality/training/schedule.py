@@ -1,0 +1,46 @@
+"""What a step is like, by how much of the training's time has gone: rows' lengths, micro-steps, learning rate.
+
+Time, not a count of steps, is what is given: the same recipe fits a fast and a slow GPU. The log has the step at which each stage began.
+"""
+
+from random import Random
+
+WARM_UP_STEPS = 150
+DECAY_FROM = 0.55  # from here the rate falls linearly to FINAL_RATE
+FINAL_RATE = 0.01
+TWO_MICRO_STEPS_FROM = 0.25  # later steps take two batches, of different lengths: fewer rows fit into one, and noise matters more
+
+# From which part of the time on, with which chance a batch has rows of which length. Heads that copy form on short rows, in which an
+# answer is never far; every later stage keeps some short rows.
+STAGES: tuple[tuple[float, dict[int, float]], ...] = (
+    (0.00, {512: 1.0}),
+    (0.05, {512: 0.4, 1024: 0.6}),
+    (0.12, {512: 0.2, 1024: 0.4, 2048: 0.4}),
+    (0.22, {1024: 0.3, 2048: 0.3, 4096: 0.4}),
+    (0.38, {1024: 0.2, 2048: 0.2, 4096: 0.3, 8192: 0.3}),
+    (0.60, {1024: 0.15, 2048: 0.15, 4096: 0.2, 8192: 0.3, 16384: 0.2}),
+    (0.80, {1024: 0.1, 2048: 0.1, 4096: 0.2, 8192: 0.3, 16384: 0.2, 32768: 0.1}),
+)
+
+
+def stage(progress: float) -> int:
+    """The number of the stage at `progress` in 0..1."""
+    return max(number for number, (start, _) in enumerate(STAGES) if start <= max(progress, 0.0))
+
+
+def length(progress: float, seed: int, number: int, longest: int) -> int:
+    """How long the rows of the `number`-th batch are, in predictions; at most `longest`."""
+    chances = STAGES[stage(progress)][1]
+    drawn = Random(f"length {seed} {number}").choices(list(chances), list(chances.values()))[0]
+    return min(drawn, longest)
+
+
+def micro_steps(progress: float) -> int:
+    """How many batches a step takes."""
+    return 1 if progress < TWO_MICRO_STEPS_FROM else 2
+
+
+def rate(progress: float, step: int) -> float:
+    """The learning rate as a share of its height: warm-up by steps, then constant, then falling."""
+    fall = (1.0 - min(progress, 1.0)) / (1.0 - DECAY_FROM)
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * (FINAL_RATE + (1.0 - FINAL_RATE) * min(1.0, fall))
