@@ -1,25 +1,23 @@
 """Models, tokenizers and text from local paths. Nothing is downloaded.
 
-A checkpoint is a folder as `save_pretrained` leaves it. One without a tokenizer whose vocabulary holds the 256 bytes first is read
-byte by byte, as the small model of this folder is.
+A checkpoint is a folder as `save_pretrained` leaves it; the small model of this folder, which reads bytes, has no tokenizer in it.
 """
 
 import itertools
-import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import corpus
 import torch
+from model import END, VOCABULARY, ByteTokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 warnings.filterwarnings("ignore", ".past_key_values. is deprecated", FutureWarning)  # the only name that transformers 5.23 knows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-BYTE_VOCABULARIES = range(256, 513)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-HELD_OUT_EVERY = 16  # one module in so many of the standard library is text to measure on
 
 
 class Tokenizer(Protocol):
@@ -35,17 +33,10 @@ class Tokenizer(Protocol):
     def decode(self, ids: list[int]) -> str: ...
 
 
-@dataclass(frozen=True)
-class Bytes:
-    """Each byte of UTF-8 is an id; ids from 256 on are no text."""
+class Bytes(ByteTokenizer):
+    """Of the small model of this folder."""
 
-    end: frozenset[int] = frozenset()
-
-    def encode(self, text: str) -> list[int]:
-        return list(text.encode())
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(i for i in ids if i < 256).decode(errors="replace")
+    end = frozenset({END})
 
 
 class Pretrained:
@@ -71,10 +62,6 @@ class Checkpoint:
     name: str
     model: Any
     tokenizer: Tokenizer
-
-    @property
-    def config(self) -> Any:
-        return self.model.config.get_text_config(decoder=True)
 
     @property
     def device(self) -> torch.device:
@@ -114,32 +101,25 @@ def _tokenizer(path: Path, config: Any) -> Tokenizer:
     ends = frozenset([] if end is None else [end] if isinstance(end, int) else end)
     if any((path / name).is_file() for name in TOKENIZER_FILES):
         return Pretrained(path, ends)
-    if config.vocab_size in BYTE_VOCABULARIES:
-        return Bytes(ends)
+    if config.vocab_size == VOCABULARY:
+        return Bytes()
     raise ValueError(
         f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES)}) and a vocabulary of {config.vocab_size}; "
-        f"without a tokenizer {BYTE_VOCABULARIES.start} to {BYTE_VOCABULARIES.stop - 1} ids are read as bytes"
+        f"without a tokenizer only the byte-level model's {VOCABULARY} ids can be read"
     )
 
 
 def texts(path: Path | None) -> Iterator[str]:
-    """Whole texts: the file `path`, or each .txt of the folder in order of its name (as PG-19 is distributed); None: modules of the
-    standard library that are kept out of training. Raises ValueError where there is none."""
+    """Whole texts: the file `path`, or each .txt of the folder in order of its name (as PG-19 is distributed); None: the part of
+    the standard library's source that the small model was not trained on. Raises ValueError where there is none."""
     if path is None:
-        files = held_out_modules()
-    elif path.is_dir():
-        files = sorted(path.glob("*.txt"))
-    else:
-        files = [path] if path.is_file() else []
+        yield from corpus.documents("held-out")
+        return
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path] if path.is_file() else []
     if not files:
         raise ValueError(f"{path} is neither a text file nor a folder with .txt files")
     for file in files:
         yield file.read_text(encoding="utf-8", errors="replace")
-
-
-def held_out_modules() -> list[Path]:
-    """Modules at the top of this Python's standard library, every sixteenth by name."""
-    return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[::HELD_OUT_EVERY]
 
 
 def all_windows(checkpoint: Checkpoint, source: Path | None, tokens: int) -> Iterator[torch.Tensor]:

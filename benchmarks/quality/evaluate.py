@@ -16,6 +16,7 @@ from typing import Any
 import checkpoints
 import running
 import tasks
+from catastrophic import rescale_value_channels
 from ledger import Ledger
 from summarise import headline, summarise
 from tierd_client import Tier
@@ -32,9 +33,7 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     checkpoint = checkpoints.load(options.model, options.device, options.dtype)
     if options.catastrophic:
-        import catastrophic
-
-        catastrophic.apply(checkpoint.model)
+        rescale_value_channels(checkpoint.model)
     identity = {name: getattr(options, name) for name in IDENTITY}
     ledger = Ledger(options.ledger, {"model": checkpoint.name, "dtype": str(checkpoint.model.dtype)} | identity, options.minutes)
     longest = max(options.contexts) + max(tasks.new_tokens(name) for name in options.tasks)

@@ -20,10 +20,14 @@ def complete(
     """Greedy completions of the prompts, and totals of what certificates said (none of a variant without).
 
     All tokens of a prompt but the last are its prefill, dense in every variant: each generated token follows from the variant's own
-    attention over the whole cache.
+    attention over the whole cache. Raises ValueError for a prompt of fewer than two tokens.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
-    ids, mask = _padded([tokenizer.encode(prompt) for prompt in prompts], checkpoint.device)
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    for number, prompt in enumerate(encoded):
+        if len(prompt) < 2:
+            raise ValueError(f"prompt {number} has {len(prompt)} tokens; two at least: one to prefill, one to begin with")
+    ids, mask = _padded(encoded, checkpoint.device)
     pads = (mask == 0).sum(dim=1).tolist()
     token, place = ids[:, -1:], mask.cumsum(dim=1) - 1
     rows: list[list[int]] = [[] for _ in prompts]
