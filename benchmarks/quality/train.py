@@ -92,11 +92,24 @@ class Run:
         self.tally = Tally(size.device)
         self.kept = checkpoint.capture(self.model, self.optimisers)
 
+    def warm_up(self) -> None:
+        """Compile, on rows of zeros. Where that fails the run goes on without, at perhaps half the speed, and the log says why."""
+        ids = torch.zeros(self.size.tokens // 512, 512, dtype=torch.long, device=self.size.device)
+        try:
+            self.network(ids, ids)[0].mean().backward()  # type: ignore[no-untyped-call]
+        except Exception as error:
+            if not self.size.compiled:
+                raise
+            self.log({"event": "not compiled", "error": repr(error)[:4000]})
+            self.network = Network(self.model, self.size.dtype, compiled=False)
+        self.model.zero_grad(set_to_none=True)
+        self.log({"event": "warm"})
+
     def train(self) -> None:
         """Steps until the time is up; a checkpoint every minute and at the end."""
         begins_at, saved_at, logged = time.monotonic(), time.monotonic(), (time.monotonic(), self.position.tokens)
         batches = iter(self.stream)
-        stage, first = -1, self.position.step
+        stage = -1
         while (now := time.monotonic()) < self.ends_at:
             gone = (now - begins_at) / (self.ends_at - begins_at)
             self.position.progress = (self.part - 1 + min(1.0, gone)) / self.parts
@@ -104,8 +117,6 @@ class Run:
                 stage = schedule.stage(self.position.progress)
                 self.log({"event": "stage", "stage": stage, "step": self.position.step, "lengths": schedule.STAGES[stage][1]})
             self._step(batches)
-            if self.position.step - first == 1:
-                self.log({"event": "first step", "step": self.position.step})
             if self.position.step % self.size.log_every:
                 continue
             if not self._log(logged):
@@ -119,8 +130,7 @@ class Run:
         count = schedule.micro_steps(self.position.progress)
         for _ in range(count):
             batch: Batch = next(batches)
-            tensors = (torch.from_numpy(array) for array in (batch.ids, batch.weights, batch.answers, batch.kinds))
-            ids, weights, answers, kinds = (tensor.to(self.size.device, non_blocking=True) for tensor in tensors)
+            ids, weights, answers, kinds = (self._moved(array) for array in (batch.ids, batch.weights, batch.answers, batch.kinds))
             loss, right = self.network(ids[:, :-1].long(), ids[:, 1:].long())
             mean = (loss * weights).sum() / weights.sum() / count
             mean.backward()  # type: ignore[no-untyped-call]
@@ -131,6 +141,11 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.optimisers.parameters, CLIP_NORM)
         self.optimisers.step(schedule.rate(self.position.progress, self.position.step))
         self.position.step += 1
+
+    def _moved(self, array: Any) -> torch.Tensor:
+        """On the device; from pinned memory, so that the copy does not wait for the steps before it."""
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to("cuda", non_blocking=True) if self.size.device == "cuda" else tensor
 
     def _log(self, last: tuple[float, int]) -> bool:
         """One line of the log. False if the loss was not finite: then the weights are those of the last checkpoint again."""
@@ -185,6 +200,7 @@ def main() -> None:
             backends = [backend]
             log({"event": "attention", "gpu": torch.cuda.get_device_name(), "backend": backend.name, "ms": times})
         with attention_of(backends):
+            run.warm_up()
             run.train()
             run.save()
             run.evaluate()

@@ -13,10 +13,10 @@ from model import END
 
 from training import rows
 
-# The share of each kind of row. Drills carry most in short rows, where they make the heads that copy; tasks and text in long ones.
-SHORT_FROM, LONG_FROM = 0, 2048
+# The share of each kind of row, from which length on. The shortest rows are nearly all drills, which make the heads that copy; tasks and
+# text carry most in long ones.
 KINDS: tuple[Callable[[int, Random], rows.Row], ...] = (rows.text, rows.task, rows.questions, rows.pairs, rows.copies)
-SHARES = {SHORT_FROM: (0.20, 0.20, 0.10, 0.35, 0.15), LONG_FROM: (0.25, 0.40, 0.20, 0.10, 0.05)}
+SHARES = {0: (0.10, 0.0, 0.0, 0.35, 0.55), 512: (0.20, 0.20, 0.10, 0.35, 0.15), 2048: (0.25, 0.40, 0.20, 0.10, 0.05)}
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def batch(seed: int, number: int, count: int, length: int) -> Batch:
         np.zeros((count, length), np.float32),
         np.zeros((count, length), np.bool_),
     )
-    shares = SHARES[LONG_FROM if length >= LONG_FROM else SHORT_FROM]
+    shares = SHARES[max(start for start in SHARES if start <= length)]
     for row in range(count):
         rng = Random(f"{seed} {number} {row} {length}")
         out.kinds[row] = kind = rng.choices(range(len(KINDS)), shares)[0]

@@ -6,7 +6,7 @@ import torch
 
 # Rates at full height, as Muon's author gives them for matrices (kellerjordan.github.io/posts/muon).
 MATRIX_RATE, VECTOR_RATE = 0.02, 3e-3
-MATRIX_DECAY = 0.01
+MATRIX_DECAY = 0.1  # nothing else holds queries and keys small: Llama does not normalise them
 
 
 class Optimisers:

@@ -94,16 +94,19 @@ def pairs(length: int, rng: Random) -> Row:
 
 
 def copies(length: int, rng: Random) -> Row:
-    """Random strings that come again after other random text; all but the first bytes of a repetition are answers."""
+    """Random strings that come again: one over and over, or several in any order, of which all but the first bytes are answers."""
+    alphabet = rng.choice(ALPHABETS)
+    if rng.random() < 0.5:
+        period = "".join(rng.choices(alphabet, k=rng.randint(length // 8, length // 2)))
+        again = period * (length // len(period))
+        return [Piece(period + period[:1]), Piece((again + period)[1 : length + 1 - len(period)], answer=True)]
     out, room = Row(), length
     while room > 0:
-        alphabet = rng.choice(ALPHABETS)
-        strings = [
-            "".join(rng.choices(alphabet, k=rng.choice((8, 16, 32, 64)))) for _ in range(rng.choice((1, 2, 4, 8, max(1, length // 100))))
-        ]
+        count = rng.choice((1, 2, 4, 8, max(1, length // 100)))
+        strings = ["".join(rng.choices(alphabet, k=rng.choice((8, 16, 32)))) for _ in range(count)]
         made = [Piece(" ".join(strings) + " ")]
-        for copied in rng.choices(strings, k=len(strings)):
-            made += [Piece(copied[:4]), Piece(copied[4:], answer=True), Piece(" ")]
+        for copied in rng.choices(strings, k=2 * count):
+            made += [Piece(copied[:3]), Piece(copied[3:], answer=True), Piece(" ")]
         out += made
         room -= sum(len(piece.text) for piece in made)
     return out

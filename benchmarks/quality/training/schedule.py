@@ -10,15 +10,17 @@ DECAY_FROM = 0.55  # from here the rate falls linearly to FINAL_RATE
 FINAL_RATE = 0.01
 TWO_MICRO_STEPS_FROM = 0.25  # later steps take two batches, of different lengths: fewer rows fit into one, and noise matters more
 
-# From which part of the time on, with which chance a batch has rows of which length. Heads that copy form on short rows, in which an
-# answer is never far; every later stage keeps some short rows.
+# From which part of the time on, with which chance a batch has rows of which length. Heads that copy form in rows so short that what is
+# to be copied is never far (60 steps of 2,048 bytes at 64, none yet at 256); every later stage keeps some short rows.
 STAGES: tuple[tuple[float, dict[int, float]], ...] = (
-    (0.00, {512: 1.0}),
-    (0.05, {512: 0.4, 1024: 0.6}),
-    (0.12, {512: 0.2, 1024: 0.4, 2048: 0.4}),
-    (0.22, {1024: 0.3, 2048: 0.3, 4096: 0.4}),
-    (0.38, {1024: 0.2, 2048: 0.2, 4096: 0.3, 8192: 0.3}),
-    (0.60, {1024: 0.15, 2048: 0.15, 4096: 0.2, 8192: 0.3, 16384: 0.2}),
+    (0.00, {64: 0.5, 128: 0.5}),
+    (0.02, {64: 0.2, 128: 0.4, 256: 0.4}),
+    (0.045, {128: 0.2, 256: 0.3, 512: 0.5}),
+    (0.08, {256: 0.1, 512: 0.4, 1024: 0.5}),
+    (0.14, {512: 0.2, 1024: 0.4, 2048: 0.4}),
+    (0.24, {512: 0.1, 1024: 0.2, 2048: 0.3, 4096: 0.4}),
+    (0.40, {512: 0.05, 1024: 0.15, 2048: 0.2, 4096: 0.3, 8192: 0.3}),
+    (0.60, {512: 0.05, 1024: 0.1, 2048: 0.15, 4096: 0.2, 8192: 0.3, 16384: 0.2}),
     (0.80, {1024: 0.1, 2048: 0.1, 4096: 0.2, 8192: 0.3, 16384: 0.2, 32768: 0.1}),
 )
 
