@@ -10,6 +10,7 @@ leaves dense outputs as they are.
 import argparse
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from catastrophic import rescale_value_channels
 from ledger import Ledger
 from summarise import headline, summarise
 from tierd_client import Tier
-from variants import ALL, Variant, connection, named
+from variants import ALL, Variant, attending, connection, named
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
@@ -95,7 +96,9 @@ def answer(
     `DEPTHS`."""
     depths = [DEPTHS[i % len(DEPTHS)] if task == "niah" else None for i in numbers]
     examples = [tasks.example(task, tokens, checkpoint.count, seed + i, depth) for i, depth in zip(numbers, depths, strict=True)]
-    completions, said = running.complete(checkpoint, variant, tier, [e.prompt for e in examples], tasks.new_tokens(task))
+    completions, said = running.complete(
+        checkpoint, partial(attending, variant, checkpoint.model, tier), [e.prompt for e in examples], tasks.new_tokens(task)
+    )
     scores = [tasks.score(example, completion) for example, completion in zip(examples, completions, strict=True)]
     return {
         "kind": "task", "task": task, "tokens": tokens, "variant": variant.name, "numbers": list(numbers), "depths": depths,

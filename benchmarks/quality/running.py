@@ -1,26 +1,31 @@
 """What is measured of a model and a variant: answers by greedy decoding, and perplexity, teacher-forced."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from checkpoints import Checkpoint
 from tierd_client import Tier
+from tierd_client.hf import TierdCache
 from truth import Verdict, judge
 from variants import Variant, attending, softmax_scale
 from watched import Answer
 
 CHUNK = 256  # query tokens of one forward
+# From the most tokens that a row may have, and the padding that leads each row, to an empty cache for the forwards of the block.
+Attend = Callable[[int, Sequence[int]], AbstractContextManager[Any]]
 
 
 @torch.no_grad()
 def complete(
-    checkpoint: Checkpoint, variant: Variant, tier: Tier, prompts: Sequence[str], new_tokens: int
+    checkpoint: Checkpoint, attend: Attend, prompts: Sequence[str], new_tokens: int, each: Callable[[], None] | None = None
 ) -> tuple[list[str], dict[str, Any]]:
-    """Greedy completions of the prompts, and totals of what certificates said (none of a variant without).
+    """Greedy completions of the prompts, and totals of what certificates said (none of a cache without). `each` is called after the
+    prefill and after each token.
 
-    All tokens of a prompt but the last are its prefill, dense in every variant: each generated token follows from the variant's own
-    attention over the whole cache. Raises ValueError for a prompt of fewer than two tokens.
+    All tokens of a prompt but the last are its prefill, which is dense over an empty cache: each generated token follows from the cache's
+    own attention over all that is in it. Raises ValueError for a prompt of fewer than two tokens.
     """
     model, tokenizer = checkpoint.model, checkpoint.tokenizer
     encoded = [tokenizer.encode(prompt) for prompt in prompts]
@@ -31,18 +36,22 @@ def complete(
     pads = (mask == 0).sum(dim=1).tolist()
     token, place = ids[:, -1:], mask.cumsum(dim=1) - 1
     rows: list[list[int]] = [[] for _ in prompts]
-    with attending(variant, model, tier, ids.shape[1] + new_tokens, pads) as cache:
+    with attend(ids.shape[1] + new_tokens, pads) as cache:
         here = {"position_ids": place[:, :-1].clamp(min=0), "attention_mask": mask[:, :-1]}
         model(ids[:, :-1], past_key_values=cache, logits_to_keep=1, **here)
+        if each:
+            each()
         for step in range(new_tokens):
             here = {"position_ids": place[:, -1:] + step, "attention_mask": mask}
             token = model(token, past_key_values=cache, **here).logits[:, -1:].argmax(dim=2)
             mask = torch.cat((mask, torch.ones_like(token)), dim=1)
             for row, new in zip(rows, token[:, 0].tolist(), strict=True):
                 row.append(new)
+            if each:
+                each()
             if all(tokenizer.end.intersection(row) for row in rows):
                 break
-        said = totals(cache.summary()) if variant.certified else {}
+        said = totals(cache.summary()) if isinstance(cache, TierdCache) else {}
     return [tokenizer.decode(_until_end(row, tokenizer.end)) for row in rows], said
 
 

@@ -1,6 +1,7 @@
 """Variants differ in what later tokens attend to, and in nothing else."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,15 +108,16 @@ def test_a_row_is_completed_the_same_whatever_it_shares_a_batch_with(
     variant: Variant, checkpoint: checkpoints.Checkpoint, tier: Tier
 ) -> None:
     prompts = ["import os\n" * 9, "xy", "def f(a, b):\n    return a + b\n" * 3]
-    together, said = running.complete(checkpoint, variant, tier, prompts, 12)
-    alone = [running.complete(checkpoint, variant, tier, [prompt], 12)[0][0] for prompt in prompts]
+    attend = partial(attending, variant, checkpoint.model, tier)
+    together, said = running.complete(checkpoint, attend, prompts, 12)
+    alone = [running.complete(checkpoint, attend, [prompt], 12)[0][0] for prompt in prompts]
     assert together == alone
     assert bool(said) == variant.certified
     if said:
         assert said["answers"] == sum(said["rungs"]) and said["over_budget"] == 0
         assert said["answers"] == 12 * 3 * 2 * 4
     with pytest.raises(ValueError, match="prompt 1 has 1 tokens"):
-        running.complete(checkpoint, variant, tier, ["ab", "x"], 12)
+        running.complete(checkpoint, attend, ["ab", "x"], 12)
 
 
 def test_an_answer_ends_where_the_model_ends_it() -> None:
