@@ -19,9 +19,10 @@ import running
 import tasks
 from catastrophic import rescale_value_channels
 from ledger import Ledger
+from naive import GROUP
 from summarise import headline, summarise
 from tierd_client import Tier
-from variants import ALL, Variant, attending, connection, named
+from variants import ALL, PACKAGES, Variant, attending, connection, layout_of, named
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
@@ -34,7 +35,8 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     checkpoint = checkpoints.load(options.model, options.device, options.dtype)
     if options.catastrophic:
-        rescale_value_channels(checkpoint.model)
+        head_dim = layout_of(checkpoint.model.config.get_text_config(decoder=True), checkpoint.model.dtype).head_dim
+        rescale_value_channels(checkpoint.model, channels=range(0, head_dim, GROUP))
     identity = {name: getattr(options, name) for name in IDENTITY}
     ledger = Ledger(options.ledger, {"model": checkpoint.name, "dtype": str(checkpoint.model.dtype)} | identity, options.minutes)
     longest = max(options.contexts) + max(tasks.new_tokens(name) for name in options.tasks)
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> int:
         finished = all([ledger.part(key, compute) for key, compute in parts(options, checkpoint, tier)])
     rows = summarise(ledger.records)
     name = "quality_catastrophic" if options.catastrophic else "quality_evaluate"
-    path = write_results(name, headline(rows), rows)
+    path = write_results(name, headline(rows), rows, PACKAGES)
     print(f"{len(ledger.records)} parts, {'all' if finished else 'not all'} done; {path.name}")
     return 0 if finished else 3
 

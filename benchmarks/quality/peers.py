@@ -28,7 +28,7 @@ from tierd_client import Tier
 from tierd_client.hf import TierdCache
 from transformers import DynamicCache
 from transformers.cache_utils import QuantizedCache
-from variants import BY_NAME, attending, connection, layout_of
+from variants import BY_NAME, PACKAGES, attending, connection, layout_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
@@ -173,7 +173,7 @@ def main(arguments: list[str]) -> int:
                 finished &= ledger.part(f"{tokens}/{peer.name}", partial(_part, checkpoint, peer, tokens, options))
     rows = rows_of(ledger.records, checkpoint)
     headline = {f"{row['peer']}_{row['tokens']}_delta": row["delta"] for row in rows if "delta" in row}
-    print(f"{'all' if finished else 'not all'} parts done; {write_results('quality_peers', headline, rows).name}")
+    print(f"{'all' if finished else 'not all'} parts done; {write_results('quality_peers', headline, rows, PACKAGES).name}")
     return 0 if finished else 3
 
 

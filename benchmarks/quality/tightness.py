@@ -23,6 +23,7 @@ from replay import Stored
 from tierd_kernels.policy import Budget, Coverage, Policy
 from traces import Trace
 from truth import exact_attention
+from variants import PACKAGES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
@@ -176,7 +177,7 @@ def main(arguments: list[str]) -> int:
     rows = summarise(tally, costs)
     found = headline(rows)
     rows += [{"kind": "trace", **vars(Trace(path).meta)} for path in options.traces]
-    print(found, write_results("quality_tightness", found, rows).name)
+    print(found, write_results("quality_tightness", found, rows, PACKAGES).name)
     return 0
 
 

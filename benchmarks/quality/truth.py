@@ -41,10 +41,12 @@ def exact_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
         part = slice(start, min(start + at_once, n))
         last = torch.arange(tokens - n + start, tokens - n + part.stop, device=q.device)
         unseen = torch.arange(tokens, device=q.device) > last[:, None]
-        scores = (queries[:, :, part] @ keys[:, None].mT).mul_(scale).masked_fill_(unseen, -torch.inf)
-        weights = scores.softmax(dim=3)
-        output[:, :, part] = weights @ values[:, None]
-        value_norm[:, :, part] = (weights @ norms[:, None, :, None])[..., 0]
+        # The queries of a KV head as rows of one product: broadcasting would copy its keys for each of them.
+        some = heads // kv_heads, part.stop - start
+        scores = (queries[:, :, part].flatten(1, 2) @ keys.mT).mul_(scale).view(kv_heads, *some, tokens)
+        weights = scores.masked_fill_(unseen, -torch.inf).softmax(dim=3).flatten(1, 2)
+        output[:, :, part] = (weights @ values).view(kv_heads, *some, d)
+        value_norm[:, :, part] = (weights @ norms[..., None]).view(kv_heads, *some)
     score_error = (d + 8) * U * reach * 2.0
     noise = 2.0 * norms.amax(dim=1)[:, None, None] * (2.0 * score_error + (tokens + 16) * U)
     return Truth(output.view(heads, n, d), value_norm.view(heads, n), noise.view(heads, n))

@@ -19,6 +19,7 @@ from tierd_kernels.layout import Layout
 from transformers import DynamicCache
 from watched import Answer, WatchedCache
 
+PACKAGES = ("transformers", "scipy")  # whose versions the results name
 Kind = Literal["dense", "naive", "coverage", "budget"]
 # The paper's policy has thresholds of its own and no budget: none that could be missed is asked for.
 NO_BUDGET = 1e6

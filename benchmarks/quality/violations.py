@@ -19,7 +19,7 @@ import torch
 from ledger import Ledger
 from running import negative_log_likelihood
 from truth import Verdict
-from variants import ALL, connection
+from variants import ALL, PACKAGES, connection
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
                 break
     rows = summarise(ledger.records)
     headline = {name: sum(row[name] for row in rows) for name in ("head_steps", "violations", "broken", "loose_budgets")}
-    path = write_results("quality_violations", headline, rows)
+    path = write_results("quality_violations", headline, rows, PACKAGES)
     print(f"{headline} in {path.name}; largest error over bound {max(row['worst'] for row in rows):.4f}")
     return int(headline["violations"] > 0 or headline["broken"] > 0)
 
