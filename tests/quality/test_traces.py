@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from replay import Stored
+from tierd_client import Geometry, Tolerance, connect
 from tierd_kernels.policy import Budget
 from traces import FIELDS, Trace, record
 from truth import exact_attention
@@ -101,3 +102,18 @@ def test_any_number_of_tokens_is_stored_and_attended_exactly_at_tolerance_zero(t
         output = output.view(torch.bfloat16) if dtype == torch.bfloat16 else output
         error = (output.double() - truth.output).norm(dim=2)
         assert result.certificate["exact"].all() and (error <= torch.from_numpy(result.certificate["bound"]) + truth.noise).all()
+
+
+def test_a_replay_over_complete_groups_is_the_session_itself() -> None:
+    generator = torch.Generator().manual_seed(4)
+    k, v = (torch.randn(1, 2100, 64, generator=generator) for _ in range(2))
+    q = torch.randn(2, 1, 64, generator=generator)
+    stored = Stored.of(k, v, 0.125, 16, 16)
+    terms = {"tolerance": Tolerance(rtol=0.05), "max_tokens": 2100}
+    with connect("inproc://", timeout=120.0) as tier, tier.open_session(Geometry(1, 2, 1, 64, "float32", 0.125), **terms) as session:
+        for start, seen in ((0, 1030), (1030, 2047), (2047, 2048), (2048, 2100)):
+            session.append(layer=0, k=k[:, start:seen], v=v[:, start:seen])
+            live, again = session.attend(layer=0, q=q), stored.attend(q[:, 0], seen, 0.05, Budget())
+            assert np.array_equal(live.output.numpy(), again.output)
+            for name in FIELDS:
+                assert np.array_equal(getattr(live.certificate, name), again.certificate[name], equal_nan=True), (seen, name)
