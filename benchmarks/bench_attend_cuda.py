@@ -173,10 +173,12 @@ def profile(graph: Graph) -> dict[str, Any]:
 
 
 def own_buffers(memory: DeviceMemory) -> DeviceMemory:
-    """The same pools, with buffers for calls of its own: a captured step keeps what it was captured with."""
+    """The same pools and workspace, as one layer after the other has them, and buffers for calls of its own: a captured step keeps what it
+    was captured with."""
     fresh = backend.reserve(0, 0, 0)
     other = DeviceMemory(*memory)
-    other.__dict__.update(fresh.__dict__ | {x: memory.__dict__[x] for x in ("hot_at", "scratch_at", "originals_at", "exponents", "stream")})
+    kept = ("hot_at", "scratch_at", "originals_at", "exponents", "stream", "workspace")
+    other.__dict__.update(fresh.__dict__ | {name: memory.__dict__[name] for name in kept})
     return other
 
 

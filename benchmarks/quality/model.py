@@ -1,7 +1,7 @@
 """The small model of the quality evidence: Llama's architecture, reading and writing bytes, with the heads of a large model.
 
 Seven million parameters in five layers, each with four query heads and two KV heads of dimension 128 (what the kernels are made for).
-Byte values are token ids 0..255, `END` closes an answer and separates documents, the rest of the vocabulary is padding to a multiple of 8.
+`vocabulary.py` has what its ids mean.
 """
 
 import copy
@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from vocabulary import END, VOCABULARY
 
-END = 256
-VOCABULARY = 264
 ROPE_THETA = 1_000_000.0
 CONTEXT_MAX = 32_768
 WEIGHT_BYTES_MAX = 16_000_000
@@ -59,7 +58,6 @@ def configuration(layers: int = 5, hidden: int = 384, intermediate: int = 768, h
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=END,
-        pad_token_id=END,
     )
 
 

@@ -266,6 +266,18 @@ inline void bulk_copy(void *to, const void *from, u32 bytes, u64 *bar) {
   emulator::copies.push_back({to, from, bytes, bar});
 }
 inline u64 stream_policy() { return 0; }
+inline void copy16(u32 to, const void *from, u64) { bulk_copy(from_shared(to), from, 16, (u64 *)emulator::current); }
+inline void copies_wait() {
+  for (size_t i = 0; i < emulator::copies.size();) {
+    const emulator::Copy copy = emulator::copies[i];
+    if (copy.bar != (u64 *)emulator::current) { i++; continue; }
+    memcpy(copy.to, copy.from, copy.bytes);
+    emulator::copies.erase(emulator::copies.begin() + i);
+  }
+  __syncwarp();
+}
+inline void let_next_begin() {}
+inline void wait_for_previous() {}
 inline void bulk_stream(void *to, const void *from, u32 bytes, u64 *bar, u64) { bulk_copy(to, from, bytes, bar); }
 inline void barrier_wait(u64 *bar, u32 parity) {
   for (size_t i = 0; i < emulator::copies.size();) {

@@ -122,12 +122,12 @@ def test_records_are_the_references(layout: Layout) -> None:
             here = slice(b * B, (b + 1) * B)
             block = quantise_block(k[h, here], v[h, here], layout)
             want, got = encode(block, layout).copy(), pool[at[b] + h * record.nbytes :][: record.nbytes].copy()
-            notes, found = (x[record.notes_at : record.score_bytes].view(np.float32).copy() for x in (want, got))
+            notes, found = (x[record.notes_at : record.key_codes_at].view(np.float32).copy() for x in (want, got))
             rounded = dequantise_values(block, layout).astype(np.float16).astype(np.float64)
             error = exact_numbers(v[h, here]).astype(np.float64) - rounded
             assert np.array_equal(errors[h, here], np.zeros_like(error) if block.raw_values else error)
             if not block.raw_values:
-                eta = (got[record.norms_at : record.notes_at].view(np.uint32) & 0xFFFF0000).view(np.float32)
+                eta = (got[record.norms_at : record.score_bytes].view(np.uint32) & 0xFFFF0000).view(np.float32)
                 norms = np.linalg.norm(error, axis=1)
                 assert (norms <= eta).all() and (eta <= norms * (1 + 2.0**-7) + 1e-38).all()
                 assert np.linalg.norm(error, 2) <= found[SV] <= np.linalg.norm(error, 2) * 1.1
@@ -138,7 +138,7 @@ def test_records_are_the_references(layout: Layout) -> None:
             same = np.setdiff1d(np.arange(8), [SV, AMP])
             assert np.allclose(found[same], notes[same], rtol=1e-6)
             for x in (want, got):  # what follows from the rounding of values, and all annotations, is compared above
-                x[record.norms_at : record.score_bytes] = 0
+                x[record.norms_at : record.score_bytes] = x[record.notes_at : record.key_codes_at] = 0
             assert np.array_equal(got, want)
 
 
@@ -412,7 +412,7 @@ def test_corruption_is_seen_by_the_canary_and_a_copy_in_scratch_is_read() -> Non
     every = np.arange(len(cache.hot))
     call = cache.call(q, 0.05, Budget(), canary_blocks=every)
     at, record = int(cache.hot[7]) + Record(layout).nbytes, Record(layout)
-    cache.memory.hot[at + record.key_scale_at + 2 * 5 + 1] ^= 0x08  # type: ignore[index]
+    cache.memory.hot[at + 2 * 5 + 1] ^= 0x08  # type: ignore[index]
     (result,) = backend.attend(layout, cache.memory, [call], 8)
     assert isinstance(result, Result) and result.canary_failures == [(7, 1)]
     backend.quantise_blocks(layout, cache.memory, cache.originals, cache.hot)

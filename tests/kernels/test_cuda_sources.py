@@ -32,7 +32,7 @@ def test_a_record_holds_every_code_and_scale_where_a_lane_looks_for_it(d: int, B
     r, c, tile, byte = lane // 4, lane % 4, int(random.integers(B // TILE)), int(random.integers(16))
     step = int(random.integers(record.key_dim // 32))
     token, channel = tile * TILE + r + 8 * (byte // 4 % 2), 32 * step + 8 * c + 4 * (byte // 8) + byte % 4
-    code = raw[((tile * (record.key_dim // 32) + step) * LANES + lane) * 16 + byte].view(np.int8)
+    code = raw[record.key_codes_at + ((tile * (record.key_dim // 32) + step) * LANES + lane) * 16 + byte].view(np.int8)
     assert code == (block.key_codes_Bd[token, channel] if channel < d else 0)
     part = raw[record.score_bytes + tile * record.value_bytes :]
     m, place = int(random.integers(d // 16)), int(random.integers(8))

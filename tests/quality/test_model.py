@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from model import END, VOCABULARY, WEIGHT_BYTES_MAX, ByteTokenizer, configuration, create, load, save
+from model import WEIGHT_BYTES_MAX, ByteTokenizer, configuration, create, load, save
 from transformers import AutoModelForCausalLM
+from vocabulary import END, VOCABULARY
 
 TINY = {"layers": 2, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2}
 

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from random import Random
 
 import pytest
 import tasks
@@ -91,15 +92,17 @@ def test_the_chain_of_variables_is_whole_in_order_and_the_only_one(seed: int, to
     assert [source for _, source in statements] == [*value, *example.answers[:-1]]
 
 
-@given(seed=SEEDS, tokens=st.integers(1500, 9000))
+@given(seed=SEEDS, tokens=st.integers(1500, 12000))
 def test_common_words_are_the_ten_most_common_by_a_wide_margin(seed: int, tokens: int) -> None:
     example = tasks.example("cwe", tokens, size, seed)
     listed = example.prompt.rsplit("most often.\n", 1)[1].split("\nQuestion")[0]
     entries = re.findall(r"(\d+)\. ([a-z-]+)", listed)
     assert [int(place) for place, _ in entries] == list(range(1, len(entries) + 1))
     counts = Counter(word for _, word in entries)
-    common, other = counting.MANY if tokens >= tasks.MANY_FROM_TOKENS else counting.FEW
-    assert {counts[word] for word in example.answers} == {common} and len(set(example.answers)) == 10
+    common = {counts[word] for word in example.answers}
+    assert common in ({6}, {30}) and (common == {30} or tokens < 9000) and (common == {6} or tokens > 6000)
+    other = 1 if common == {6} else 3
+    assert len(set(example.answers)) == 10
     assert {count for word, count in counts.items() if word not in example.answers} == {other}
 
 
@@ -124,10 +127,10 @@ def test_a_haystack_of_ones_own_is_used_and_wraps_around() -> None:
 
 
 def test_long_lists_of_words_go_on_with_pairs_and_say_when_they_end() -> None:
-    words_many = counting._different(5000, __import__("random").Random(0))
+    words_many = counting._different(5000, Random(0))
     assert len(set(words_many)) == 5000
     with pytest.raises(ValueError, match="different words"):
-        counting._different(10**6, __import__("random").Random(0))
+        counting._different(10**6, Random(0))
 
 
 @pytest.mark.parametrize(

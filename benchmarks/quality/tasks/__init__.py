@@ -11,7 +11,7 @@ from tasks.haystack import Haystack
 __all__ = ["NAMES", "Example", "Haystack", "completion", "example", "new_tokens", "score"]
 
 NAMES: tuple[str, ...] = (*niah.FORMS, "vt", "cwe", "fwe")
-MANY_FROM_TOKENS = 4096  # below, RULER has fewer repetitions of common words
+MANY_SHARE = 2  # common words occur thirty times where that takes at most one part in two of the length, else six times
 DEMONSTRATION_SHARE = 6  # a worked example may take one part in six of the length
 # Characters of the longest completion, with some for a full stop and a line's end: numbers, variables, words with a hyphen.
 ANSWER_CHARACTERS = {"vt": 34, "cwe": 100, "fwe": 25}
@@ -85,7 +85,8 @@ def _builder(
         shown = ""
     if name == "vt":
         return lambda size: _after(shown, tracking.build(size, rng(), haystack))
-    repeats = counting.MANY if tokens >= MANY_FROM_TOKENS else counting.FEW
+    most = counting.common(1, counting.MANY, rng())[0]
+    repeats = counting.MANY if count(most) * MANY_SHARE <= tokens else counting.FEW
     return lambda size: _after(shown, counting.common(size, repeats, rng()))
 
 

@@ -1,7 +1,7 @@
 """Aggregation: which words of a long list are the most frequent (RULER, arXiv 2404.06654, section 3.3).
 
-Common words: ten words occur thirty times each, all others three times (six and once where thirty do not fit, as RULER does for
-short contexts), with one worked example where it fits. Frequent words: coded words of six letters whose frequencies fall as
+Common words: ten words occur thirty times each, all others three times (six times and once where thirty take too much of the length, as
+RULER does for short contexts), with one worked example where it fits. Frequent words: coded words of six letters whose frequencies fall as
 rank to the power -2; the most frequent of all is replaced by dots, and the next three are asked for.
 """
 

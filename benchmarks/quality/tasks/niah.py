@@ -75,7 +75,7 @@ def question(asked: list[str], answers: int) -> str:
 
 def insert(pieces: list[str], needles: list[str], depths: list[float]) -> str:
     """The pieces with each needle before the piece at its depth (0: first, 1: after the last), as one text without a final break."""
-    at = sorted(((round(depth * len(pieces)), text) for depth, text in zip(depths, needles, strict=True)), key=lambda pair: pair[0])
+    at = [(round(depth * len(pieces)), text) for depth, text in sorted(zip(depths, needles, strict=True), key=lambda pair: pair[0])]
     out, last = [], 0
     for place, text in at:
         out += pieces[last:place]

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from model import END
+from vocabulary import END
 
 from training import rows
 
 # The share of each kind of row, from which length on. The shortest rows are nearly all drills, which make the heads that copy; tasks and
 # text carry most in long ones.
 KINDS: tuple[Callable[[int, Random], rows.Row], ...] = (rows.text, rows.task, rows.questions, rows.pairs, rows.copies)
-SHARES = {0: (0.10, 0.0, 0.0, 0.35, 0.55), 512: (0.20, 0.20, 0.10, 0.35, 0.15), 2048: (0.25, 0.40, 0.20, 0.10, 0.05)}
+SHARES = {0: (0.10, 0.0, 0.0, 0.35, 0.55), 512: (0.15, 0.20, 0.25, 0.30, 0.10), 2048: (0.20, 0.37, 0.28, 0.10, 0.05)}
 
 
 @dataclass(frozen=True)
@@ -62,25 +62,35 @@ def pack(row: rows.Row, length: int) -> tuple[npt.NDArray[np.int16], npt.NDArray
 
 
 class Stream:
-    """Iterates over batches whose lengths `next_length(number)` says when they are ordered, `ahead` batches before they are used."""
+    """Iterates over batches; `next_length(number)` says the length of one when it is ordered, three a worker before it is used."""
 
     def __init__(self, seed: int, tokens: int, next_length: Callable[[int], int], workers: int, first: int) -> None:
         self._seed, self._tokens, self._next_length, self._number = seed, tokens, next_length, first
         self._ordered: deque[Any] = deque()
+        self.failures: list[str] = []
         self._ahead = 3 * workers
-        # Forked before CUDA starts: the children share the corpus and only ever run Python and numpy.
-        self._pool = multiprocessing.get_context("fork").Pool(workers)
+        # Fresh processes: a fork of one that has computed with PyTorch can inherit a lock that nobody will release.
+        self._pool = multiprocessing.get_context("spawn").Pool(workers)
+        self._fill()
 
     def __iter__(self) -> Iterator[Batch]:
         while True:
-            while len(self._ordered) < self._ahead:
-                self._order()
-            yield self._ordered.popleft().get(timeout=60)
+            self._fill()
+            try:
+                made: Batch = self._ordered.popleft().get(timeout=120)
+            except ValueError as error:  # a row that could not be made: the log says so, and minutes on a GPU are not lost
+                self.failures.append(str(error))
+                continue
+            yield made
 
     def close(self) -> None:
         """End the workers."""
         self._pool.terminate()
         self._pool.join()
+
+    def _fill(self) -> None:
+        while len(self._ordered) < self._ahead:
+            self._order()
 
     def _order(self) -> None:
         length = self._next_length(self._number)

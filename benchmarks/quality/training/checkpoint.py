@@ -47,6 +47,8 @@ def restore(model: Any, optimisers: Optimisers, tensors: Tensors) -> None:
     found = {name.removeprefix("weight/") for name in tensors if name.startswith("weight/")}
     if found != set(weights):
         raise ValueError(f"the checkpoint is of another model: {sorted(found ^ set(weights))[:4]} are in one of the two only")
+    optimisers.muon.state.clear()
+    optimisers.adam.state.clear()
     for name, value in tensors.items():
         key, _, of = name.partition("/")
         if weights[of].shape != value.shape and value.ndim:

@@ -11,8 +11,8 @@ from typing import Any
 import corpus
 import numpy as np
 import torch
-from model import END
 from tasks import Haystack, completion, example
+from vocabulary import END
 
 from training.network import Network
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from random import Random
 
 import corpus
-from model import END
 from tasks import NAMES, Haystack, completion, example, niah
 from tasks.words import ADJECTIVES, NOUNS, PLAIN
+from vocabulary import END
 
 END_TEXT = chr(END)  # one code point: ids are read off the text's UTF-16
 PROMPT_WEIGHT, TEXT_WEIGHT, ANSWER_WEIGHT_MAX = 0.3, 1.0, 60.0
 ANSWER_SHARE = 0.3  # of a row's length is what its answers weigh together, where the cap allows it
 # The least length at which a task is set: below it the text would be a line or two.
-LEAST = {"niah": 1500, "niah_single": 400, "niah_multikey": 900, "niah_multivalue": 900, "niah_multiquery": 1000, "vt": 500}
+LEAST = {"niah": 1500, "niah_single": 400, "niah_multikey": 900, "niah_multivalue": 900, "niah_multiquery": 1000, "vt": 600}
 LEAST |= {"cwe": 1024, "fwe": 400}
 SEPARATORS = (": ", " = ", " is ", " -> ", ", ", " is: ")
 ALPHABETS = (string.digits, string.ascii_lowercase, string.ascii_uppercase, string.hexdigits[:16], string.ascii_letters + string.digits)

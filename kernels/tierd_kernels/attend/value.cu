@@ -1,4 +1,4 @@
-// Value pass: a split's sum of weights times values, per tile of rows.
+// Value pass: a split's sum of weights times values, per tile of rows; and, while the first values are on their way, its sums of the bound.
 //
 // Sixteen channels are the M of mma.m16n8k16 and sixteen tokens its K. A value is code * scale + offset, rounded once to FP16
 // (`E_out` has that rounding); the weights, times 2^14, are the B operand as FP16 high and low parts: columns part * 4 + row.
@@ -20,115 +20,143 @@ __device__ __forceinline__ u32 part(float x, float y, float low) {
   return as_bits(__floats2half2_rn(fmaf(-low, high.x, x), fmaf(-low, high.y, y)));
 }
 
-// The largest score of each row of the tile. For a thread block of WARPS warps, all of whose threads come here.
-__device__ __forceinline__ void row_tops(const Call &call, int base, float (&tops)[ROW_TILE]) {
-  __shared__ float of_warp[WARPS][ROW_TILE];
-  const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE;
-  const int splits = call.splits + (call.tokens > call.full * BLOCK), lane = threadIdx.x % LANES;
-  float largest = -INFINITY;
-  for (int i = threadIdx.x / ROW_TILE; i < splits; i += WARPS * LANES / ROW_TILE)
-    largest = fmaxf(largest, partials[(i64)i * PARTIALS * ROW_TILE + SPLIT_TOP * ROW_TILE + threadIdx.x % ROW_TILE]);
+// What a skipped block may cost each row, in units of its mass: m e^Delta (nu + ||O||) at most this; and ||O||, as long as it is not known.
+struct Limits { float most[ROW_TILE], output[ROW_TILE]; };
+
+// The largest score of each row of the tile and, with `skipping`, the limits: never so much that the heaviest block could go. For a thread block
+// of WARPS warps, all of whose threads come here: a thread a row and every 32nd split. `meanwhile` runs while the first sums are on their way.
+template <typename Work>
+__device__ __forceinline__ void row_limits(const Call &call, int splits, int base, bool skipping, float (&tops)[ROW_TILE], Limits &limits, Work meanwhile) {
+  constexpr int EACH = WARPS * LANES / ROW_TILE, AT_ONCE = 4;  // loads under way together: one after the other took 6 us at 131,072 tokens
+  __shared__ float of_warp[3][WARPS][ROW_TILE];
+  const int number = splits + (call.tokens > call.full * BLOCK), lane = threadIdx.x % LANES, row = threadIdx.x % ROW_TILE, warp = threadIdx.x / LANES;
+  const float *partials = call.partials + (i64)base * (splits + 1) * PARTIALS * ROW_TILE + row;
+  float top = LOWEST, mass = 0.f, norm = 0.f;
+  float its_top[AT_ONCE], its_mass[AT_ONCE], its_norm[AT_ONCE];
+  auto read = [&](int first) {
 #pragma unroll
-  for (int bit = 4; bit < 32; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
-  if (lane < ROW_TILE) of_warp[threadIdx.x / LANES][lane] = largest;
+    for (int k = 0; k < AT_ONCE; k++) {
+      const int i = first + k * EACH;
+      const float *p = partials + (i64)min(i, number - 1) * PARTIALS * ROW_TILE;
+      its_top[k] = i < number ? p[SPLIT_TOP * ROW_TILE] : -INFINITY;
+      if (!NAIVE) its_mass[k] = p[RUN_MASS * ROW_TILE], its_norm[k] = p[RUN_NORM * ROW_TILE];
+    }
+  };
+  read(threadIdx.x / ROW_TILE);
+  meanwhile();
+#pragma unroll 1
+  for (int i = 0; i < number; i += AT_ONCE * EACH) {
+    if (i) read(i + threadIdx.x / ROW_TILE);
+    float largest = top;
+#pragma unroll
+    for (int k = 0; k < AT_ONCE; k++) largest = fmaxf(largest, its_top[k]);
+    if (!NAIVE) {
+      const float f = exp2_approx(top - largest);
+      mass *= f, norm *= f;
+#pragma unroll
+      for (int k = 0; k < AT_ONCE; k++) {
+        const float g = exp2_approx(its_top[k] - largest);
+        mass = fmaf(g, its_mass[k], mass), norm = fmaf(g, its_norm[k], norm);
+      }
+    }
+    top = largest;
+  }
+  float largest = top;
+#pragma unroll
+  for (int bit = ROW_TILE; bit < LANES; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
+  if (!NAIVE) {
+    const float f = exp2_approx(top - largest);
+    mass *= f, norm *= f;
+#pragma unroll
+    for (int bit = ROW_TILE; bit < LANES; bit <<= 1) mass += __shfl_xor_sync(~0u, mass, bit), norm += __shfl_xor_sync(~0u, norm, bit);
+  }
+  if (lane < ROW_TILE) of_warp[0][warp][row] = largest, of_warp[1][warp][row] = mass, of_warp[2][warp][row] = norm;
   __syncthreads();
   if (threadIdx.x < ROW_TILE) {
-    for (int w = 1; w < WARPS; w++) largest = fmaxf(largest, of_warp[w][threadIdx.x]);
-    tops[threadIdx.x] = largest;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, of_warp[0][w][row]);
+    tops[row] = largest;
+    if (!NAIVE && skipping) {
+      mass = norm = 0.f;
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) {
+        const float f = exp2_approx(of_warp[0][w][row] - largest);
+        mass = fmaf(f, of_warp[1][w][row], mass), norm = fmaf(f, of_warp[2][w][row], norm);
+      }
+      const float vbar = norm / mass, budget = (float)fmin(call.atol * power_of_two(-call.unit) + call.rtol * vbar, (double)vbar);
+      // A tenth is held back, as in step.py; and more than half of the mass is kept, so that the difference of two sums is still within THETA.
+      limits.most[row] = fminf(0.9f * (float)call.skip_share, 0.45f) * budget * mass / (call.full + 1), limits.output[row] = vbar;
+    }
   }
   __syncthreads();
 }
 
-// What a skipped block may cost each row, in units of its mass: m e^Delta (nu + ||O||) at most this; and ||O||, as long as it is not known.
-struct Limits { float most[ROW_TILE], output[ROW_TILE]; };
-
-// As row_tops, with the limits; one reading of the splits' sums for all. Never so much that the heaviest block could go.
-__device__ __forceinline__ void row_limits(const Call &call, int h, int base, float (&tops)[ROW_TILE], Limits &limits) {
-  __shared__ float of_warp[3][WARPS][ROW_TILE];
-  const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE;
-  const int splits = call.splits + (call.tokens > call.full * BLOCK), lane = threadIdx.x % LANES, row = threadIdx.x % ROW_TILE;
-  float top = -INFINITY, mass = 0.f, norm = 0.f;
-  auto join = [&](float other, float its_mass, float its_norm) {
-    const float largest = fmaxf(top, other);
-    if (!(largest > -INFINITY)) return;  // neither has seen a token
-    const float f = exp2_approx(top - largest), g = exp2_approx(other - largest);
-    top = largest, mass = f * mass + g * its_mass, norm = f * norm + g * its_norm;
-  };
-  for (int i = threadIdx.x / ROW_TILE; i < splits; i += WARPS * LANES / ROW_TILE) {
-    const float *p = partials + (i64)i * PARTIALS * ROW_TILE + row;
-    join(p[SPLIT_TOP * ROW_TILE], p[MASS * ROW_TILE], p[NORM * ROW_TILE]);
-  }
-#pragma unroll
-  for (int bit = 4; bit < 32; bit <<= 1) {
-    const float other = __shfl_xor_sync(~0u, top, bit), its_mass = __shfl_xor_sync(~0u, mass, bit), its_norm = __shfl_xor_sync(~0u, norm, bit);
-    join(other, its_mass, its_norm);
-  }
-  if (lane < ROW_TILE) {
-    const int warp = threadIdx.x / LANES;
-    of_warp[0][warp][lane] = top, of_warp[1][warp][lane] = mass, of_warp[2][warp][lane] = norm;
-  }
-  __syncthreads();
-  if (threadIdx.x < ROW_TILE) {
-    for (int w = 1; w < WARPS; w++) join(of_warp[0][w][row], of_warp[1][w][row], of_warp[2][w][row]);
-    const float vbar = norm / mass, budget = (float)fmin(call.atol * power_of_two(-call.unit[h]) + call.rtol * vbar, (double)vbar);
-    // A tenth is held back, as in step.py; and more than half of the mass is kept, so that the difference of two sums is still within THETA.
-    limits.most[row] = fminf(0.9f * (float)call.skip_share, 0.45f) * budget * mass / (call.full + 1), limits.output[row] = vbar;
-    tops[row] = top;
-  }
-  __syncthreads();
+// The split's largest score, of row lane % ROW_TILE.
+__device__ __forceinline__ float split_top(const Call &call, int splits, int base, int split) {
+  return call.partials[(((i64)base * (splits + 1) + split) * PARTIALS + SPLIT_TOP) * ROW_TILE + threadIdx.x % ROW_TILE];
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4;
-  const int tiles = (group * call.n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
-  if (blockIdx.x >= heads * tiles || split > call.splits || call.exact_only) return;
-  const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = h * tiles + tile;
+  const int n = call.n, full = call.full, per = call.per, splits = call.splits, exact_only = call.exact_only;
+  const bool may_skip = !NAIVE && call.skip_share > 0.;
+  const int tiles = (group * n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
+  if (blockIdx.x >= heads * tiles || split > splits || exact_only) return;
+  const int h = blockIdx.x / tiles, tile = blockIdx.x - h * tiles, base = h * tiles + tile;
   __shared__ float tops[ROW_TILE];
   constexpr int STAGE_BYTES = (VALUE_BYTES + WEIGHT_FLOATS * 4 + 127) & ~127;  // a tile of tokens
   unsigned char *stage = shared + warp * VALUE_STAGES * STAGE_BYTES;
   __shared__ u64 bars[WARPS][VALUE_STAGES];
-  const bool tail = split == call.splits;
-  const int each = call.per / WARPS, first = split * call.per + warp * each, count = tail ? 0 : max(0, min(each, call.full - first));
-  if (lane < VALUE_STAGES) barrier_init(&bars[warp][lane]);
-  barriers_ready();
+  const bool tail = split == splits;
+  const int each = per / WARPS, first = split * per + warp * each, count = tail ? 0 : max(0, min(each, full - first));
   i64 offset = lane < count ? call.hot[first + lane] : 0;
   int block = lane;  // of this warp's, the one that is lane-th to be read; `offset` is its own
-  const float *weights = call.weights + ((i64)base * (call.full + 1) + first) * TILES * WEIGHT_FLOATS;
+  if (lane < VALUE_STAGES) barrier_init(&bars[warp][lane]);
+  barriers_ready();
+  const float *weights = call.weights + ((i64)base * (full + 1) + first) * TILES * WEIGHT_FLOATS;
   const unsigned char *pool = call.pool + (i64)h * RECORD_BYTES + SCORE_BYTES;
   const u64 policy = stream_policy();
-  auto issue = [&](int i, int s) {
+  auto issue_codes = [&](int i, int s) {  // and what the barrier waits for: their weights too
     i64 at = __shfl_sync(~0u, offset, i / TILES) + i % TILES * VALUE_BYTES;
-    const int tile_of_tokens = __shfl_sync(~0u, block, i / TILES) * TILES + i % TILES;
     if (lane == 0) {
       barrier_expect(&bars[warp][s], VALUE_BYTES + WEIGHT_FLOATS * 4);
       bulk_stream(stage + s * STAGE_BYTES, pool + at, VALUE_BYTES, &bars[warp][s], policy);
-      bulk_copy(stage + s * STAGE_BYTES + VALUE_BYTES, weights + tile_of_tokens * WEIGHT_FLOATS, WEIGHT_FLOATS * 4, &bars[warp][s]);
     }
+  };
+  auto issue_weights = [&](int i, int s) {
+    const int tile_of_tokens = __shfl_sync(~0u, block, i / TILES) * TILES + i % TILES;
+    if (lane == 0) bulk_copy(stage + s * STAGE_BYTES + VALUE_BYTES, weights + tile_of_tokens * WEIGHT_FLOATS, WEIGHT_FLOATS * 4, &bars[warp][s]);
   };
   constexpr int BLOCKS_AHEAD = (VALUE_STAGES + TILES - 1) / TILES;
   int items = count * TILES;
-  for (int i = 0; i < min(items, VALUE_STAGES); i++) issue(i, i);
-
-  const bool skipping = !NAIVE && call.skip_share > 0. && each > BLOCKS_AHEAD;
+  for (int i = 0; i < min(items, VALUE_STAGES); i++) issue_codes(i, i);
+  wait_for_previous();  // codes are no kernel's of the step
+  const bool skipping = may_skip && each > BLOCKS_AHEAD;
   __shared__ Limits limits;
-  if (skipping) row_limits(call, h, base, tops, limits);
-  else row_tops(call, base, tops);
+  __shared__ float lightest[ROW_TILE];  // mass of the split's lightest block, relative to the split's largest score
+  row_limits(call, splits, base, skipping, tops, limits, [&] {
+    for (int i = 0; i < min(items, VALUE_STAGES); i++) issue_weights(i, i);
+    if (NAIVE || tail) return;
+    const float least = split_sums<false>(call, base, split, split_top(call, splits, base, split));
+    if (threadIdx.x < ROW_TILE) lightest[threadIdx.x] = least;
+  });
   const int row = r & 3;
   const float top = tops[row];
-  float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
-  float *skips = call.skips + ((i64)base * (call.splits + 1) + split) * SKIPS * ROW_TILE;
+  float *sums = call.sums + ((i64)base * (splits + 1) + split) * ROW_TILE * D;
+  float *skips = call.skips + ((i64)base * (splits + 1) + split) * SKIPS * ROW_TILE;
   __shared__ float skipped[WARPS][SKIPS][ROW_TILE];
   if (lane < SKIPS * ROW_TILE) skipped[warp][lane / ROW_TILE][lane % ROW_TILE] = 0.f;
 
   if (tail) {
-    const int count = call.tokens - call.full * BLOCK;
+    const int count = call.tokens - full * BLOCK;
     if (!count) return;
     if (threadIdx.x < SKIPS * ROW_TILE) skips[threadIdx.x] = 0.f;
-    const unsigned char *values = call.originals + call.original[call.full] + (i64)(heads + h) * ORIGINAL_BYTES;
+    const unsigned char *values = call.originals + call.original[full] + (i64)(heads + h) * ORIGINAL_BYTES;
     const float top = tops[warp];
-    const float *w = call.weights + ((i64)base * (call.full + 1) + call.full) * TILES * WEIGHT_FLOATS;
+    const float *w = call.weights + ((i64)base * (full + 1) + full) * TILES * WEIGHT_FLOATS;
     float factor = exp2_approx(w[TOPS_AT + warp] - top);
     for (int i = lane; i < D; i += LANES) {
       float sum = 0.f;
@@ -140,16 +168,15 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
 
   if (skipping) {
     __shared__ unsigned char order[WARPS][LANES];
-    const float *partials = call.partials + ((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE;
+    const float own_top = split_top(call, splits, base, split);
     bool any = count > BLOCKS_AHEAD;  // and each row has a block that it could do without
 #pragma unroll
-    for (int k = 0; k < ROW_TILE; k++)
-    {
-      const float lightest = exp2_approx(partials[SPLIT_TOP * ROW_TILE + k] - tops[k]) * partials[LIGHTEST * ROW_TILE + k];
-      any = any && !(lightest * limits.output[k] > limits.most[k]);
+    for (int k = 0; k < ROW_TILE; k++) {
+      const float least = exp2_approx(__shfl_sync(~0u, own_top, k) - tops[k]) * lightest[k];
+      any = any && !(least * limits.output[k] > limits.most[k]);
     }
     if (any) {
-      const float *x = call.statistics + ((i64)base * (call.full + 1) + first + min(lane, count - 1)) * STATISTIC_FLOATS;
+      const float *x = call.statistics + ((i64)base * (full + 1) + first + min(lane, count - 1)) * STATISTIC_FLOATS;
       float mass[ROW_TILE], grown[ROW_TILE], nu = x[BLOCK_NOTES + 2];
       bool skip = lane >= BLOCKS_AHEAD && lane < count;
 #pragma unroll
@@ -160,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
       }
       const u32 gone = __ballot_sync(~0u, skip), wanted = (count == LANES ? ~0u : (1u << count) - 1) & ~gone;
       if (gone) {
-        if (skip) call.marks[(i64)base * call.full + first + lane] = SKIPPED_BLOCK;
+        if (skip) call.marks[(i64)base * full + first + lane] = SKIPPED_BLOCK;
 #pragma unroll
         for (int k = 0; k < ROW_TILE; k++) {
           const float left = skip ? grown[k] : 0.f, parts[SKIPS] = {skip ? mass[k] : 0.f, left, left > 0.f ? left * nu : 0.f, skip ? 1.f : 0.f};
@@ -209,7 +236,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
       mma_f16(acc[m], a0, a1, a2, a3, b0, b1);
     }
     __syncwarp();
-    if (i + VALUE_STAGES < items) issue(i + VALUE_STAGES, now);
+    if (i + VALUE_STAGES < items) issue_codes(i + VALUE_STAGES, now), issue_weights(i + VALUE_STAGES, now);
     now = now + 1 == VALUE_STAGES ? 0 : now + 1;
     parity ^= now == 0;
   }

@@ -41,7 +41,7 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
   const float delta = x[DELTA], d = x[D_NORM], amp = x[STATISTICS + 1], nu = x[STATISTICS + 2];
   const float rho = here * x[SUM], a2 = here * sqrt_approx(x[SUM_SQUARES]), cross = a2 * d;
   float psi, fall;
-  series(delta, rho > 0.f ? fminf(delta, cross / rho) : 0.f, psi, fall);
+  series(delta, rho > 0.f ? fminf(delta, __fdividef(cross, rho)) : 0.f, psi, fall);
   const float phi = 1.f + delta * psi, norm = here * x[SUM_NORM], norm2 = here * sqrt_approx(x[SUM_SQUARES_NORM]);
   const float failed = here * x[SUM_ERROR], error = exact_values ? 0.f : failed, other = a2 * x[STATISTICS], c = phi * fminf(here * d, a2 * delta);
   Terms t;
@@ -64,38 +64,41 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
 }
 
 // The sums of a split relative to `reference`, the row's largest score in it, to call.partials; thread (block, row), rows fastest. All
-// threads of the thread block come here. `marked`: some blocks were promoted.
+// threads of the thread block come here. `marked`: some blocks were promoted, and scores changed. Returns, in a tile's first threads, the mass
+// of the lightest block.
 template <bool marked>
-__device__ __forceinline__ void split_sums(const Call &call, int base, int split, float reference) {
-  __shared__ float sums[WARPS][PARTIALS][ROW_TILE];
+__device__ __forceinline__ float split_sums(const Call &call, int base, int split, float reference) {
+  __shared__ float sums[WARPS][RUN_MASS][ROW_TILE], least[WARPS][ROW_TILE];
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4, row = threadIdx.x % ROW_TILE;
   const int pairs = max(0, min(call.per, call.full - split * call.per)) * ROW_TILE;
   const i64 first = (i64)base * (call.full + 1) + split * call.per;
   const float *of_split = call.statistics + first * STATISTIC_FLOATS;
   float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f, lightest = INFINITY;
-  constexpr int ROUNDS = (SPLIT_BLOCKS * ROW_TILE + WARPS * LANES - 1) / (WARPS * LANES);
-  Stats read[ROUNDS];  // what a thread reads is on its way at once
+  auto read = [&](int p, Stats &x) {
+    const float *from = of_split + p / ROW_TILE * STATISTIC_FLOATS;
 #pragma unroll
-  for (int i = 0; i < ROUNDS; i++) {
-    const int p = threadIdx.x + i * WARPS * LANES;
-    const float *x = of_split + (p / ROW_TILE) * STATISTIC_FLOATS;
+    for (int k = 0; k < STATISTICS + 3; k++)
+      if (k != EPSILON) x[k] = p < pairs ? from[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS] : 0.f;
+  };
+  Stats x, ahead;
+  read(threadIdx.x, ahead);
+#pragma unroll 1  // instructions that run once are waited for as they come
+  for (int p = threadIdx.x; p < pairs; p += WARPS * LANES) {
 #pragma unroll
-    for (int k = 0; k < STATISTICS + 3; k++) {
-      if (k != EPSILON) read[i][k] = p < pairs ? x[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS] : 0.f;
+    for (int k = 0; k < STATISTICS + 3; k++) x[k] = ahead[k];
+    read(p + WARPS * LANES, ahead);
+    if (!(x[SUM] > 0.f)) {
+      lightest = 0.f;
+      continue;
     }
-  }
-#pragma unroll
-  for (int i = 0; i < ROUNDS; i++) {
-    if (threadIdx.x + i * WARPS * LANES < pairs && !(read[i][SUM] > 0.f)) lightest = 0.f;
-    if (!(read[i][SUM] > 0.f)) continue;
-    const bool exact_values = marked && call.marks[base * call.full + split * call.per + threadIdx.x / ROW_TILE + i * WARPS * LANES / ROW_TILE] >> (4 + row) & 1;
-    const Terms t = block_terms(read[i], exp2_approx(read[i][TOP] - reference), exact_values);
+    const bool exact_values = marked && call.marks[base * call.full + split * call.per + p / ROW_TILE] >> (4 + row) & 1;
+    const Terms t = block_terms(x, exp2_approx(x[TOP] - reference), exact_values);
     p0[MASS] += t.rho, p0[LOW] += t.low, p0[T1] += t.t1, p0[MASS_ERROR] += t.g, p0[SPREAD] += t.spread, p0[USED] += t.used;
     p0[ERROR2] += t.error2, p0[AMPLITUDE] += t.amplitude;
     p1[KEY_SQUARES - 8] += t.squares, p1[VALUE - 8] += t.value, p1[SQUARES - 8] += t.coded, p1[NORM - 8] += t.norm, p1[ERROR - 8] += t.bad;
-    const float nu = read[i][STATISTICS + 2], amp = read[i][STATISTICS + 1];
+    const float nu = x[STATISTICS + 2], amp = x[STATISTICS + 1];
     lightest = fminf(lightest, t.rho);
-    delta_max = fmaxf(delta_max, read[i][DELTA]);
+    delta_max = fmaxf(delta_max, x[DELTA]);
     norm_top = fmaxf(norm_top, nu);
     amplitude_top = fmaxf(amplitude_top, exact_values && !(amp < INFINITY) ? nu : fmaxf(amp, nu));
   }
@@ -113,19 +116,22 @@ __device__ __forceinline__ void split_sums(const Call &call, int base, int split
   sums[warp][r][c] = low;
   sums[warp][8 + r][c] = high;
   if (r == 0) sums[warp][AMPLITUDE_TOP][c] = amplitude_top;
-  if (r == 1) sums[warp][LIGHTEST][c] = lightest;
+  if (r == 1) least[warp][c] = lightest;
   __syncthreads();
-  if (threadIdx.x < PARTIALS * ROW_TILE) {
-    int k = threadIdx.x / ROW_TILE;
+  const int k = threadIdx.x / ROW_TILE;
+  if (k < RUN_MASS && (marked || k != SPLIT_TOP)) {  // which others read meanwhile, where it is what it was
     float x = sums[0][k][row];
 #pragma unroll
     for (int w = 1; w < WARPS; w++) {
-      float y = sums[w][k][row];
+      const float y = sums[w][k][row];
       const bool largest = k == SPLIT_TOP || k == DELTA_MAX || k == NORM_TOP || k == AMPLITUDE_TOP;
-      x = largest ? fmaxf(x, y) : k == LIGHTEST ? fminf(x, y) : x + y;
+      x = largest ? fmaxf(x, y) : x + y;
     }
     call.partials[((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE + threadIdx.x] = x;
   }
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) lightest = fminf(lightest, least[w][row]);
+  return lightest;
 }
 
 // Groups of 1024 tokens, or splits where they are larger; the trailing block is a group of its own, the last.
@@ -140,9 +146,10 @@ struct Group { float t1, g, spread, used, error, amplitude, squares, coded, a2, 
 
 // Spectral norms of group k's values and of their errors, in units; infinite where the group is not complete.
 __device__ __forceinline__ float2 group_norms(const Call &call, const Groups &groups, int k, int heads, int h) {
-  const float unit = unit_factor(call.unit[h]);
+  const float unit = unit_factor(call.unit);
   const bool complete = k * groups.together < call.splits && (k + 1) * groups.spanned * GROUP_TOKENS <= call.groups * GROUP_TOKENS;
   float value = complete ? 0.f : INFINITY, error = value;  // of several groups: the root of their squares' sum
+#pragma unroll 1
   for (int i = k * groups.spanned; i < (k + 1) * groups.spanned && complete; i++) {
     const float x = call.group_values[i * heads + h] * unit, y = call.group_errors[i * heads + h] * unit;
     value += x * x, error += y * y;

@@ -2,106 +2,151 @@
 // One thread block a row.
 constexpr float NORM_RETURN = 1.f / (1.f + 1.f / 128) - 1.f / 16384;
 
-constexpr int FINISH_WARPS = 16, THREADS = FINISH_WARPS * LANES, SLICES = THREADS / D;
+constexpr int SUMMED = RUN_MASS;  // of the partials, what is put together here
+constexpr int FINISH_WARPS = 16, THREADS = FINISH_WARPS * LANES;
+constexpr int PER_LANE = (D + LANES - 1) / LANES;  // channels of a lane: its own and every 32nd from it on
+constexpr int AHEAD = 4, AT_ONCE = AHEAD * FINISH_WARPS;  // splits of a warp, every 16th, and of the thread block, under way together
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *calls, int heads, int group, int again) {
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
-  const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  const int n = call.n, full = call.full, per = call.per, tokens = call.tokens, unit = call.unit, own_splits = call.splits, exact_only = call.exact_only;
+  const int rows = group * n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   const int h = blockIdx.y, index = blockIdx.x, tile = index / ROW_TILE, row = index % ROW_TILE;
   if (index >= rows) return;
+  const Groups groups(call);
+  int share = 1;  // lanes to a group
+  while (share < LANES && share < groups.together) share <<= 1;
+  const float2 ahead = group_norms(call, groups, warp * (LANES / share) + lane / share, heads, h);
   int *state = call.state + h * rows + index;
-  if (call.exact_only) {
+  wait_for_previous();
+  if (exact_only) {
     if (threadIdx.x == 0) *state = DUE;
     return;
   }
   if (again && *state != OPEN) return;
-  __shared__ double slices[SLICES][D];
-  __shared__ float stored[D], norms[2][FINISH_WARPS], dots[SPLITS_MAX], found[8][FINISH_WARPS];
-  const int full = call.full, per = call.per, tokens = call.tokens, unit = call.unit[h];
-  const int splits = call.splits + (tokens > full * BLOCK), base = h * tiles + tile;
-  const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE + row;
-  const float *sums = call.sums + ((i64)base * (call.splits + 1) * ROW_TILE + row) * D;
-  extern __shared__ float own[];  // the row's partials, [splits][PARTIALS], and skips, [splits][SKIPS]
-  const float *skips = call.skips + (i64)base * (call.splits + 1) * SKIPS * ROW_TILE + row;
+  __shared__ double wide_of[FINISH_WARPS][D];
+  __shared__ float stored[D], norms[2][FINISH_WARPS], dots[SPLITS_MAX], found[8][FINISH_WARPS], of_row[2];
+  extern __shared__ float own[];  // the row's partials, [splits][SUMMED], and skips, [splits][SKIPS]
+  const int splits = own_splits + (tokens > full * BLOCK), base = h * tiles + tile;
+  const float *partials = call.partials + (i64)base * (own_splits + 1) * PARTIALS * ROW_TILE + row;
+  const float *sums = call.sums + ((i64)base * (own_splits + 1) * ROW_TILE + row) * D;
+  const float *skips = call.skips + (i64)base * (own_splits + 1) * SKIPS * ROW_TILE + row;
+  float held[AHEAD][PER_LANE];  // of the sums, from split `first` on
+  auto hold = [&](int first) {
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) {
+      const int s = first + k * FINISH_WARPS + warp;
+#pragma unroll
+      for (int i = 0; i < PER_LANE; i++) held[k][i] = s < splits && (D % LANES == 0 || i * LANES + lane < D) ? sums[(i64)s * ROW_TILE * D + i * LANES + lane] : 0.f;
+    }
+  };
+  const int last_held = (splits - 1) / AT_ONCE * AT_ONCE;
+  hold(last_held);
+  const int skip_floats = NAIVE ? 0 : splits * SKIPS;
+  const float first_skip = threadIdx.x < skip_floats ? skips[threadIdx.x * ROW_TILE] : 0.f;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < splits * PARTIALS; i += THREADS) own[i] = partials[i * ROW_TILE];
-  for (int i = threadIdx.x; i < splits * SKIPS; i += THREADS) own[splits * PARTIALS + i] = skips[i * ROW_TILE];
-  auto part = [&](int i, int k) { return own[i * PARTIALS + k]; };
+  for (int i = threadIdx.x; i < splits * SUMMED; i += THREADS) own[i] = partials[(i / SUMMED * PARTIALS + i % SUMMED) * ROW_TILE];
+  if (threadIdx.x < skip_floats) own[splits * SUMMED + threadIdx.x] = first_skip;
+#pragma unroll 1
+  for (int i = threadIdx.x + THREADS; i < skip_floats; i += THREADS) own[splits * SUMMED + i] = skips[i * ROW_TILE];
+  auto part = [&](int i, int k) { return own[i * SUMMED + k]; };
+  double wide[PER_LANE] = {0.};
+#pragma unroll 1
+  for (int first = last_held;; first -= AT_ONCE) {
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++)
+#pragma unroll
+      for (int i = 0; i < PER_LANE; i++) wide[i] += held[k][i];
+    if (first == 0) break;
+    hold(first - AT_ONCE);
+  }
+#pragma unroll
+  for (int i = 0; i < PER_LANE; i++)
+    if (D % LANES == 0 || i * LANES + lane < D) wide_of[warp][i * LANES + lane] = wide[i];
+  __syncthreads();
 
-  // Every warp finds the row's largest score and its mass by itself: no barrier.
-  const int channel = threadIdx.x % D, slice = threadIdx.x / D;
-  double wide = 0.;
-  if (slice < SLICES) {
-#pragma unroll 8
-    for (int s = slice; s < splits; s += SLICES) wide += sums[(i64)s * ROW_TILE * D + channel];
-    slices[slice][channel] = wide;
+  // One warp finds the row's largest score, its mass, and what was skipped; others add up the channels meanwhile.
+  float *facts = call.facts + (i64)(h * rows + index) * ROW_FACTS;
+  constexpr int CHANNELS_FROM = THREADS - 256;  // the threads that have a channel each
+  const int channel = threadIdx.x - CHANNELS_FROM;
+  float left[SKIPS] = {0.f};
+  double sum = 0.;
+  if (warp == 0) {
+    float top = LOWEST, mass = 0.f;
+#pragma unroll 1
+    for (int i = lane; i < splits; i += LANES) top = fmaxf(top, part(i, SPLIT_TOP));
+    top = again ? facts[ROW_TOP] : warp_max(top);  // to which the value pass has weighed
+#pragma unroll 1
+    for (int i = lane; i < splits; i += LANES) {
+      mass += exp2_approx(part(i, SPLIT_TOP) - top) * part(i, MASS);
+#pragma unroll
+      for (int k = 0; k < SKIPS; k++)
+        if (!NAIVE) left[k] += own[splits * SUMMED + i * SKIPS + k];
+    }
+    mass = warp_sum(mass);
+#pragma unroll
+    for (int k = 0; k < SKIPS; k++)
+      if (!NAIVE) left[k] = warp_sum(left[k]);
+    // Of what was kept: sums over all blocks, divided by it, only grow.
+    if (lane == 0) of_row[0] = top, of_row[1] = mass - left[SKIP_MASS];
+  } else if (channel >= 0 && channel < D) {
+#pragma unroll
+    for (int w = 0; w < FINISH_WARPS; w++) sum += wide_of[w][channel];
   }
   __syncthreads();
-  float top = -INFINITY, mass = 0.f;
-#pragma unroll 4
-  for (int i = lane; i < splits; i += LANES) top = fmaxf(top, part(i, SPLIT_TOP));
-  top = warp_max(top);
-  float *facts = call.facts + (i64)(h * rows + index) * ROW_FACTS;
-  if (again) top = facts[ROW_TOP];  // to which the value pass has weighed
-#pragma unroll 4
-  for (int i = lane; i < splits; i += LANES) mass += exp2_approx(part(i, SPLIT_TOP) - top) * part(i, MASS);
-  mass = warp_sum(mass);
-  auto skipped = [&](int k) {
-    float sum = 0.f;
-    for (int i = lane; i < splits; i += LANES) sum += own[splits * PARTIALS + i * SKIPS + k];
-    return warp_sum(sum);
-  };
-  if (!NAIVE) mass -= skipped(SKIP_MASS);  // of what was kept; sums over all blocks, divided by it, only grow
+  const float top = of_row[0], mass = of_row[1], inverse = __fdividef(1.f, mass);
 
   float norm2 = 0.f, error2 = 0.f;
-  const i64 at = ((i64)(h * group + index / call.n) * call.n + index % call.n) * D;
-  if (slice == 0) {
-    for (int s = 1; s < SLICES; s++) wide += slices[s][channel];
-    wide /= mass;
-    const double y = store(call.output, at + channel, wide);
-    const float scaled = (float)(y * unit_factor(unit)), off = (float)((y - wide) * unit_factor(unit));
+  if (channel >= 0 && channel < D) {
+    const i64 at = ((i64)(h * group + index / n) * n + index % n) * D;
+    sum /= mass;
+    const double y = store(call.output, at + channel, sum);
+    const float scaled = (float)(y * unit_factor(unit)), off = (float)((y - sum) * unit_factor(unit));
     stored[channel] = scaled;
     norm2 = scaled * scaled, error2 = off * off;
   }
   if (NAIVE) return;
-  norm2 = warp_sum(norm2), error2 = warp_sum(error2);
-  if (lane == 0) norms[0][warp] = norm2, norms[1][warp] = error2;
+  if (channel >= 0 && warp - CHANNELS_FROM / LANES < PER_LANE) {
+    norm2 = warp_sum(norm2), error2 = warp_sum(error2);
+    if (lane == 0) norms[0][channel / LANES] = norm2, norms[1][channel / LANES] = error2;
+  }
   __syncthreads();
-  norm2 = warp_sum(lane < FINISH_WARPS ? norms[0][lane] : 0.f), error2 = warp_sum(lane < FINISH_WARPS ? norms[1][lane] : 0.f);
+  norm2 = error2 = 0.f;
+#pragma unroll
+  for (int w = 0; w < PER_LANE; w++) norm2 += norms[0][w], error2 += norms[1][w];
   const float o = sqrtf(norm2) * ROOM + LEAST, rounding = sqrtf(error2) * ROOM + LEAST;
-  const Groups groups(call);
-  int share = 1;  // lanes to a group
-  while (share < LANES && share < groups.together) share <<= 1;
-  const float2 ahead = group_norms(call, groups, warp * (LANES / share) + lane / share, heads, h);  // under way while dots are taken
-  float *out_dots = call.dots + (i64)(h * rows + index) * (call.splits + 1);
-  constexpr int AHEAD = 4;  // splits whose loads are under way together
-  for (int first = warp; first < splits; first += FINISH_WARPS * AHEAD) {
+  float *out_dots = call.dots + (i64)(h * rows + index) * (own_splits + 1);
+#pragma unroll 1
+  for (int first = 0; first < splits; first += AT_ONCE) {
+    if (first) hold(first);
     float dot[AHEAD];
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
-      const int s = first + k * FINISH_WARPS;
       dot[k] = 0.f;
 #pragma unroll
-      for (int i = 0; i < D; i += LANES)
-        if (s < splits && i + lane < D) dot[k] += sums[(i64)s * ROW_TILE * D + i + lane] * stored[i + lane];
+      for (int i = 0; i < PER_LANE; i++)
+        if (D % LANES == 0 || i * LANES + lane < D) dot[k] = fmaf(held[k][i], stored[i * LANES + lane], dot[k]);
     }
 #pragma unroll
-    for (int k = 0; k < AHEAD; k++) {
-      dot[k] = warp_sum(dot[k]);
-      if (lane == 0 && first + k * FINISH_WARPS < splits)
-        dots[first + k * FINISH_WARPS] = out_dots[first + k * FINISH_WARPS] = dot[k] * unit_factor(unit) / mass;
-    }
+    for (int k = 0; k < AHEAD; k++) dot[k] = warp_sum(dot[k]);
+    const int s = first + lane * FINISH_WARPS + warp;
+#pragma unroll
+    for (int k = 1; k < AHEAD; k++) dot[0] = lane == k ? dot[k] : dot[0];
+    if (lane < AHEAD && s < splits) dots[s] = out_dots[s] = dot[0] * (unit_factor(unit) * inverse);
   }
   __syncthreads();
 
   // The lanes that share a group each take splits of it; sums of a warp's groups go to `found`, and the first warp puts the row together.
   float key = 0.f, value = 0.f, low = 0.f, norm = 0.f, failed = 0.f, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
+#pragma unroll 1
   for (int k = warp * (LANES / share) + lane / share; k - lane / share < groups.count; k += FINISH_WARPS * (LANES / share)) {
-    const int first = min(k * groups.together, call.splits);
-    const int last = k >= groups.count ? first : first == call.splits ? splits : min(first + groups.together, call.splits);
+    const int first = min(k * groups.together, own_splits);
+    const int last = k >= groups.count ? first : first == own_splits ? splits : min(first + groups.together, own_splits);
     Group x = {};
+#pragma unroll 1
     for (int i = first + lane % share; i < last; i += share) {
-      const float f = exp2_approx(part(i, SPLIT_TOP) - top) / mass;
+      const float f = exp2_approx(part(i, SPLIT_TOP) - top) * inverse;
       x.t1 += f * part(i, T1), x.g += f * part(i, MASS_ERROR), x.spread += f * part(i, SPREAD), x.used += f * part(i, USED);
       x.error += f * part(i, ERROR2), x.amplitude += f * part(i, AMPLITUDE), x.squares += f * part(i, KEY_SQUARES) * f;
       x.coded += f * part(i, VALUE), x.a2 += f * part(i, SQUARES) * f, x.rho += f * part(i, MASS), x.dot += dots[i];
@@ -109,6 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
       delta_max = fmaxf(delta_max, part(i, DELTA_MAX)), norm_top = fmaxf(norm_top, part(i, NORM_TOP));
       amplitude_top = fmaxf(amplitude_top, part(i, AMPLITUDE_TOP));
     }
+#pragma unroll 1
     for (int bit = 1; bit < share; bit <<= 1) {
       float *sums[] = {&x.t1, &x.g, &x.spread, &x.used, &x.error, &x.amplitude, &x.squares, &x.coded, &x.a2, &x.rho, &x.dot};
 #pragma unroll
@@ -122,6 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   delta_max = warp_max(delta_max), norm_top = warp_max(norm_top), amplitude_top = warp_max(amplitude_top);
   if (lane == 0) {
     const float mine[8] = {key, value, low, norm, failed, delta_max, norm_top, amplitude_top};
+#pragma unroll
     for (int i = 0; i < 8; i++) found[i][warp] = mine[i];
   }
   __syncthreads();
@@ -129,7 +176,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   auto gathered = [&](int i) { return lane < FINISH_WARPS ? found[i][lane] : 0.f; };
   key = warp_sum(gathered(0)) * ROOM, value = warp_sum(gathered(1)) * ROOM, low = warp_sum(gathered(2)), norm = warp_sum(gathered(3));
   failed = warp_sum(gathered(4)) * ROOM, delta_max = warp_max(gathered(5)), norm_top = warp_max(gathered(6)), amplitude_top = warp_max(gathered(7));
-  const float left_norm = skipped(SKIP_NORM) / mass * ROOM, left_grown = skipped(SKIP_GROWN) / mass * ROOM, left_count = skipped(SKIP_COUNT);
+  const float left_norm = left[SKIP_NORM] * inverse * ROOM, left_grown = left[SKIP_GROWN] * inverse * ROOM, left_count = left[SKIP_COUNT];
   if (lane) return;
   // Weights that counted as zero; low parts of weights, off by 2^-25 in units of 2^-14: of a mass that was 1 or more before promotion.
   const float each = tokens / fminf(mass, 1.f), lost = each * 0x1p-123f * (norm_top + o);

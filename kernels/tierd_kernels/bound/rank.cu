@@ -20,7 +20,9 @@ __device__ double extreme(double x, bool largest) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) rank(const Call *calls, int heads, int group, int again) {
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
+  wait_for_previous();
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, h = blockIdx.y, index = blockIdx.x, row = index % ROW_TILE;
   if (index >= rows || call.exact_only || !(again ? call.coverage : call.require_rank)) return;
   int *state = call.state + h * rows + index;

@@ -11,8 +11,8 @@ constexpr int KEY_STEPS = (D + 31) / 32, KEY_DIM = 32 * KEY_STEPS;  // channels 
 constexpr int SPLIT_TOKENS = 2048, SPLIT_BLOCKS = SPLIT_TOKENS / BLOCK;  // at most
 constexpr int TILES = BLOCK / TILE, VALUE_TILES = D / 16, VALUE_GROUPS = (D + GROUP - 1) / GROUP;
 
-constexpr int KEY_SCALE_AT = BLOCK * KEY_DIM, KEY_OFFSET_AT = KEY_SCALE_AT + 2 * KEY_DIM, NORMS_AT = KEY_OFFSET_AT + 2 * KEY_DIM;
-constexpr int NOTES_AT = NORMS_AT + 4 * BLOCK, SCORE_BYTES = NOTES_AT + 64;
+constexpr int KEY_SCALE_AT = 0, KEY_OFFSET_AT = 2 * KEY_DIM, NOTES_AT = 4 * KEY_DIM, KEY_CODES_AT = NOTES_AT + 64;
+constexpr int NORMS_AT = KEY_CODES_AT + BLOCK * KEY_DIM, SCORE_BYTES = NORMS_AT + 4 * BLOCK;
 constexpr int VALUE_SCALES_AT = 8 * D, VALUE_BYTES = VALUE_SCALES_AT + 64 * VALUE_GROUPS;  // of a tile
 constexpr int RECORD_BYTES = SCORE_BYTES + TILES * VALUE_BYTES;
 constexpr int ITEM = DTYPE == 2 ? 4 : 2, ORIGINAL_BYTES = BLOCK * D * ITEM;
@@ -25,42 +25,51 @@ constexpr int TOPS_AT = ROW_TILE * TILE, WEIGHT_FLOATS = TOPS_AT + ROW_TILE;
 // is the largest score in log2 units.
 enum { SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, SUM_SQUARE_USED, SUM_SQUARE_ERROR, TOP, DELTA, D_NORM, EPSILON, STATISTICS };
 constexpr int BLOCK_NOTES = STATISTICS * ROW_TILE, STATISTIC_FLOATS = BLOCK_NOTES + 4;
-// Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE].
+// Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE]. The score pass leaves
+// SPLIT_TOP and the last two, mass and mass times norms as it went, from which the value pass of all splits takes what may be skipped.
 enum { MASS, LOW, T1, MASS_ERROR, SPREAD, USED, ERROR2, AMPLITUDE, KEY_SQUARES, VALUE, SQUARES, NORM, SPLIT_TOP, DELTA_MAX, NORM_TOP, ERROR, AMPLITUDE_TOP,
-       LIGHTEST, PARTIALS };
+       RUN_MASS, RUN_NORM, PARTIALS };
 // What the value pass left out of a split, relative to the row's largest score: [SKIPS][ROW_TILE]. Sums over skipped blocks of their mass m, of
 // m e^Delta and of m e^Delta nu, and their number.
 enum { SKIP_MASS, SKIP_GROWN, SKIP_NORM, SKIP_COUNT, SKIPS };
 
+constexpr float LOWEST = -3e38f;       // below all scores; its difference to -infinity is no NaN
 constexpr double BUDGET_MAX = 1e250;  // keeps a budget finite in any unit
 constexpr float U32F = 5.9604644775390625e-8f;
 constexpr float NORM_FLOOR = 8.8817841970012523e-16f;  // 2^-50: squares stay far from underflow, and the bound only grows
 constexpr float LOG2_MIN = -124.f;                     // a weight below 2^-124 of its block's largest counts as zero
 
 // One session and layer. Offsets are bytes: hot [full] in the device pool, original [blocks] in the host pool, locations [full][Hkv]
-// into scratch, or ~offset of the record among the originals.
+// into scratch, or ~offset of the record among the originals. What the passes need first lies together, in one line of the cache: at 8,192 tokens
+// a kernel is waiting for its call for a tenth of its time.
 struct Call {
-  const unsigned char *pool, *scratch, *originals;
+  int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
+  int unit;                                        // within [-60, 120]: norms are counted in units of 2^unit
+  int relative_to_output, exact_only, num_canaries, require_rank, coverage, k_min, k_max, boundary_check, none;
+  double scale;
   const void *q;  // raw [Hq][n][D]
+  const i64 *hot;
+  const unsigned char *pool;
+  float *weights, *statistics, *partials;          // by tile of rows: [full + 1 blocks] (weights: of TILES each), [splits + 1]
+  u32 *marks;                                      // [tiles][full]: promoted keys, a bit a row, values, the next four bits, SKIPPED_BLOCK
+  const unsigned char *scratch, *originals;
   void *output;   // raw [Hq][n][D]
-  const i64 *hot, *original, *key_at, *value_at;
-  const int *unit;                                 // [Hkv], within [-60, 120]: norms are counted in units of 2^unit
+  const i64 *original, *key_at, *value_at;
   const float *group_values, *group_errors;        // [groups][Hkv]: SV and SR of complete groups of 1024 tokens
-  float *weights, *statistics, *partials, *sums, *skips;  // by tile of rows: [full + 1 blocks] (weights: of TILES each), [splits + 1]
+  float *sums, *skips;                             // as partials
   double *fields;                                  // [FIELDS][Hkv * rows]
   float *facts, *dots;                             // [Hkv * rows][ROW_FACTS]; o_G . O of each split, [Hkv * rows][splits + 1]
   int *state;                                      // [Hkv * rows]
-  u32 *marks;                                      // [tiles][full]: promoted keys, a bit a row, values, the next four bits, SKIPPED_BLOCK
   int *counts;                                     // [Hkv * rows][2]: promoted keys, values
   float *picks;                                    // [tiles][2 rounds][PICK_PARTS][ROW_TILE][LANES][2]: see select/pick.cu
   double *dense;                                   // [tiles][splits + 1][ROW_TILE][DENSE_FACTS + D]
   const int *canaries;                             // [num_canaries] full blocks
   unsigned char *failures;                         // [num_canaries][Hkv]
-  double scale, rtol, atol, skip_share;            // of the budget, for skipped blocks
+  double rtol, atol, skip_share;                   // of the budget, for skipped blocks
   double tau_cov, key_bound_max, v_tol;            // of the coverage policy
-  int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
-  int relative_to_output, exact_only, num_canaries, require_rank, coverage, k_min, k_max, boundary_check;
+  int end[14];                                     // to whole lines
 };
+static_assert(sizeof(Call) == 384, "as in launch.py");
 
 // A row is open until finish has certified it, at first or after promotion; else it is due to be computed exactly.
 enum { OPEN, CERTIFIED, DUE, EXACT };
@@ -83,6 +92,10 @@ __device__ __forceinline__ float as_float(const void *p, i64 i) {
   if (DTYPE == 1) return __uint_as_float((u32)((const unsigned short *)p)[i] << 16);
   return ((const float *)p)[i];
 }
+
+// Four neighbouring numbers as they are stored, the first at a multiple of four: one load.
+struct __align__(4 * ITEM) Four { u32 words[ITEM]; };
+__device__ __forceinline__ Four four_of(const void *p, i64 i) { return *(const Four *)((const unsigned char *)p + i * ITEM); }
 
 // CuPy compiles with flush-to-zero: subnormals take their way to and from double by their bits.
 __device__ __forceinline__ double wide(float x) {
@@ -120,8 +133,10 @@ __device__ __forceinline__ float fold8(float (&v)[8], int lane) {
   return v[0];
 }
 
-// x 2^-e in two steps: e may lie outside FP32's exponents where x does not.
-__device__ __forceinline__ float downscale(float x, int e) { return ldexpf(ldexpf(x, -(e / 2)), -(e - e / 2)); }
+// x 2^-e in two steps, e within [-128, 128]: it may lie outside FP32's exponents where x does not.
+__device__ __forceinline__ float downscale(float x, int e) { return x * __int_as_float((127 - e / 2) << 23) * __int_as_float((127 - (e - e / 2)) << 23); }
+// The least e with x < 2^e, of a finite x that FP32 does not flush; 0 of zero.
+__device__ __forceinline__ int exponent_above(float x) { return x > 0.f ? (int)(__float_as_uint(x) >> 23) - 126 : 0; }
 // 2^-unit, for a unit within [-60, 120]. Norms that no such unit brings near 1 leave a bound that is too large to certify anything.
 __device__ __forceinline__ float unit_factor(int unit) { return __int_as_float((127 - unit) << 23); }
 __device__ __forceinline__ double power_of_two(int e) { return __hiloint2double((1023 + e) << 20, 0); }
@@ -134,10 +149,8 @@ __device__ __forceinline__ float half_bits(u32 w, int upper) { return __half2flo
 constexpr u32 SKIPPED_BLOCK = 256;
 constexpr int PICK_PARTS = 16;
 
-// Whether a row of the tile is in this state.
+// Whether a row of the tile is in this state. For whole warps.
 __device__ __forceinline__ bool any_row(const Call &call, int h, int group, int tile, int state) {
-  const int rows = group * call.n;
-  bool any = false;
-  for (int row = tile * ROW_TILE; row < min(rows, (tile + 1) * ROW_TILE); row++) any |= call.state[h * rows + row] == state;
-  return any;
+  const int rows = group * call.n, row = tile * ROW_TILE + threadIdx.x % ROW_TILE;
+  return __ballot_sync(~0u, row < rows && call.state[h * rows + row] == state) != 0;
 }

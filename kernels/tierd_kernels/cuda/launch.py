@@ -9,20 +9,22 @@ from typing import Any, NamedTuple
 import cupy as cp
 import numpy as np
 
+from tierd_kernels.cuda import dependent
 from tierd_kernels.cuda.record import Record
 from tierd_kernels.cuda.sources import (
     COVER_THREADS,
     FINISH_THREADS,
     GATHER_THREADS,
     LANES,
-    PARTIALS,
     PARTS,
     PICK_PARTS,
     PICK_THREADS,
     QUANTISE_THREADS,
     RANK_THREADS,
+    RESIDENT,
     SKIPS,
     SPLIT_TOKENS_MAX,
+    SUMMED,
     WARPS,
     shared_bytes,
     source,
@@ -30,7 +32,6 @@ from tierd_kernels.cuda.sources import (
 from tierd_kernels.layout import Layout
 
 log = logging.getLogger(__name__)
-RESIDENT = 4  # thread blocks of a pass on one multiprocessor
 ANY, OF_ANY_LAYOUT = Layout(1, 128, 16, 16, "float16"), ("gather", "self_test")
 FIELDS = (
     "bound", "budget", "key_error", "value_error", "skip_error", "arith_error", "value_norm", "output_norm", "skipped_blocks",
@@ -39,20 +40,20 @@ FIELDS = (
 # Of `state` in common.cuh, when a step is over: the row is certified, or was computed exactly.
 CERTIFIED, EXACT = 1, 3
 # `Call` of common.cuh: addresses on the device, or of pinned memory.
-POINTERS = (
-    "pool", "scratch", "originals", "q", "output", "hot", "original", "key_at", "value_at", "unit", "group_values", "group_errors",
-    "weights", "statistics", "partials", "sums", "skips", "fields", "facts", "dots", "state", "marks", "counts", "picks", "dense",
-    "canaries", "failures",
-)  # fmt: skip
-REALS = ("scale", "rtol", "atol", "skip_share", "tau_cov", "key_bound_max", "v_tol")
 NUMBERS = (
-    "n", "tokens", "full", "splits", "per", "groups", "relative_to_output", "exact_only", "num_canaries", "require_rank", "coverage",
-    "k_min", "k_max", "boundary_check",
+    "n", "tokens", "full", "splits", "per", "groups", "unit", "relative_to_output", "exact_only", "num_canaries", "require_rank",
+    "coverage", "k_min", "k_max", "boundary_check", "none",
 )  # fmt: skip
-CALL = np.dtype(
-    [(name, np.uint64) for name in POINTERS] + [(name, np.float64) for name in REALS] + [(name, np.int32) for name in NUMBERS]
+POINTERS = (
+    "q", "hot", "pool", "weights", "statistics", "partials", "marks", "scratch", "originals", "output", "original", "key_at", "value_at",
+    "group_values", "group_errors", "sums", "skips", "fields", "facts", "dots", "state", "counts", "picks", "dense", "canaries", "failures",
 )  # fmt: skip
-assert CALL.itemsize % 8 == 0
+REALS = ("rtol", "atol", "skip_share", "tau_cov", "key_bound_max", "v_tol")
+CALL = np.dtype([
+    *((name, np.int32) for name in NUMBERS), ("scale", np.float64), *((name, np.uint64) for name in POINTERS),
+    *((name, np.float64) for name in REALS), ("end", np.int32, (14,)),
+])  # fmt: skip
+assert CALL.itemsize == 384
 
 
 @cache
@@ -137,7 +138,7 @@ class Kernels:
         """All of the ladder over calls (address of an array of CALL): rung 0; for rows that need it promotion, and the exact rungs. Where
         none does, every kernel above rung 0 returns at once."""
         if grid.canaries:
-            self._over("canary", (grid.canaries, self.layout.num_kv_heads, grid.calls), WARPS * LANES, calls, grid, stream)
+            self._over("canary", (grid.canaries, self.layout.num_kv_heads, grid.calls), WARPS * LANES, calls, grid, stream, first=True)
         if program.certifies:
             self.certify(calls, grid, program.ranks, stream)
             for parts in (0, 1):  # octaves, then parts of one
@@ -149,34 +150,43 @@ class Kernels:
                 self._rows("rank", RANK_THREADS, calls, grid, stream, 1)
             self._finish(calls, grid, 1, stream)
         else:
-            self._finish(calls, grid, 0, stream)
+            self._finish(calls, grid, 0, stream, first=True)
         self._passes("dense", calls, grid, stream)
         self._rows("dense_finish", -(-self.layout.head_dim // LANES) * LANES, calls, grid, stream)
 
     def certify(self, calls: int, grid: Grid, ranks: bool, stream: Any) -> None:
         """Rung 0 alone: score, value pass, bound."""
-        self._passes("score", calls, grid, stream)
+        self._passes("score", calls, grid, stream, first=True)
         if ranks:
             self._rows("rank", RANK_THREADS, calls, grid, stream, 0)
         self._passes("value", calls, grid, stream)
         self._finish(calls, grid, 0, stream)
 
-    def _passes(self, name: str, calls: int, grid: Grid, stream: Any) -> None:
+    def _passes(self, name: str, calls: int, grid: Grid, stream: Any, first: bool = False) -> None:
         """One thread block a tile of rows, split and call."""
-        self._over(name, (grid.tiles, grid.splits, grid.calls), WARPS * LANES, calls, grid, stream)
+        self._over(name, (grid.tiles, grid.splits, grid.calls), WARPS * LANES, calls, grid, stream, first=first)
 
-    def _rows(self, name: str, threads: int, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None) -> None:
+    def _rows(
+        self, name: str, threads: int, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None, first: bool = False
+    ) -> None:
         """One thread block a row, KV head and call."""
-        self._over(name, (grid.rows, self.layout.num_kv_heads, grid.calls), threads, calls, grid, stream, *more, shared=shared)
+        shape = (grid.rows, self.layout.num_kv_heads, grid.calls)
+        self._over(name, shape, threads, calls, grid, stream, *more, shared=shared, first=first)
 
-    def _finish(self, calls: int, grid: Grid, again: int, stream: Any) -> None:
-        self._rows("finish", FINISH_THREADS, calls, grid, stream, again, shared=4 * grid.splits * (PARTIALS + SKIPS))
+    def _finish(self, calls: int, grid: Grid, again: int, stream: Any, first: bool = False) -> None:
+        shared = 4 * grid.splits * (SUMMED + SKIPS)
+        self._rows("finish", FINISH_THREADS, calls, grid, stream, again, shared=shared, first=first)
 
     def _over(
-        self, name: str, shape: tuple[int, ...], threads: int, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None
-    ) -> None:
+        self, name: str, shape: tuple[int, ...], threads: int, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None,
+        first: bool = False,
+    ) -> None:  # fmt: skip
+        """`first`: what lies ahead on the stream is no kernel of the step, or this one must not begin before it has ended."""
         args = (np.uint64(calls), *(np.int32(x) for x in (self.layout.num_kv_heads, grid.group, *more)))
-        self._launch(name, shape, threads, args, stream, shared)
+        if first:
+            return self._launch(name, shape, threads, args, stream, shared)
+        size = shared_bytes(self.layout, name) if shared is None else shared
+        dependent.launch(kernel(self.layout, name, self.naive), shape, threads, args, size, stream)
 
     def _launch(
         self, name: str, grid: tuple[int, ...], threads: int, args: tuple[Any, ...], stream: Any, shared: int | None = None

@@ -36,6 +36,18 @@ __device__ __forceinline__ void bulk_stream(void *to, const void *from, u32 byte
                "l"(from), "r"(bytes), "r"(shared_at(bar)), "l"(policy)
                : "memory");
 }
+// A copy of sixteen bytes from global to shared memory, a lane its own; `copies_wait` waits for all copies of all lanes of the warp.
+__device__ __forceinline__ void copy16(u32 to, const void *from, u64 policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+}
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncwarp();
+}
+// A kernel may begin while the one before it on the stream still runs, once all thread blocks of that one have said so, or ended; it waits for
+// all that the one before has written. Only what no kernel of the step writes may be read before the wait.
+__device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // What was initialised is seen by the copies that complete on it.
 __device__ __forceinline__ void barriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -1,15 +1,16 @@
 """Where every field of a quantised block lies in the device pool; `common.cuh` has the same offsets.
 
 A record holds one block of one KV head, in the order in which the kernels read it: first what the score pass needs, then what the
-value pass needs, each a run of bytes that one bulk copy brings to shared memory. Codes lie in the order of MMA fragments (r = lane / 4,
-c = lane % 4), so that a lane's operands are one aligned load. B block size, d head dimension, G value groups, d' = d padded to 32:
+value pass needs. Of the former the first three fields are read of several blocks together. Codes lie in the order of MMA fragments
+(r = lane / 4, c = lane % 4), so that a lane's operands are one aligned load. B block size, d head dimension, G value groups, d' = d padded
+to 32:
 
-    key_codes      int8  [B / 16, d' / 32, lane, 16]  bytes (token r, channels 8c..8c+3), (r + 8, same), (r, 8c+4..), (r + 8, 8c+4..)
     key_scale      f16   [d']
     key_offset     f16   [d']
-    norms          u32   [B]                          nu_t, bf16, in the low half, eta_t, bf16, in the high one
     notes          f32   [16]                         h, rK, sK, sV, amp, C1, max ||V_t||, max ||K_t||, ||key_offset||; as u32: 1 where
                                                       keys, and where values, stay original
+    key_codes      int8  [B / 16, d' / 32, lane, 16]  bytes (token r, channels 8c..8c+3), (r + 8, same), (r, 8c+4..), (r + 8, 8c+4..)
+    norms          u32   [B]                          nu_t, bf16, in the low half, eta_t, bf16, in the high one
     for each sixteen tokens:
     value_codes    u32   [d / 16, lane]               nibbles (r, 2c), (r, 2c + 8), (r + 8, 2c), (r + 8, 2c + 8): channel of sixteen, token;
                                                       the same of tokens 2c + 1, 2c + 9 in the upper half
@@ -39,20 +40,20 @@ class Record:
         return -(-self.layout.head_dim // 32) * 32
 
     @property
-    def key_scale_at(self) -> int:
-        return self.layout.block_size * self.key_dim
+    def notes_at(self) -> int:
+        return 4 * self.key_dim
+
+    @property
+    def key_codes_at(self) -> int:
+        return self.notes_at + 4 * NOTES
 
     @property
     def norms_at(self) -> int:
-        return self.key_scale_at + 4 * self.key_dim
-
-    @property
-    def notes_at(self) -> int:
-        return self.norms_at + 4 * self.layout.block_size
+        return self.key_codes_at + self.layout.block_size * self.key_dim
 
     @property
     def score_bytes(self) -> int:
-        return self.notes_at + 4 * NOTES
+        return self.norms_at + 4 * self.layout.block_size
 
     @property
     def value_scales_at(self) -> int:
@@ -90,5 +91,5 @@ def encode(block: QuantisedBlock, layout: Layout) -> NDArray[np.uint8]:
     words = np.bitwise_or.reduce((nibbles << shifts).reshape(*nibbles.shape[:4], 8), axis=-1)
     pairs = np.stack([block.value_scale_BG, block.value_offset_BG]).reshape(2, B // TILE, 2, 4, 2, groups)
     pairs = pairs.transpose(1, 5, 3, 0, 2, 4)
-    fields = [fragments, scales, norms, notes, *(x[tile] for tile in range(B // TILE) for x in (words, pairs))]
+    fields = [scales, notes, fragments, norms, *(x[tile] for tile in range(B // TILE) for x in (words, pairs))]
     return np.frombuffer(b"".join(np.ascontiguousarray(x).tobytes() for x in fields), np.uint8)

@@ -11,7 +11,7 @@ PARTS = {
     "widen": ("quantise/widen.cu",),
     "gram": ("quantise/gram.cu",),
     "score": ("score/exact.cuh", "bound/bound.cuh", "score/score.cu"),
-    "value": ("attend/value.cu",),
+    "value": ("bound/bound.cuh", "attend/value.cu"),
     "finish": ("bound/bound.cuh", "bound/finish.cu"),
     "rank": ("bound/rank.cu",),
     "pick": ("bound/bound.cuh", "select/threshold.cuh", "select/pick.cu"),
@@ -27,8 +27,9 @@ SHARED_MAX = 227 * 1024  # of a thread block, static and dynamic, from compute c
 # As in the sources.
 WARPS, LANES, ROW_TILE, FINISH_THREADS, COVER_THREADS, RANK_THREADS, QUANTISE_THREADS, GATHER_THREADS = 4, 32, 4, 512, 512, 256, 512, 256
 GROUP_THREADS, GRAM_SIDE = 256, 64  # of what measures groups; of a tile of a Gram matrix
-SCORE_STAGES, VALUE_STAGES = 2, 4
-STATISTIC_FLOATS, PARTIALS, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 48, 18, 4, 2048, 2048
+SCORE_STAGES, SCORE_CHUNK, VALUE_STAGES = 2, 8, 4
+RESIDENT = 4  # thread blocks of a pass on one multiprocessor, of a head dimension up to 128
+STATISTIC_FLOATS, PARTIALS, SUMMED, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 48, 19, 17, 4, 2048, 2048
 ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS = 6, 6, 16, 512
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
 
@@ -45,13 +46,16 @@ def source(layout: Layout, kernel: str, naive: bool = False) -> tuple[str, tuple
 def shared_bytes(layout: Layout, kernel: str) -> int:
     """Dynamic shared memory of a kernel's thread block, at most."""
     record, rows = Record(layout), layout.block_size * (layout.head_dim + 1)
-    if kernel == "score":  # a warp's records under way; the trailing block's keys or values in FP32
-        return max(WARPS * SCORE_STAGES * record.score_bytes, 4 * rows)
+    if kernel == "score":  # a warp's codes under way, scales and offsets of chunks; the trailing block's keys or values in FP32
+        staged = SCORE_STAGES * (record.score_bytes - record.key_codes_at) + SCORE_CHUNK * (record.key_codes_at + 2 * record.key_dim)
+        return max(WARPS * staged, 4 * rows)
     if kernel == "value":  # tiles of tokens with their weights under way; a warp's sums
         tile = -(-(record.value_bytes + 4 * TILE_WEIGHT_FLOATS) // 128) * 128
-        return WARPS * max(VALUE_STAGES * tile, 4 * ROW_TILE * layout.head_dim)
+        # Not less than what keeps a fifth from beginning where the scores' first thread blocks have ended: multiprocessors that took
+        # five left others with three (131,072 tokens: 152 us, 148 with four everywhere).
+        return max(WARPS * max(VALUE_STAGES * tile, 4 * ROW_TILE * layout.head_dim), SHARED_MAX // (RESIDENT + 1))
     if kernel == "finish":  # the row's partials and skips
-        return 4 * SPLITS_MAX * (PARTIALS + SKIPS)
+        return 4 * SPLITS_MAX * (SUMMED + SKIPS)
     if kernel == "promote":  # of a warp, a tile of original keys and its changes of the sums
         return WARPS * (TILE * (layout.head_dim * layout.itemsize + 16) + 4 * ROW_TILE * layout.head_dim)
     if kernel == "canary":  # a record of keys in FP32

@@ -140,7 +140,8 @@ class Step:
             numbers = dict.fromkeys(CALL.names or (), 0) | {
                 "n": part.n, "tokens": part.tokens, "full": full, "splits": splits, "per": per, "groups": len(call.group_value_norms),
                 "relative_to_output": call.relative_to == "output", "exact_only": needs_exact(call), "scale": call.softmax_scale,
-                "rtol": call.rtol, "atol": call.atol, **policy_numbers(call), **self._staged(part, full),
+                "rtol": call.rtol, "atol": call.atol, "unit": self._exponent(part, full), **policy_numbers(call),
+                **self._staged(part, full),
                 **{name: workspace_at + region.take(size) for name, size in sizes.items()},
             }  # fmt: skip
             assert len(numbers) == len(CALL.names or ())
@@ -159,8 +160,8 @@ class Step:
         canaries = canaries[canaries < full]
         arrays = {
             "q": q, "hot": call.hot_offsets[:full], "original": call.original_offsets[:blocks], "key_at": call.key_locations[:full],
-            "value_at": call.value_locations[:full], "unit": np.full(heads, self._exponent(part, full), np.int32),
-            "group_values": call.group_value_norms, "group_errors": call.group_error_norms, "canaries": canaries.astype(np.int32),
+            "value_at": call.value_locations[:full], "group_values": call.group_value_norms,
+            "group_errors": call.group_error_norms, "canaries": canaries.astype(np.int32),
         }  # fmt: skip
         # In this order in `answers`: numbers of eight bytes first.
         rows = self.group * heads * part.n

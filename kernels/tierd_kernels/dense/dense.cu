@@ -2,7 +2,9 @@
 // in shared memory, then values, so that nothing is scaled twice; `dense_finish` puts the splits together.
 extern "C" __global__ void __launch_bounds__(WARPS *LANES) dense(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
+  wait_for_previous();
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, split = blockIdx.y;
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE;
   if (blockIdx.x >= heads * tiles) return;

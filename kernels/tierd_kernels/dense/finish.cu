@@ -14,7 +14,9 @@ __device__ double block_sum(double x) {
 }
 
 extern "C" __global__ void __launch_bounds__((D + LANES - 1) / LANES *LANES) dense_finish(const Call *calls, int heads, int group) {
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
+  wait_for_previous();
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, h = blockIdx.y, index = blockIdx.x, c = threadIdx.x;
   if (index >= rows) return;
   int *state = call.state + h * rows + index;

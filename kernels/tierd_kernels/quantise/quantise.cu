@@ -126,7 +126,7 @@ __device__ __forceinline__ void quantise_keys(const Room &room, unsigned char *r
       largest = fmax(largest, fabs(left));
       packed |= ((u32)(int)code & 255u) << (8 * i);
     }
-    ((u32 *)record)[word] = packed;
+    ((u32 *)(record + KEY_CODES_AT))[word] = packed;
   }
   __syncthreads();
   if (usable) {

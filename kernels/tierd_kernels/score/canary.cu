@@ -3,7 +3,9 @@
 extern "C" __global__ void __launch_bounds__(WARPS *LANES) canary(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
   float *x = (float *)shared;  // [BLOCK][D + 1]
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
+  wait_for_previous();
   const int h = blockIdx.y;
   if ((int)blockIdx.x >= call.num_canaries) return;
   const int b = call.canaries[blockIdx.x];
@@ -25,7 +27,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) canary(const Call *ca
     double stored = 0., original = 0., norm1 = 0., norm2 = 0., q1 = 0.;
     for (int c = 0; c < D; c++) {
       const int lane = in % 8 * 4 + c % 32 / 8, part = c % 8 / 4 * 2 + in / 8;
-      const signed char code = (signed char)record[(((token / TILE * KEY_STEPS + c / 32) * LANES + lane) * 4 + part) * 4 + c % 4];
+      const signed char code = (signed char)record[KEY_CODES_AT + (((token / TILE * KEY_STEPS + c / 32) * LANES + lane) * 4 + part) * 4 + c % 4];
       const double q = wide(as_float(call.q, query.at + c)), scale = __half2float(scales[c]);
       stored += q * (code * scale + (double)__half2float(offsets[c])), original += q * wide(x[token * (D + 1) + c]);
       norm1 += fabs(q * scale), norm2 += q * scale * (q * scale), q1 += fabs(q);

@@ -1,36 +1,51 @@
-// Score pass: weights 2^(s - top) of every token, statistics of every block, and the splits' sums of the bound.
+// Score pass: weights 2^(s - top) of every token, statistics of every block, and of every split its largest score, mass and mass times norms.
 //
-// One warp takes a block after the other; the score part of a record arrives in shared memory by bulk copies, SCORE_STAGES ahead. Codes are
+// One warp takes a block after the other; codes and norms arrive in shared memory by bulk copies, SCORE_STAGES ahead. Codes are
 // the A operand of mma.m16n8k32.s8 as stored; B holds q times the block's scale, in units of its largest entry / 32512, as two int8
 // limbs: columns 2 * row + limb. A lane prepares the four channels of each step that its limb names, for both limbs, and gives the
 // other limb's bytes to its neighbour. int32 sums are exact, D <= 512. What depends on a block's scales and offsets alone, q . offset
-// and the norms of q * scale, comes from MMAs over sixteen blocks at once: 40 instructions a block where sums by lanes took 110.
+// and the norms of q * scale, comes from MMAs over CHUNK blocks at once: 40 instructions a block where sums by lanes took 110. Those scales
+// and offsets arrive before their blocks, once: read from global memory where they were needed, and with their block again, they kept the first
+// blocks waiting for 28 MB (131,072 tokens: 13 us).
 constexpr int SCORE_STAGES = 2;  // at 131,072 tokens: 2 67 us, 3 66, 4 70; two blocks at once in a warp 73, five or six blocks resident 72 to 87
+constexpr int CHUNK = 8, SCALE_BYTES = 2 * KEY_DIM, REST_BYTES = KEY_CODES_AT - SCALE_BYTES;  // rest: a block's offsets and notes
+constexpr int CODE_BYTES = SCORE_BYTES - KEY_CODES_AT;                                          // and its norms
+constexpr int STAGED_BYTES = SCORE_STAGES * CODE_BYTES + CHUNK * (2 * SCALE_BYTES + REST_BYTES);  // of a warp; scales of two chunks
 constexpr float LIMB_MAX = 32512.f;
 constexpr float PRODUCT_FLOOR = 0x1p-90f;                            // entries of q below 2^-126 of the largest, which are flushed, times keys below 2^23
 constexpr float NORM_ROOM = 1.f + 6.103515625e-5f;                  // 2^-14: sixteen MMAs over positive terms, 34 u each, and the root
 // q . offset: parts of q, one MMA each, sums of 2 * KEY_STEPS of them; in units of ||q|| ||offset||, ||q|| >= 1/2.
 constexpr float OFFSET_ROUNDINGS = (34.f + 2.f * KEY_STEPS + 16.f + 24.f) * U32F;
 
-struct RowFacts { float scale, q_norm; int seen; };
+struct RowFacts { float scale, q_norm; };
 
-// q of row `row` of the tile, the channels of this lane (8 c + 4 limb of each step), scaled by a power of two into [-1, 1].
-__device__ __forceinline__ RowFacts load_query(const Call &call, int h, int group, int row, int c, int limb, float (&q)[KEY_STEPS * 4]) {
-  bool real = row < group * call.n;
-  int head = real ? row / call.n : 0, token = real ? row % call.n : 0;
-  const i64 at = ((i64)(h * group + head) * call.n + token) * D;
+// Of row `row` of the tile the channels of this lane, 8 c + 4 limb and the three behind it of each step, as they are stored.
+struct Query { Four raw[KEY_STEPS]; int seen; };  // seen: tokens; 0 where there is no such row
+__device__ __forceinline__ bool inside(int j, int c, int limb) { return KEY_DIM == D || 32 * j + 8 * c + 4 * limb < D; }
+__device__ __forceinline__ Query read_query(const Call &call, int n, int h, int group, int row, int c, int limb) {
+  const bool real = row < group * n;
+  const int head = real ? row / n : 0, token = real ? row - head * n : 0;
+  const i64 at = ((i64)(h * group + head) * n + token) * D;
+  Query query;
+#pragma unroll
+  for (int j = 0; j < KEY_STEPS; j++) query.raw[j] = four_of(call.q, at + (inside(j, c, limb) ? 32 * j + 8 * c + 4 * limb : 0));
+  query.seen = real ? call.tokens - n + 1 + token : 0;
+  return query;
+}
+
+// The same in FP32, scaled by a power of two into [-1, 1]; and what undoes it, times the softmax scale in binary units.
+__device__ __forceinline__ RowFacts scale_query(const Query &query, float softmax_scale, int c, int limb, float (&q)[KEY_STEPS * 4]) {
   float top = 0.f, norm = 0.f;
 #pragma unroll
   for (int j = 0; j < KEY_STEPS; j++)
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      int channel = 32 * j + 8 * c + 4 * limb + i;
-      q[4 * j + i] = real && channel < D ? as_float(call.q, at + channel) : 0.f;
+      q[4 * j + i] = query.seen > 0 && inside(j, c, limb) ? as_float(&query.raw[j], i) : 0.f;
       top = fmaxf(top, fabsf(q[4 * j + i]));
     }
 #pragma unroll
   for (int bit = 1; bit < 8; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
-  int e = top > 0.f ? ilogbf(top) + 1 : 0;
+  const int e = exponent_above(top);
 #pragma unroll
   for (int i = 0; i < KEY_STEPS * 4; i++) {
     q[i] = downscale(q[i], e);
@@ -38,12 +53,12 @@ __device__ __forceinline__ RowFacts load_query(const Call &call, int h, int grou
   }
 #pragma unroll
   for (int bit = 1; bit < 8; bit <<= 1) norm += __shfl_xor_sync(~0u, norm, bit);
-  return {downscale((float)(call.scale * 1.4426950408889634), -e), sqrtf(norm) * STORE, real ? call.tokens - call.n + 1 + token : 0};
+  return {downscale(softmax_scale, -e), sqrt_approx(norm) * NORM_ROOM};
 }
 
 // Of a block and row, ready for the scores: q . offset, and Delta, D and eps but for the limbs' part of eps.
 struct __align__(16) BlockFacts { float offset_dot, delta, d_norm, eps; };
-struct RowSize { float size, q_norm, unit; };  // |softmax scale| as `load_query` has it, in natural units; ||q||; 2^-unit
+struct RowSize { float size, q_norm; };  // |softmax scale| as `scale_query` has it, in natural units; ||q||
 
 __device__ __forceinline__ u32 halves(float x, float y) { return as_bits(__floats2half2_rn(x, y)); }
 // x, y >= 0 in FP16, not below: the factor is worth more than rounding, the sum more than a subnormal's.
@@ -59,14 +74,18 @@ __device__ __forceinline__ u32 scale_squares(u32 s) {
 typedef uint2 Operands[KEY_STEPS][2][3][LANES];
 __device__ __forceinline__ void prepare_operands(Operands &operands, const float (&q)[KEY_STEPS * 4], int warp, int lane, int limb) {
 #pragma unroll
-  for (int j = 0; j < KEY_STEPS; j++) {
-    if (j % WARPS != warp) continue;
+  for (int first = 0; first < KEY_STEPS; first += WARPS) {
+    const int j = first + warp;
+    if (KEY_STEPS % WARPS && j >= KEY_STEPS) break;
     float x[8];  // this row's eight channels from 32 j + 8 c on
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      float other = __shfl_xor_sync(~0u, q[4 * j + i], 4);
-      x[i] = limb ? other : q[4 * j + i];
-      x[4 + i] = limb ? q[4 * j + i] : other;
+      float own = q[4 * first + i];
+#pragma unroll
+      for (int w = 1; w < WARPS && first + w < KEY_STEPS; w++) own = w == warp ? q[4 * (first + w) + i] : own;
+      const float other = __shfl_xor_sync(~0u, own, 4);
+      x[i] = limb ? other : own;
+      x[4 + i] = limb ? own : other;
     }
 #pragma unroll
     for (int k = 0; k < 2; k++) {
@@ -87,47 +106,40 @@ __device__ __forceinline__ void prepare_operands(Operands &operands, const float
   }
 }
 
-// Facts of blocks r and r + 8 of sixteen, for row c of the tile: rows of A are blocks.
-__device__ __forceinline__ void block_facts(const unsigned char *low, const unsigned char *high, const Operands &operands, int c, int lane,
-                                            const RowSize &row, BlockFacts (&facts)[2], float (&notes)[2]) {
+// Facts of block r of a chunk, for row c of the tile: rows of A are blocks, the upper eight none.
+__device__ __forceinline__ BlockFacts block_facts(u32 scales, u32 rest, const Operands &operands, int c, int lane, const RowSize &row) {
   float dot[4] = {0.f, 0.f, 0.f, 0.f}, l1[4] = {0.f, 0.f, 0.f, 0.f}, l2[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int j = 0; j < KEY_STEPS; j++) {
-    const int at = 2 * (32 * j + 8 * c);
-    const uint4 s0 = *(const uint4 *)(low + KEY_SCALE_AT + at), s1 = *(const uint4 *)(high + KEY_SCALE_AT + at);
-    const uint4 z0 = *(const uint4 *)(low + KEY_OFFSET_AT + at), z1 = *(const uint4 *)(high + KEY_OFFSET_AT + at);
+    const uint4 s = shared128(scales + 2 * (32 * j + 8 * c)), z = shared128(rest + 2 * (32 * j + 8 * c));
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-      const u32 a0 = k ? s0.z : s0.x, a1 = k ? s1.z : s1.x, a2 = k ? s0.w : s0.y, a3 = k ? s1.w : s1.y;
+      const u32 a0 = k ? s.z : s.x, a2 = k ? s.w : s.y;
       float part[4] = {0.f, 0.f, 0.f, 0.f};  // an accumulator of its own: one MMA's rounding, not that of a chain
       const uint2 b = operands[j][k][0][lane], up = operands[j][k][1][lane], squares = operands[j][k][2][lane];
-      mma_f16(part, k ? z0.z : z0.x, k ? z1.z : z1.x, k ? z0.w : z0.y, k ? z1.w : z1.y, b.x, b.y);
-#pragma unroll
-      for (int i = 0; i < 4; i++) dot[i] += part[i];
+      mma_f16(part, k ? z.z : z.x, 0, k ? z.w : z.y, 0, b.x, b.y);
+      dot[0] += part[0], dot[1] += part[1];
       if (NAIVE) continue;
-      mma_f16(l1, a0, a1, a2, a3, up.x, up.y);
-      mma_f16(l2, scale_squares(a0), scale_squares(a1), scale_squares(a2), scale_squares(a3), squares.x, squares.y);
+      mma_f16(l1, a0, 0, a2, 0, up.x, up.y);
+      mma_f16(l2, scale_squares(a0), 0, scale_squares(a2), 0, squares.x, squares.y);
     }
   }
-#pragma unroll
-  for (int k = 0; k < 2; k++) {
-    const float *note = (const float *)((k ? high : low) + NOTES_AT);
-    const float norm1 = l1[2 * k] * NORM_ROOM;  // no norm is above it, where a square was infinite
-    const float norm2 = fminf(sqrt_approx(l2[2 * k]) * (NORM_ROOM / 64.f), norm1);
-    facts[k].offset_dot = dot[2 * k] + dot[2 * k + 1];
-    if (NAIVE) continue;
-    facts[k].delta = row.size * fminf(note[H] * norm1, note[RK] * norm2);
-    facts[k].d_norm = row.size * note[SK] * norm2;
-    facts[k].eps = row.size * (norm1 * (128.f * (16.f * U32F + SCORE_ROUNDINGS)) +
-                               row.q_norm * note[OFFSET_NORM] * (OFFSET_ROUNDINGS + SCORE_ROUNDINGS) + PRODUCT_FLOOR) + EXP_ERROR;
-    notes[k] = note[c == 0 ? SV : c == 1 ? AMP : VALUE_NORM_MAX] * row.unit;
-  }
+  BlockFacts facts = {dot[0] + dot[1], 0.f, 0.f, 0.f};
+  if (NAIVE) return facts;
+  auto note = [&](int i) { return __uint_as_float(shared32(rest + SCALE_BYTES + 4 * i)); };
+  const float norm1 = l1[0] * NORM_ROOM;  // no norm is above it, where a square was infinite
+  const float norm2 = fminf(sqrt_approx(l2[0]) * (NORM_ROOM / 64.f), norm1);
+  facts.delta = row.size * fminf(note(H) * norm1, note(RK) * norm2);
+  facts.d_norm = row.size * note(SK) * norm2;
+  facts.eps = row.size * (norm1 * (128.f * (16.f * U32F + SCORE_ROUNDINGS)) +
+                          row.q_norm * note(OFFSET_NORM) * (OFFSET_ROUNDINGS + SCORE_ROUNDINGS) + PRODUCT_FLOOR) + EXP_ERROR;
+  return facts;
 }
 
 // The trailing block, from its originals: a split of its own, one warp a row. Scores in double.
 __device__ __noinline__ void score_tail(const Call *at_call, int heads, int group, int h, int tile, int tiles, float *x) {
   const Call &call = *at_call;
-  const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, count = call.tokens - call.full * BLOCK, unit = call.unit[h];
+  const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, count = call.tokens - call.full * BLOCK, unit = call.unit;
   const unsigned char *keys = call.originals + call.original[call.full] + (i64)h * ORIGINAL_BYTES, *values = keys + (i64)heads * ORIGINAL_BYTES;
   const Row query = query_row(call, h, group, tile * ROW_TILE + row);
   const int seen = query.seen - call.full * BLOCK;
@@ -178,61 +190,80 @@ __device__ __noinline__ void score_tail(const Call *at_call, int heads, int grou
   statistics[D_NORM * ROW_TILE] = d;
   const float mass = sum.v[SUM], phi = 1.f + eps, a2 = sqrtf(sum.v[SUM_SQUARES]), g = phi * mass * eps, c = phi * a2 * eps;
   const float parts[PARTIALS] = {mass, mass * eps, phi * eps * sum.v[SUM_NORM], g, phi * phi * mass * eps * eps, sum.v[SUM_SQUARE_USED], 0.f,
-                                 mass * norm_top, c * c, 0.f, 0.f, sum.v[SUM_NORM], largest, eps, norm_top, 0.f * (eps + sum.v[SUM_NORM] + mass), norm_top, INFINITY};
+                                 mass * norm_top, c * c, 0.f, 0.f, sum.v[SUM_NORM], largest, eps, norm_top, 0.f * (eps + sum.v[SUM_NORM] + mass), norm_top, mass, sum.v[SUM_NORM]};
   float *out = call.partials + ((i64)(h * tiles + tile) * (call.splits + 1) + call.splits) * PARTIALS * ROW_TILE + row;
   for (int k = 0; k < PARTIALS; k++) out[k * ROW_TILE] = parts[k];
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) score(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4, limb = r & 1;
-  const int tiles = (group * call.n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
-  if (blockIdx.x >= heads * tiles || split > call.splits || call.exact_only) return;
-  const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles;
-  if (split == call.splits) {
-    if (call.tokens > call.full * BLOCK) score_tail(calls + blockIdx.z, heads, group, h, tile, tiles, (float *)shared);
+  const int n = call.n, full = call.full, per = call.per, splits = call.splits, exact_only = call.exact_only, unit_exponent = call.unit;
+  const float softmax_scale = (float)(call.scale * 1.4426950408889634);
+  const int tiles = (group * n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
+  if (blockIdx.x >= heads * tiles || split > splits || exact_only) return;
+  const int h = blockIdx.x / tiles, tile = blockIdx.x - h * tiles;
+  if (split == splits) {
+    if (call.tokens > full * BLOCK) score_tail(calls + blockIdx.z, heads, group, h, tile, tiles, (float *)shared);
     return;
   }
-  unsigned char *stage = shared + warp * SCORE_STAGES * SCORE_BYTES;
+  unsigned char *stage = shared + warp * STAGED_BYTES;
+  const u32 scales = shared_at(stage) + SCORE_STAGES * CODE_BYTES, rest = scales + 2 * CHUNK * SCALE_BYTES;  // [2][CHUNK], [CHUNK]
   __shared__ u64 bars[WARPS][SCORE_STAGES];
-  __shared__ float tops[WARPS][ROW_TILE];
 
-  const int full = call.full, each = call.per / WARPS, first = split * call.per + warp * each, count = max(0, min(each, full - first));
+  const int each = per / WARPS, first = split * per + warp * each, count = max(0, min(each, full - first));
   const unsigned char *pool = call.pool + (i64)h * RECORD_BYTES;
+  const i64 offset = lane < count ? call.hot[first + lane] : 0;
+  const Query query = read_query(call, n, h, group, tile * ROW_TILE + (r >> 1), c, limb);
   if (lane < SCORE_STAGES) barrier_init(&bars[warp][lane]);
   barriers_ready();
-  const i64 offset = lane < count ? call.hot[first + lane] : 0;
   const u64 policy = stream_policy();
   auto issue = [&](int i, int s) {
     i64 at = __shfl_sync(~0u, offset, i);
     if (lane == 0) {
-      barrier_expect(&bars[warp][s], SCORE_BYTES);
-      bulk_stream(stage + s * SCORE_BYTES, pool + at, SCORE_BYTES, &bars[warp][s], policy);
+      barrier_expect(&bars[warp][s], CODE_BYTES);
+      bulk_stream(stage + s * CODE_BYTES, pool + at + KEY_CODES_AT, CODE_BYTES, &bars[warp][s], policy);
     }
   };
+  auto fetch = [&](int i) {  // scales, offsets and notes of the chunk that begins with block i
+    const u32 to = scales + (i / CHUNK & 1) * CHUNK * SCALE_BYTES;
+    const int end = min(CHUNK, count - i);
+#pragma unroll 1
+    for (int b = 0; b < end; b++) {
+      const unsigned char *from = pool + __shfl_sync(~0u, offset, i + b);
+#pragma unroll
+      for (int k = 0; k < KEY_CODES_AT; k += 16 * LANES) {
+        const int at = k + lane * 16;
+        if (at < KEY_CODES_AT) copy16((at < SCALE_BYTES ? to + b * SCALE_BYTES : rest + b * REST_BYTES - SCALE_BYTES) + at, from + at, policy);
+      }
+    }
+  };
+  if (count > 0) fetch(0);
   for (int i = 0; i < min(count, SCORE_STAGES); i++) issue(i, i);
 
   float q[KEY_STEPS * 4];
-  const RowFacts mine = load_query(call, h, group, tile * ROW_TILE + (r >> 1), c, limb, q);
+  const RowFacts mine = scale_query(query, softmax_scale, c, limb, q);
   __shared__ Operands operands;
   prepare_operands(operands, q, warp, lane, limb);
   __syncthreads();
   // Facts of row c, which is the row of the scores that a lane holds; lane 8 c has r / 2 = c.
   const float scale = __shfl_sync(~0u, mine.scale, 8 * c), q_norm = __shfl_sync(~0u, mine.q_norm, 8 * c);
-  const int seen = __shfl_sync(~0u, mine.seen, 8 * c);
-  const float unit = unit_factor(call.unit[h]);
+  const int seen = __shfl_sync(~0u, query.seen, 8 * c);
+  const float unit = unit_factor(unit_exponent);
   const float size = fabsf(scale) * 0.69314724f;  // |softmax scale| in natural units, rounded up
   const u32 keep_bytes = limb ? 0x5410 : 0x7632, give_bytes = limb ? 0x7632 : 0x5410;
   const u32 keep_flip = limb ? 0x80808080u : 0u, give_flip = limb ? 0u : 0x80808080u;  // a low limb is stored + 128
   const i64 place = (i64)(h * tiles + tile) * (full + 1) + first;
   float *weights = call.weights + place * TILES * WEIGHT_FLOATS, *statistics = call.statistics + place * STATISTIC_FLOATS;
 
-  __shared__ BlockFacts facts_of[WARPS][TILE][ROW_TILE];
+  __shared__ BlockFacts facts_of[WARPS][CHUNK][ROW_TILE];
+  __shared__ float c1_of[WARPS][CHUNK];
   BlockFacts(*facts)[ROW_TILE] = facts_of[warp];
   int now = 0;
   u32 parity = 0;
-  float highest = -INFINITY, running = 0.f;
+  float highest = LOWEST, running = 0.f;  // largest score, and sum r relative to it, of row c
   auto next = [&](int i) {
     statistics += STATISTIC_FLOATS, weights += TILES * WEIGHT_FLOATS;
     __syncwarp();
@@ -241,24 +272,24 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     parity ^= now == 0;
   };
   for (int i = 0; i < count; i++) {
-    if (i % TILE == 0) {
-      const i64 low = __shfl_sync(~0u, offset, min(i + r, count - 1)), high = __shfl_sync(~0u, offset, min(i + r + 8, count - 1));
-      BlockFacts found[2];
-      float notes[2];
-      block_facts(pool + low, pool + high, operands, c, lane, {size, q_norm, unit}, found, notes);
-#pragma unroll
-      for (int k = 0; k < 2; k++) {
-        facts[r + 8 * k][c] = found[k];
-        if (!NAIVE && i + r + 8 * k < count) statistics[(r + 8 * k) * STATISTIC_FLOATS + BLOCK_NOTES + c] = notes[k];
+    if (i % CHUNK == 0) {
+      copies_wait();
+      const u32 own = rest + r * REST_BYTES;
+      facts[r][c] = block_facts(scales + (i / CHUNK & 1) * CHUNK * SCALE_BYTES + r * SCALE_BYTES, own, operands, c, lane, {size, q_norm});
+      if (!NAIVE) {
+        auto note = [&](int k) { return __uint_as_float(shared32(own + SCALE_BYTES + 4 * k)); };
+        if (c == 3) c1_of[warp][r] = note(C1);
+        else if (i + r < count) statistics[r * STATISTIC_FLOATS + BLOCK_NOTES + c] = note(c == 0 ? SV : c == 1 ? AMP : VALUE_NORM_MAX) * unit;
       }
       __syncwarp();
+      if (i + CHUNK < count) fetch(i + CHUNK);
     }
-    const u32 record = shared_at(stage) + now * SCORE_BYTES;
+    const u32 codes = shared_at(stage) + now * CODE_BYTES, own_scales = scales + i % (2 * CHUNK) * SCALE_BYTES;
     barrier_wait(&bars[warp][now], parity);
     float a[KEY_STEPS * 4], tops4[4] = {1e-30f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int j = 0; j < KEY_STEPS; j++) {
-      const uint2 s = shared64(record + KEY_SCALE_AT + 64 * j + 16 * c + 8 * limb);
+      const uint2 s = shared64(own_scales + 64 * j + 16 * c + 8 * limb);
       const float2 x = __half22float2(as_half2(s.x)), y = __half22float2(as_half2(s.y));
       const float scales[4] = {x.x, x.y, y.x, y.y};
 #pragma unroll
@@ -283,7 +314,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       b[2 * j] = limb ? other : own;
       b[2 * j + 1] = limb ? own : other;
     }
-    const BlockFacts fact = facts[i % TILE][c];
+    const BlockFacts fact = facts[i % CHUNK][c];
     const float step = __shfl_sync(~0u, top, 8 * c) * (1.f / LIMB_MAX);
     float s[2 * TILES], largest = -INFINITY;
 #pragma unroll
@@ -291,7 +322,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       int d[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // two chains: half the latency
 #pragma unroll
       for (int j = 0; j < KEY_STEPS; j++) {
-        mma_s8(d[j & 1], shared128(record + (t * KEY_STEPS + j) * LANES * 16 + lane * 16), b[2 * j], b[2 * j + 1]);
+        mma_s8(d[j & 1], shared128(codes + (t * KEY_STEPS + j) * LANES * 16 + lane * 16), b[2 * j], b[2 * j + 1]);
       }
       const int left = seen - (first + i) * BLOCK - t * TILE - r;  // of the row's tokens, from this one on
       const float x = fmaf((float)((d[0][0] + d[1][0]) * 256 + d[0][1] + d[1][1]), step, fact.offset_dot) * scale;
@@ -302,6 +333,9 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     }
 #pragma unroll
     for (int bit = 4; bit < 32; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
+    const float before = highest;
+    highest = fmaxf(highest, largest);
+    const float keep = exp2_approx(before - highest), take = exp2_approx(largest - highest);
     if (NAIVE) {
       float mass = 0.f;
 #pragma unroll
@@ -313,50 +347,43 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
 #pragma unroll
       for (int bit = 4; bit < 32; bit <<= 1) mass += __shfl_xor_sync(~0u, mass, bit);
       if (r < TILES) weights[r * WEIGHT_FLOATS + TOPS_AT + c] = largest;
-      const float before = highest;
-      highest = fmaxf(highest, largest);
-      running = running * exp2_approx(before - highest) + mass * exp2_approx(largest - highest);
+      running = fmaf(running, keep, mass * take);
       next(i);
       continue;
     }
     RowSums sum;
 #pragma unroll
     for (int t = 0; t < 2 * TILES; t++) {
-      const u32 both = shared32(record + NORMS_AT + ((t / 2) * TILE + (t & 1) * 8) * 4 + r * 4);
+      const u32 both = shared32(codes + BLOCK * KEY_DIM + ((t / 2) * TILE + (t & 1) * 8) * 4 + r * 4);
       const float x = s[t] - largest, nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR);
       const float eta = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
       const float w = x >= LOG2_MIN ? exp2_approx(x) : 0.f;  // x is NaN where the row sees nothing: zero too
       sum.add(w, nu, eta, nu + eta);
       weights[(t / 2) * WEIGHT_FLOATS + c * TILE + (t & 1) * 8 + r] = w;
     }
-    float mass = fold8(sum.v, lane);
-    if (r == TOP) mass = largest;
-    highest = fmaxf(highest, largest);
-    const float c1 = __uint_as_float(shared32(record + NOTES_AT + 4 * C1));
-    const float eps = fmaf(c1 * step, size * (0.5f * (1.f + 64.f * U32F)), fact.eps);
+    float mine = fold8(sum.v, lane);  // sum r of row c
+    running = fmaf(running, keep, mine * take);
+    if (r == TOP) mine = largest;
+    const float eps = fmaf(c1_of[warp][i % CHUNK] * step, size * (0.5f * (1.f + 64.f * U32F)), fact.eps);
     float second = r == 0 ? fact.delta + eps : r == 1 ? fmaf(BLOCK_ROOT, eps, fact.d_norm) : eps;
-    statistics[lane] = mass;
+    statistics[lane] = mine;
     if (r < 3) statistics[LANES + lane] = second * STORE;
     else if (r >= 4 && r < 4 + TILES) weights[(r - 4) * WEIGHT_FLOATS + TOPS_AT + c] = largest;
     next(i);
   }
+  __shared__ float tops[WARPS][ROW_TILE], runs[WARPS][8][ROW_TILE];
   if (r == 0) tops[warp][c] = highest;
+  runs[warp][r][c] = running;
   __syncthreads();
-
-  const int place_of_split = split * call.per + threadIdx.x;
-  if (threadIdx.x < call.per && place_of_split < full) call.marks[(i64)(h * tiles + tile) * full + place_of_split] = 0;
-  float reference = tops[0][threadIdx.x % ROW_TILE];
+  const int place_of_split = split * per + threadIdx.x;
+  if (threadIdx.x < per && place_of_split < full) call.marks[(i64)(h * tiles + tile) * full + place_of_split] = 0;
+  if (warp || (r != SUM && r != SUM_NORM)) return;
+  float reference = highest, sum = 0.f;
 #pragma unroll
-  for (int w = 1; w < WARPS; w++) reference = fmaxf(reference, tops[w][threadIdx.x % ROW_TILE]);
-  if (NAIVE) {
-    __shared__ float masses[WARPS][ROW_TILE];
-    if (r == 0) masses[warp][c] = running;
-    __syncthreads();
-    float *out = call.partials + ((i64)(h * tiles + tile) * (call.splits + 1) + split) * PARTIALS * ROW_TILE, mass = 0.f;
-    if (threadIdx.x >= ROW_TILE) return;
-    for (int w = 0; w < WARPS; w++) mass += masses[w][threadIdx.x] * exp2_approx(tops[w][threadIdx.x] - reference);
-    out[MASS * ROW_TILE + threadIdx.x] = mass, out[SPLIT_TOP * ROW_TILE + threadIdx.x] = reference;
-    return;
-  }
-  split_sums<false>(call, h * tiles + tile, split, reference);
+  for (int w = 1; w < WARPS; w++) reference = fmaxf(reference, tops[w][c]);
+#pragma unroll
+  for (int w = 0; w < WARPS; w++) sum = fmaf(runs[w][r][c], exp2_approx(tops[w][c] - reference), sum);
+  float *out = call.partials + ((i64)(h * tiles + tile) * (splits + 1) + split) * PARTIALS * ROW_TILE + c;
+  out[(r != SUM ? RUN_NORM : NAIVE ? MASS : RUN_MASS) * ROW_TILE] = sum;
+  if (r == SUM) out[SPLIT_TOP * ROW_TILE] = reference;
 }

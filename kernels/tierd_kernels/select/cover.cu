@@ -18,7 +18,9 @@ __device__ Heap added(double mass, int count) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS) cover(const Call *calls, int heads, int group) {
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
+  wait_for_previous();
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, h = blockIdx.y, index = blockIdx.x, row = index % ROW_TILE;
   if (index >= rows || call.exact_only || !call.coverage) return;
   if (call.state[h * rows + index] != OPEN) return;
@@ -78,7 +80,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cover(const Call *calls, i
     heavier = above(least + 1);
     const double share = (all.mass - heavier.mass - (count - heavier.count) * (double)__uint_as_float(count ? least : 0)) / all.mass;
     const double tail = count < all.count ? fmax(share, 0.) : 0., d = delta;
-    bound = tail > 0. && norm > 0.f ? 2. * norm * power_of_two(call.unit[h]) * exp(3. * d) * expm1(2. * d) * tail : 0.;
+    bound = tail > 0. && norm > 0.f ? 2. * norm * power_of_two(call.unit) * exp(3. * d) * expm1(2. * d) * tail : 0.;
     if (round || !(bound > call.key_bound_max)) break;
     count = min(2 * count, all.count);
   }
@@ -86,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) cover(const Call *calls, i
   __shared__ int before, in_warp[COVER_WARPS];
   if (threadIdx.x == 0) before = 0;
   int keys = 0, values = 0;
-  const double unit = power_of_two(call.unit[h]);
+  const double unit = power_of_two(call.unit);
   for (int first = 0; first < blocks; first += THREADS) {
     const int b = first + threadIdx.x;
     const float w = b < blocks ? weight(b) : 0.f;

@@ -9,7 +9,9 @@
 constexpr int PICK_WARPS = 16, THREADS = PICK_WARPS * LANES, AT_ONCE = LANES;
 
 extern "C" __global__ void __launch_bounds__(THREADS) pick(const Call *calls, int heads, int group, int round) {
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
+  wait_for_previous();
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   if (blockIdx.x >= heads * tiles || call.exact_only || call.coverage) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x, row = warp % ROW_TILE;

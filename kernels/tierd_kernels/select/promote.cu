@@ -6,7 +6,7 @@
 // taken back has been rounded once already, which the split's ERROR remembers.
 constexpr int THREADS = WARPS * LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
 constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM + 16;  // of a staged key: rows begin four banks apart
-constexpr int CHANNELS = 4, STEPS = (D + CHANNELS * LANES - 1) / (CHANNELS * LANES);  // of a value, a lane's neighbouring ones
+constexpr int CHANNELS = 4 /* `Four` */, STEPS = (D + CHANNELS * LANES - 1) / (CHANNELS * LANES);  // of a value, a lane's neighbouring ones
 // Eight sums of HALF / 8 fused products each, and what joins them; q is scaled, its norm is at least 1/2.
 constexpr float KEY_ROUNDINGS = (HALF / 8 + 8) * U32F * (1.f + 1e-4f);
 constexpr float KEY_FLOOR = 0x1p-90f;  // products and keys that FP32 flushes
@@ -29,7 +29,7 @@ __device__ __forceinline__ void scaled_queries(const Call &call, int h, int grou
     top = fmaxf(top, fabsf(to.q[row][i]));
   }
   top = warp_max(top);
-  const int e = top > 0.f ? ilogbf(top) + 1 : 0;
+  const int e = exponent_above(top);
   for (int i = lane; i < D; i += LANES) {
     to.q[row][i] = downscale(to.q[row][i], e);
     norm = fmaf(to.q[row][i], to.q[row][i], norm);
@@ -123,15 +123,12 @@ __device__ __forceinline__ void score_originals(const unsigned char *keys, unsig
   }
 }
 
-// Four neighbouring channels of a value, as they are stored.
-struct __align__(CHANNELS *ITEM) Originals { u32 words[ITEM]; };
-
 // One block: its statistics anew, and by how much the split's sums change, which is added to `change` [ROW_TILE][D]. A warp's.
 __device__ __forceinline__ void promote_block(const Call &call, int heads, int h, int group, int tile, int base, int block, u32 mark, const float (&tops)[ROW_TILE],
                                               unsigned char *stage, Scratch &room, float *change) {
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, token = lane % TILE, pair = lane / TILE * 2;
   const i64 place = (i64)base * (call.full + 1) + block;
-  const float *weights = call.weights + place * TILES * WEIGHT_FLOATS, unit = unit_factor(call.unit[h]);
+  const float *weights = call.weights + place * TILES * WEIGHT_FLOATS, unit = unit_factor(call.unit);
   float *statistics = call.statistics + place * STATISTIC_FLOATS;
   const unsigned char *record = call.pool + call.hot[block] + (i64)h * RECORD_BYTES;
   const float *notes = (const float *)(record + NOTES_AT);
@@ -209,12 +206,12 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
       if (channel >= D) continue;
 #pragma unroll 2
       for (int c = 0; c < 4; c++) {
-        Originals originals[4];
+        Four originals[4];
         if (mark & 240) {
 #pragma unroll
           for (int j = 0; j < 4; j++) {
             const i64 at = (i64)(t * TILE + 2 * c + j % 2 + j / 2 * 8) * D + channel;
-            originals[j] = *(const Originals *)(values + at * ITEM);
+            originals[j] = four_of(values, at);
           }
         }
         const uint4 scales = *(const uint4 *)(part + VALUE_SCALES_AT + (channel / GROUP * 4 + c) * 16);
@@ -278,7 +275,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) promote(const Call *calls,
   extern __shared__ __align__(128) unsigned char shared[];  // of each warp, a staged tile of keys; then the changes of the sums
   __shared__ Scratch room;
   __shared__ float limits[ROW_TILE], tops[ROW_TILE], after[ROW_TILE];
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
+  wait_for_previous();
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   if (blockIdx.x >= heads * tiles || split >= call.splits || call.exact_only) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x;
