@@ -38,7 +38,7 @@ def _bounds(results: "Results", axes: Axes) -> None:
     error = np.maximum([point["error"] for point in points], LEAST)
     for name, marker in (("paper", "x"), ("ours", ".")):
         axes.scatter(error, [min(point[name], 1e6) for point in points], s=9, marker=marker, alpha=0.6, linewidths=0.7, label=name)
-    ends = [float(error.min(initial=LEAST)), float(error.max(initial=1.0))]
+    ends = [float(error.min()), float(error.max())]
     axes.plot(ends, ends, color="black", linewidth=0.8, label="bound = error")
     axes.set(xscale="log", yscale="log", xlabel="true error / Vbar", ylabel="bound / Vbar (at most 1e6 shown)")
     axes.legend(fontsize=8)
@@ -75,9 +75,9 @@ def _memory(results: "Results", axes: Axes) -> None:
     rows = [row for row in results.rows("peers") if "missing" not in row]
     for row in rows:
         per_token = row["device_bytes"] / row["tokens"]
-        axes.scatter(per_token, row["variant_score"], s=22)
-        axes.annotate(f"{row['peer']}, {row['tokens']}", (per_token, row["variant_score"]), fontsize=7, rotation=20)
+        axes.plot(per_token, row["variant_score"], "o", markersize=5, alpha=0.7, label=f"{row['peer']}, {row['tokens']} tokens")
     axes.set(xlabel="bytes on the device a token, all layers", ylabel="mean score")
+    axes.legend(fontsize=7)
 
 
 FIGURES = {
