@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 import corpus
 import torch
-from model import END, VOCABULARY, ByteTokenizer
+from model import ByteTokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from vocabulary import END, VOCABULARY
 
 warnings.filterwarnings("ignore", ".past_key_values. is deprecated", FutureWarning)  # the only name that transformers 5.23 knows
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
