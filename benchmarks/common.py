@@ -14,14 +14,14 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("numpy", "numba", "torch", "grpcio", "protobuf")
 
 
-def environment() -> dict[str, Any]:
-    """Processor, cores, kernel, Python and the versions of what does the work."""
+def environment(packages: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Processor, cores, kernel, Python and the versions of what does the work, `packages` besides those of every benchmark."""
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in PACKAGES},
+        **{name: metadata.version(name) for name in PACKAGES + packages},
         **_device(),
     }
 
@@ -47,11 +47,11 @@ def machine_name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{_processor()} {os.cpu_count()} cores".lower()).strip("-")
 
 
-def write_results(name: str, headline: dict[str, float], rows: list[dict[str, Any]]) -> Path:
+def write_results(name: str, headline: dict[str, float], rows: list[dict[str, Any]], packages: tuple[str, ...] = ()) -> Path:
     """Write benchmarks/results/<name>__<machine>.json; returns its path."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}__{machine_name()}.json"
-    path.write_text(json.dumps({"environment": environment(), "headline": headline, "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"environment": environment(packages), "headline": headline, "rows": rows}, indent=1) + "\n")
     return path
 
 

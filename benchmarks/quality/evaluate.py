@@ -1,0 +1,112 @@
+"""Needles, RULER and perplexity of one model under every variant, paired: the same prompts, dense and otherwise.
+
+    python benchmarks/quality/evaluate.py --model CHECKPOINT --contexts 4096 8192 --minutes 9
+
+Each part is written to a ledger when it is done; the same command goes on where the last one stopped, and the results are written
+from whatever is done for every variant. With --catastrophic value channels are rescaled first (see catastrophic.py), which
+leaves dense outputs as they are.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import checkpoints
+import running
+import tasks
+from catastrophic import rescale_value_channels
+from ledger import Ledger
+from naive import GROUP
+from summarise import headline, summarise
+from tierd_client import Tier
+from variants import ALL, PACKAGES, Variant, attending, connection, layout_of, named
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import write_results
+
+IDENTITY = ("contexts", "tasks", "variants", "examples", "batch", "windows", "seed", "catastrophic")  # what makes a ledger another run's
+DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(arguments)
+    checkpoint = checkpoints.load(options.model, options.device, options.dtype)
+    if options.catastrophic:
+        head_dim = layout_of(checkpoint.model.config.get_text_config(decoder=True), checkpoint.model.dtype).head_dim
+        rescale_value_channels(checkpoint.model, channels=range(0, head_dim, GROUP))
+    identity = {name: getattr(options, name) for name in IDENTITY}
+    ledger = Ledger(options.ledger, {"model": checkpoint.name, "dtype": str(checkpoint.model.dtype)} | identity, options.minutes)
+    longest = max(options.contexts) + max(tasks.new_tokens(name) for name in options.tasks)
+    with connection(checkpoint.model, longest, options.batch) as tier:
+        finished = all([ledger.part(key, compute) for key, compute in parts(options, checkpoint, tier)])
+    rows = summarise(ledger.records)
+    name = "quality_catastrophic" if options.catastrophic else "quality_evaluate"
+    path = write_results(name, headline(rows), rows, PACKAGES)
+    print(f"{len(ledger.records)} parts, {'all' if finished else 'not all'} done; {path.name}")
+    return 0 if finished else 3
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
+    parser.add_argument("--text", type=Path, help="PG-19: a text file or a folder of .txt (default: the standard library's source)")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192], help="tokens")
+    parser.add_argument("--tasks", nargs="+", default=list(tasks.NAMES), choices=tasks.NAMES)
+    parser.add_argument("--variants", nargs="+", default=[variant.name for variant in ALL], choices=[variant.name for variant in ALL])
+    parser.add_argument("--examples", type=int, default=50, help="of each task and context")
+    parser.add_argument("--batch", type=int, default=10, help="prompts of one forward")
+    parser.add_argument("--windows", type=int, default=4, help="of text, of each context, for perplexity")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, help="start no part after this long")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", choices=tuple(checkpoints.DTYPES))
+    parser.add_argument("--catastrophic", action="store_true", help="rescale value channels first")
+    parser.add_argument("--ledger", type=Path, default=Path("quality.jsonl"), help="where parts are written as they are done")
+    return parser.parse_args(arguments)
+
+
+def parts(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, tier: Tier) -> Iterator[tuple[str, Any]]:
+    """Key and computation of every part: contexts in their order, then text, then examples a batch at a time, all variants of one after
+    another, so that a run that is cut off has whole comparisons."""
+    variants = named(options.variants)
+    for tokens in options.contexts:
+        text = checkpoints.windows(checkpoint, options.text, tokens, options.windows) if options.windows else []
+        for index, window in enumerate(text):
+            for variant in variants:
+                yield (
+                    f"perplexity/{tokens}/{index}/{variant.name}",
+                    lambda v=variant, w=window, t=tokens, i=index: {
+                        "kind": "perplexity", "tokens": t, "window": i, "variant": v.name,
+                        **running.negative_log_likelihood(checkpoint, v, tier, w),
+                    },
+                )  # fmt: skip
+        for first in range(0, options.examples, options.batch):
+            numbers = range(first, min(first + options.batch, options.examples))
+            for task in options.tasks:
+                for variant in variants:
+                    key = f"{task}/{tokens}/{first}/{variant.name}"
+                    yield key, lambda v=variant, t=task, n=tokens, i=numbers: answer(checkpoint, v, tier, t, n, i, options.seed)
+
+
+def answer(
+    checkpoint: checkpoints.Checkpoint, variant: Variant, tier: Tier, task: str, tokens: int, numbers: range, seed: int
+) -> dict[str, Any]:
+    """Scores of the examples `numbers` of a task at `tokens` tokens. Example i has the seed `seed + i`; needles of "niah" go through
+    `DEPTHS`."""
+    depths = [DEPTHS[i % len(DEPTHS)] if task == "niah" else None for i in numbers]
+    examples = [tasks.example(task, tokens, checkpoint.count, seed + i, depth) for i, depth in zip(numbers, depths, strict=True)]
+    completions, said = running.complete(
+        checkpoint, partial(attending, variant, checkpoint.model, tier), [e.prompt for e in examples], tasks.new_tokens(task)
+    )
+    scores = [tasks.score(example, completion) for example, completion in zip(examples, completions, strict=True)]
+    return {
+        "kind": "task", "task": task, "tokens": tokens, "variant": variant.name, "numbers": list(numbers), "depths": depths,
+        "scores": scores, "completions": completions, **said,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,117 @@
+"""Writes REPORT.md, its figures and the headline from committed results. No number comes from anywhere else.
+
+    python benchmarks/quality/report.py --machine nvidia-h100-80gb-hbm3 --machine amd-epyc-2-cores
+
+Each part is taken from the first machine that has it. Ends with an error, and writes nothing, where a part is missing or where any
+certificate was found to be wrong.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import figures
+import sections
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import RESULTS, machine_name
+
+HERE = Path(__file__).parent
+MADE_BY = {
+    "evaluate": "evaluate.py", "catastrophic": "evaluate.py --catastrophic", "violations": "violations.py", "tightness": "tightness.py",
+    "peers": "peers.py",
+}  # fmt: skip
+HEADLINE = (
+    "violations", "head_steps", "niah_delta_8k_rtol5", "ruler_delta_8k_rtol5", "critical_failures_rtol2", "ppl_delta_rtol5",
+    "bytes_vs_paper_rtol5", "naive_catastrophic_accuracy", "certified_catastrophic_accuracy", "dense_catastrophic_accuracy",
+)  # fmt: skip
+
+
+class Unreportable(Exception):
+    """A result is missing, or a certificate was wrong."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The parts' JSON by name, and the files that they were read from."""
+
+    parts: dict[str, dict[str, Any]]
+    files: dict[str, Path]
+
+    def rows(self, part: str, kind: str | None = None) -> list[dict[str, Any]]:
+        """Rows of a part, all or those of a kind."""
+        return [row for row in self.parts[part]["rows"] if kind is None or row["kind"] == kind]
+
+
+def read(folder: Path, machines: list[str]) -> Results:
+    """Every part from the first machine that has it. Raises Unreportable naming the command that makes what is missing, or the part
+    with a wrong certificate."""
+    parts, files = {}, {}
+    for part, script in MADE_BY.items():
+        candidates = [folder / f"quality_{part}__{machine}.json" for machine in machines]
+        found = next((path for path in candidates if path.is_file()), None)
+        if found is None:
+            raise Unreportable(f"none of {', '.join(path.name for path in candidates)} is in {folder}; {script} makes it")
+        parts[part], files[part] = json.loads(found.read_text()), found
+    results = Results(parts, files)
+    check(results)
+    return results
+
+
+def check(results: Results) -> None:
+    """Raises Unreportable if anything in the results says that a promise was broken."""
+    for part in results.parts:
+        for row in results.rows(part):
+            for name in ("violations", "broken", "over_budget"):
+                if row.get(name, 0):
+                    raise Unreportable(f"{results.files[part].name} counts {row[name]} {name} of {row.get('variant')}: nothing is reported")
+    if not any(row.get("head_steps") for row in results.rows("violations")):
+        raise Unreportable(f"{results.files['violations'].name} judged no head-step")
+
+
+def headline(results: Results) -> dict[str, float]:
+    """The figures by which the evidence is judged. Raises Unreportable for one that no part measured."""
+    judged = [row for part in ("evaluate", "catastrophic", "violations") for row in results.rows(part) if "head_steps" in row]
+    found: dict[str, Any] = {name: sum(row[name] for row in judged) for name in ("violations", "head_steps")}
+    found |= {name: value for name, value in results.parts["evaluate"]["headline"].items() if name not in found}
+    found |= {f"{name}_catastrophic_accuracy": results.parts["catastrophic"]["headline"].get(f"{name}_accuracy") for name in
+              ("naive", "certified", "dense")}  # fmt: skip
+    found["bytes_vs_paper_rtol5"] = results.parts["tightness"]["headline"]["bytes_vs_paper_rtol5"]
+    missing = [name for name in HEADLINE if found.get(name) is None]
+    if missing:
+        raise Unreportable(f"no part measured {', '.join(missing)}: evaluate.py needs a context of 8192, rtol2, rtol5 and naive")
+    return {name: found[name] for name in HEADLINE}
+
+
+def write(results: Results, machine: str, folder: Path) -> Path:
+    """REPORT.md and figures/ into `folder`, quality__<machine>.json beside the parts; returns the report's path."""
+    top = headline(results)
+    drawn = figures.draw(results, folder / "figures")
+    text = sections.document(results, top, drawn)
+    environment = {part: results.parts[part]["environment"] for part in results.parts}
+    sources = [{"part": part, "file": path.name, "headline": results.parts[part]["headline"]} for part, path in results.files.items()]
+    target = results.files["violations"].parent / f"quality__{machine}.json"
+    target.write_text(json.dumps({"environment": environment, "headline": top, "rows": sources}, indent=1) + "\n")
+    path = folder / "REPORT.md"
+    path.write_text(text)
+    return path
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", action="append", help="whose results, the preferred one first (default: this one)")
+    options = parser.parse_args(arguments)
+    machines = options.machine or [machine_name()]
+    try:
+        print(write(read(RESULTS, machines), machines[0], HERE))
+    except Unreportable as refusal:
+        print(refusal, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
