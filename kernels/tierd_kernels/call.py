@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Budget, Policy
 from tierd_kernels.select.reference import Mask
 
@@ -15,7 +16,7 @@ class Call:
 
     q [Hq, n, d] in the originals' type; `num_tokens` what the newest query sees. Offsets are int64 bytes: `hot_offsets` of the full
     blocks, `original_offsets` of all (the trailing one last), `key_locations` and `value_locations` [full, Hkv]: a byte offset into
-    scratch, or ~offset of the record in the originals. `group_*_norms`
+    scratch, or ~offset of the record in the originals; None for both where no record lies in scratch. `group_*_norms`
     float32 [groups, Hkv]: spectral norms of complete groups of 1024 tokens. `canary_blocks`: full blocks to re-score from originals.
     """
 
@@ -24,8 +25,8 @@ class Call:
     softmax_scale: float
     hot_offsets: NDArray[np.int64]
     original_offsets: NDArray[np.int64]
-    key_locations: NDArray[np.int64]
-    value_locations: NDArray[np.int64]
+    key_locations: NDArray[np.int64] | None
+    value_locations: NDArray[np.int64] | None
     group_value_norms: NDArray[np.float32]
     group_error_norms: NDArray[np.float32]
     rtol: float
@@ -33,6 +34,13 @@ class Call:
     relative_to: str = "values"
     policy: Policy = field(default_factory=Budget)
     canary_blocks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    def locations(self, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of keys and values, written out where None stands for them."""
+        if self.key_locations is None or self.value_locations is None:
+            keys, values = layout.own_locations(self.original_offsets[: len(self.hot_offsets)])
+            return keys, values
+        return self.key_locations, self.value_locations
 
 
 @dataclass

@@ -68,6 +68,7 @@ class Step:
         self.num_blocks = -(-self.num_tokens // layout.block_size)
         self.full = min(len(call.hot_offsets), self.num_blocks)
         self.hot_offsets, self.original_offsets = call.hot_offsets[: self.full], call.original_offsets[: self.num_blocks]
+        self.key_locations, self.value_locations = call.locations(layout)
         norms = (call.group_value_norms, call.group_error_norms)
         self.view = KVView.of(layout, memory, self.hot_offsets, self.original_offsets, self.num_tokens, norms)
         self.annotations = self.view.annotations(self.rows)
@@ -121,7 +122,7 @@ class Step:
     def _score(self, todo: Mask) -> None:
         score(
             self.layout.as_array, *self.memory, self.q_HRd, self.scale_HR, self.visible_R, self.view.unit_H, self.hot_offsets,
-            self.original_offsets, self.call.key_locations, self.key_exact.reshape(self.blocks_of_head),
+            self.original_offsets, self.key_locations, self.key_exact.reshape(self.blocks_of_head),
             todo.reshape(self.blocks_of_head), SCORE_CHUNK, self.weights,
             self.statistics.reshape(NUM_STATISTICS, *self.blocks_of_head),
         )  # fmt: skip
@@ -147,7 +148,7 @@ class Step:
             keep[rows] = self.keep[rows]
         value_pass(
             self.layout.as_array, *self.memory, self.visible_R, self.hot_offsets, self.original_offsets,
-            self.call.value_locations, self.view.raw_values_Hb, self.value_exact.reshape(self.blocks_of_head),
+            self.value_locations, self.view.raw_values_Hb, self.value_exact.reshape(self.blocks_of_head),
             keep.reshape(self.blocks_of_head), self.factor.reshape(self.blocks_of_head), self.weights, self.partial,
         )  # fmt: skip
         mass = np.empty(len(rows))
@@ -306,7 +307,7 @@ class Step:
             return []
         allowed = np.where(scored_R[:, None], self.statistics[DELTA], np.inf).reshape(self.blocks_of_head)[:, : self.used]
         return canary_failures(
-            self.layout, self.memory, blocks, self.hot_offsets, self.call.key_locations, self.q_HRd[:, : self.used],
+            self.layout, self.memory, blocks, self.hot_offsets, self.key_locations, self.q_HRd[:, : self.used],
             self.scale_HR[:, : self.used], self.visible_R[: self.used], allowed,
         )  # fmt: skip
 
@@ -314,7 +315,7 @@ class Step:
         use = slice(None) if self.used == self.rows else (np.arange(self.heads)[:, None] * self.rows + np.arange(self.used)).reshape(-1)
         exact, keep, by_head = self.exact[use], self.keep[use], (self.heads, self.used, self.full)
         counts, reads, host = [], [], np.where(exact, 2 * self.num_tokens * self.d * self.layout.itemsize, 0)
-        for mask, locations in ((self.key_exact, self.call.key_locations), (self.value_exact, self.call.value_locations)):
+        for mask, locations in ((self.key_exact, self.key_locations), (self.value_exact, self.value_locations)):
             if not self.promoted and not np.any(exact):  # half a millisecond at 32,768 tokens
                 counts.append(np.zeros(len(exact), np.int64))
                 reads.append(np.zeros((len(self.call.hot_offsets), self.heads), np.bool_))

@@ -117,7 +117,7 @@ class FakeKernels:
         both = np.concatenate([np.empty((2, heads, 0, layout.head_dim), NUMPY_DTYPE[layout.dtype])]
                               + [_block(layout, memory, at) for at in call.original_offsets.tolist()], axis=2)  # fmt: skip
         if not exact:
-            for kind, locations in ((KEY, call.key_locations), (VALUE, call.value_locations)):
+            for kind, locations in enumerate(call.locations(layout)):
                 for block, head in np.argwhere(promoted).tolist():
                     tokens = slice(block * layout.block_size, (block + 1) * layout.block_size)
                     both[kind, head, tokens] = _record(layout, memory, int(locations[block, head]))

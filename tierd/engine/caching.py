@@ -53,7 +53,9 @@ class ScratchCache:
         hit = work.reads & ~missed
         self._counters.hits += int(np.count_nonzero(hit))
         self._counters.misses += int(np.count_nonzero(missed))
-        self._residency.touch(work.copy_ids[hit], self._step)
+        if work.locations is not None:
+            kind, block, head = np.nonzero(hit)
+            self._residency.touch(work.session.table.copy_id[kind, work.ids[block], head], self._step)
 
     def _prefetch(self, work: Work, room: int) -> list[CopyOrder]:
         assert work.result is not None

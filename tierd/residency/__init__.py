@@ -2,5 +2,6 @@
 
 from tierd.residency.blocks import KEY, VALUE, BlockTable, Ids
 from tierd.residency.machine import CopyState, Residency, ScratchCopy
+from tierd.residency.places import Places
 
-__all__ = ["KEY", "VALUE", "BlockTable", "CopyState", "Ids", "Residency", "ScratchCopy"]
+__all__ = ["KEY", "VALUE", "BlockTable", "CopyState", "Ids", "Places", "Residency", "ScratchCopy"]

@@ -21,6 +21,7 @@ class BlockTable:
 
     `hot_offset` [id] is -1 while the block is a tail. `location` [kind, id, Hkv] is what kernels read: a byte offset in
     scratch, or `~offset` in originals. `copy_id` [kind, id, Hkv] is -1 where no copy exists or is under way.
+    `resident` [id] counts the block's records that lie in scratch.
     `hot_block_bytes` is the size of a hot slot, which the backend chooses.
     """
 
@@ -33,6 +34,7 @@ class BlockTable:
         self.original_offset = np.full(0, -1, dtype=np.int64)
         self.references = np.zeros(0, dtype=np.int32)
         self.pins = np.zeros(0, dtype=np.int32)
+        self.resident = np.zeros(0, dtype=np.int32)
         self.location = np.zeros((2, 0, heads), dtype=np.int64)
         self.checksum = np.zeros((2, 0, heads), dtype=np.uint64)
         self.copy_id = np.full((2, 0, heads), -1, dtype=np.int64)
@@ -123,7 +125,7 @@ class BlockTable:
     def _grow(self) -> None:
         """Double the columns. The originals pool bounds the number of blocks, hence this."""
         old, extra = len(self.references), max(64, len(self.references))
-        for name in ("hot_offset", "original_offset", "references", "pins"):
+        for name in ("hot_offset", "original_offset", "references", "pins", "resident"):
             column = getattr(self, name)
             setattr(
                 self,

@@ -136,6 +136,7 @@ class Residency:
             return False
         copy.state = CopyState.RESIDENT
         copy.table.location[copy.kind, copy.block, copy.head] = copy.target
+        copy.table.resident[copy.block] += 1
         return True
 
     def evict(self, copy_id: int) -> None:
@@ -167,6 +168,7 @@ class Residency:
 
     def _detach(self, copy: ScratchCopy) -> None:
         copy.table.copy_id[copy.kind, copy.block, copy.head] = -1
+        copy.table.resident[copy.block] -= copy.state is CopyState.RESIDENT
         copy.table.location[copy.kind, copy.block, copy.head] = ~copy.source
 
     def _forget(self, copy: ScratchCopy) -> None:
@@ -199,6 +201,7 @@ class Residency:
         assert len(self._copies) == self.arenas.scratch.num_owned, "scratch leaks"
 
     def _check_locations(self, table: BlockTable, live: Ids) -> None:
+        assert (table.resident[live] == (table.location[:, live] >= 0).sum(axis=(0, 2))).all(), "records in scratch are miscounted"
         for kind in (0, 1):
             expected = ~table.record_offsets(kind, live)
             at = {int(block): i for i, block in enumerate(live)}

@@ -229,7 +229,7 @@ def _reads(layout: Layout, call: Call, answers: list[Answer], exact: NDArray[np.
             for kind, locations in enumerate((call.key_locations, call.value_locations)):
                 rows = bits[:, :, 4 * kind : 4 * kind + 4].reshape(heads, -1, have)[:, : exact.shape[0] // heads * n].astype(bool)
                 reads[kind, :have] |= rows.any(axis=1).T
-                cold = (rows & (locations[:have].T[:, None] < 0)).sum(axis=2) * layout.original_record_bytes
+                cold = (rows if locations is None else rows & (locations[:have].T[:, None] < 0)).sum(axis=2) * layout.original_record_bytes
                 host[:, start : start + n] += cold.reshape(exact.shape[0], n)
         start += n
     return reads, host

@@ -159,10 +159,11 @@ class Step:
         canaries = call.canary_blocks if part.start == 0 else call.canary_blocks[:0]
         canaries = canaries[canaries < full]
         arrays = {
-            "q": q, "hot": call.hot_offsets[:full], "original": call.original_offsets[:blocks], "key_at": call.key_locations[:full],
-            "value_at": call.value_locations[:full], "group_values": call.group_value_norms,
+            "q": q, "hot": call.hot_offsets[:full], "original": call.original_offsets[:blocks], "group_values": call.group_value_norms,
             "group_errors": call.group_error_norms, "canaries": canaries.astype(np.int32),
         }  # fmt: skip
+        if call.key_locations is not None and call.value_locations is not None:  # 1 MB at 131,072 tokens of 8 KV heads
+            arrays |= {"key_at": call.key_locations[:full], "value_at": call.value_locations[:full]}
         # In this order in `answers`: numbers of eight bytes first.
         rows = self.group * heads * part.n
         sizes = {"fields": 8 * len(FIELDS) * rows, "state": 4 * rows, "output": q.nbytes, "failures": len(canaries) * heads}
