@@ -1,5 +1,6 @@
 """What a call to the ladder carries, and what comes back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,6 +8,7 @@ from numpy.typing import NDArray
 
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Budget, Policy
+from tierd_kernels.select.candidates import CANDIDATES_MAX, Candidates
 from tierd_kernels.select.reference import Mask
 
 
@@ -18,6 +20,7 @@ class Call:
     blocks, `original_offsets` of all (the trailing one last), `key_locations` and `value_locations` [full, Hkv]: a byte offset into
     scratch, or ~offset of the record in the originals; None for both where no record lies in scratch. `group_*_norms`
     float32 [groups, Hkv]: spectral norms of complete groups of 1024 tokens. `canary_blocks`: full blocks to re-score from originals.
+    `candidates_max`: of a KV head, keys and values apart.
     """
 
     q: NDArray[np.generic]
@@ -34,6 +37,7 @@ class Call:
     relative_to: str = "values"
     policy: Policy = field(default_factory=Budget)
     canary_blocks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    candidates_max: int = CANDIDATES_MAX
 
     def locations(self, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of keys and values, written out where None stands for them."""
@@ -46,11 +50,12 @@ class Call:
 @dataclass
 class Result:
     """Output [Hq, n, d] in q's type, certificate fields [Hq, n]; `key_reads`, `value_reads` bool [full, Hkv] name the original
-    records that were read; `contributions` float32 [2, full, Hkv] the key and value shares of the budget, largest over rows."""
+    records that were read. `candidates()`: the blocks that come near needing their originals; a device works them out behind the
+    answer, and only who asks for them waits. It raises DeviceLost."""
 
     output: NDArray[np.generic]
     certificate: dict[str, NDArray[np.generic]]
     key_reads: Mask
     value_reads: Mask
-    contributions: NDArray[np.float32]
+    candidates: Callable[[], Candidates]
     canary_failures: list[tuple[int, int]]

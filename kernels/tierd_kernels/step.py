@@ -24,6 +24,7 @@ from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.numerics import SAFETY, U64, Array
 from tierd_kernels.policy import Budget, Coverage
 from tierd_kernels.score.cpu import NORM_FLOOR, score
+from tierd_kernels.select.candidates import largest
 from tierd_kernels.select.cpu import skip_blocks
 from tierd_kernels.select.reference import Mask, cheapest_within, coverage_keys
 from tierd_kernels.vector import ROW_TILE
@@ -337,6 +338,7 @@ class Step:
         visible = -(-self.visible_R[: self.used] // self.layout.block_size)
         kept = np.count_nonzero(keep, axis=1).reshape(self.heads, -1)
         skipped = np.where(exact, 0, (visible - kept).reshape(-1))
+        contributions, most = self.contributions, self.call.candidates_max  # what outlives the step
         fields: dict[str, NDArray[np.generic]] = {name: x[use] for name, x in self.fields.items()}
         fields |= {
             "rung": rung, "exact": exact, "rank_certified": self.ranked[use], "promoted_key_blocks": keys,
@@ -345,5 +347,5 @@ class Step:
         return Result(
             self.output[use].reshape(*shape, self.d),
             {name: np.ascontiguousarray(x.reshape(shape)) for name, x in fields.items()},
-            reads[0], reads[1], self.contributions, failures,
+            reads[0], reads[1], lambda: largest(contributions, most), failures,
         )  # fmt: skip

@@ -13,6 +13,7 @@ from tierd_kernels import host
 from tierd_kernels.call import Call, Result
 from tierd_kernels.kvview import narrow, widen
 from tierd_kernels.layout import NUMPY_DTYPE, Layout, Memory
+from tierd_kernels.select.candidates import largest
 
 Raw = NDArray[Any]
 Offsets = NDArray[np.int64]
@@ -127,7 +128,7 @@ class FakeKernels:
             self._certificate(call, exact, promoted, layout),
             key_reads=promoted | exact,
             value_reads=promoted | exact,
-            contributions=np.ones((2, full, heads), np.float32),
+            candidates=lambda: largest(np.ones((2, full, heads), np.float32), call.candidates_max),
             canary_failures=[] if exact else self._canary_failures(layout, memory, call),
         )
 

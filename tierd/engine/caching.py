@@ -62,7 +62,7 @@ class ScratchCache:
         table = work.session.table
         # The table of now, not the call's: a batch may hold several sessions that share blocks.
         host_only = table.copy_id[:, work.ids] < 0
-        snapshot = PrefetchSnapshot(work.reads & host_only, work.result.contributions, work.exact_heads)
+        snapshot = PrefetchSnapshot(work.reads & host_only, work.result.candidates().shares(len(work.ids)), work.exact_heads)
         orders: list[CopyOrder] = []
         for record in choose_prefetches(snapshot, room):
             copy = self._begin(work, record.kind, int(work.ids[record.block]), record.head)

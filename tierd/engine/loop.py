@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
@@ -288,7 +289,9 @@ class Engine:
     def _run_batch(self) -> None:
         jobs = self._clear_batch()
         if jobs:
-            self._cache.update(self._batch.run(jobs))
+            works = self._batch.run(jobs)
+            with suppress(Unavailable):  # the device was lost behind its answers, as `lost` says: they are given, and no more will be
+                self._cache.update(works)
 
     def _clear_batch(self) -> list[Job]:
         jobs, self._jobs, self._busy, self._num_rows = self._jobs, [], set(), 0

@@ -45,7 +45,7 @@ constexpr float LOG2_MIN = -124.f;                     // a weight below 2^-124 
 struct Call {
   int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
   int unit;                                        // within [-60, 120]: norms are counted in units of 2^unit
-  int relative_to_output, exact_only, num_canaries, require_rank, coverage, k_min, k_max, boundary_check, none;
+  int relative_to_output, exact_only, num_canaries, require_rank, coverage, k_min, k_max, boundary_check, candidates_max;
   double scale;
   const void *q;  // raw [Hq][n][D]
   const i64 *hot;
@@ -65,9 +65,13 @@ struct Call {
   double *dense;                                   // [tiles][splits + 1][ROW_TILE][DENSE_FACTS + D]
   const int *canaries;                             // [num_canaries] full blocks
   unsigned char *failures;                         // [num_canaries][Hkv]
+  float *shares;                                   // [Hkv][2][full]: see select/candidates.cu
+  int *tickets;                                    // [Hkv], zero between launches
+  int *candidate_blocks;                           // [2][Hkv][candidates_max]
+  float *candidate_scores;
   double rtol, atol, skip_share;                   // of the budget, for skipped blocks
   double tau_cov, key_bound_max, v_tol;            // of the coverage policy
-  int end[14];                                     // to whole lines
+  int end[6];                                      // to whole lines
 };
 static_assert(sizeof(Call) == 384, "as in launch.py");
 
