@@ -160,7 +160,8 @@ def test_the_devices_candidates_are_the_largest_shares(
     promoted, skipped = (int(np.count_nonzero(left.marks & bits)) for bits in (255, 256))
     assert skipped or regime != "passage" or isinstance(policy, Coverage)
     print(f"{left.full} blocks, {promoted} promoted, {skipped} skipped of {left.marks.size}")
-    for other in (run(cache, call, split_blocks)[1], step.answers()[0].candidates()):  # another step; the same again, whose tickets were handed back
+    # Another step; the same again, whose tickets have been handed back.
+    for other in (run(cache, call, split_blocks)[1], step.answers()[0].candidates()):
         assert np.array_equal(found.blocks, other.blocks) and np.array_equal(found.scores.view(np.uint32), other.scores.view(np.uint32))
 
 
