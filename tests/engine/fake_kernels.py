@@ -127,7 +127,7 @@ class FakeKernels:
             self._certificate(call, exact, promoted, layout),
             key_reads=promoted | exact,
             value_reads=promoted | exact,
-            contributions=np.ones((2, full, heads), np.float32),
+            contributions=np.stack([promoted, promoted]).astype(np.float32) * (not exact),
             canary_failures=[] if exact else self._canary_failures(layout, memory, call),
         )
 

@@ -67,6 +67,7 @@ class Work:
     locations: NDArray[np.int64]
     copy_ids: NDArray[np.int64]
     result: Result | None = None
+    late_records: int = 0
 
     @property
     def exact_heads(self) -> NDArray[np.bool_]:
@@ -91,6 +92,11 @@ class Work:
     def host_reads(self) -> NDArray[np.bool_]:
         """Those that were read from the host: without a copy, or of an exact head, which never looks at scratch."""
         return self.reads & ((self.locations < 0) | self.exact_heads)
+
+    @property
+    def late(self) -> NDArray[np.bool_]:
+        """Those that were read from the host although a copy was on its way when the kernels started."""
+        return self.reads & (self.locations < 0) & (self.copy_ids >= 0) & ~self.exact_heads
 
 
 @dataclass(eq=False)
@@ -123,9 +129,11 @@ class Batch:
         self._counters = counters
         self._canary_share = canary_share
         self._random = np.random.default_rng(seed)
+        self._prefetch_wait_s = 0.0
 
-    def run(self, jobs: list[Job]) -> list[Work]:
-        """Answer all `jobs` and complete their futures; returns the rows that succeeded."""
+    def run(self, jobs: list[Job], prefetch_wait_s: float) -> list[Work]:
+        """Answer all `jobs` and complete their futures; returns the rows that succeeded. `prefetch_wait_s` is for their answers."""
+        self._prefetch_wait_s = prefetch_wait_s
         for job in jobs:
             self._prepare(job)
         self._launch([(job, work) for job in jobs for work in job.works])
@@ -284,8 +292,11 @@ class Batch:
             for work in job.works:
                 assert work.result is not None
                 self._counters.add(work.result)
+                if self._residency.num_in_flight and work.read_originals:
+                    work.late_records = int(np.count_nonzero(work.late))
+            waited_s = self._prefetch_wait_s
             job.future.set_result(
-                [RowResult(w.result.output, w.result.certificate) for w in job.works if w.result is not None]
+                [RowResult(w.result.output, w.result.certificate, w.late_records, waited_s) for w in job.works if w.result is not None]
             )
             return True
         for session, saved in reversed(job.saved):

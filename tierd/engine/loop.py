@@ -70,12 +70,12 @@ class Engine:
         self._device = device = Device(self.backend, kernels)
         # One key, written once: safe on whichever thread meets the fault.
         device.lost.add_done_callback(lambda _: self.counters.events.update(device_lost=1))
-        self.residency = Residency(Arenas(memory), device.hot_block_bytes)
+        self.residency = Residency(Arenas(memory, config.scratch_key_share), device.hot_block_bytes)
         self._leases = Leases(self._clock, config.lease_s or None)
         self.sessions = Sessions(config, self.residency, device, self._leases)
         self._batch = Batch(self.residency, device, self.sessions.by_id, self.counters, config.canary_share, seed)
         self._migrator = Migrator(partial(device.copy_to_scratch, memory), max(1, config.migrations_max))
-        self._cache = ScratchCache(self.residency, self._migrator, self.counters, config.migrations_max)
+        self._cache = ScratchCache(config, self.residency, self._migrator, self.counters, self.sessions.by_id, self._clock)
         self._handlers: dict[type[Command], Callable[[Any], Any]] = {
             OpenSession: self.sessions.open,
             CloseSession: self.sessions.close,
@@ -198,6 +198,7 @@ class Engine:
             "tokens": sum(sum(session.lengths) for session in self.sessions.by_id.values()),
             "copies": self.residency.num_copies,
             "pools": pools,
+            "tiering": self._cache.status(),
             **self.counters.as_dict(),
         }
 
@@ -288,7 +289,7 @@ class Engine:
     def _run_batch(self) -> None:
         jobs = self._clear_batch()
         if jobs:
-            self._cache.update(self._batch.run(jobs))
+            self._cache.update(self._batch.run(jobs, self._cache.wait(jobs)))
 
     def _clear_batch(self) -> list[Job]:
         jobs, self._jobs, self._busy, self._num_rows = self._jobs, [], set(), 0

@@ -1,0 +1,59 @@
+"""What a policy is shown and what it answers.
+
+Legend: m full blocks of a call, C rows of a block table, Hkv KV heads, n records; kind 0 keys, 1 values.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd.policy.candidates import Candidates
+
+NONE = -1  # in `copy_id`: no copy, and one may be made
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One answered call, of one layer of one session.
+
+    `ids` int64 [m]: its full blocks in the table. `key_reads`, `value_reads` bool [m, Hkv]: originals that the answer needed, wherever they
+    were read; those of `exact_heads` [Hkv] say nothing, for such a head reads all. `candidates`: by index into `ids`. The columns
+    [2, C, Hkv] are the table's: `copy_id`, and three that are the policy's own to write: `worth` float64, larger is better to keep;
+    `share` float32 and `seen` float64, the last share of the budget and when it was. Zero where nothing is known. `now`: steps, a fraction
+    for each layer; at least 1.
+    """
+
+    ids: NDArray[np.int64]
+    key_reads: NDArray[np.bool_]
+    value_reads: NDArray[np.bool_]
+    exact_heads: NDArray[np.bool_]
+    candidates: Candidates
+    copy_id: NDArray[np.int64]
+    worth: NDArray[np.float64]
+    share: NDArray[np.float32]
+    seen: NDArray[np.float64]
+    now: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Records worth a copy, best first: int64 [n, 3] of (kind, block id, head), and what each is worth, float64 [n]."""
+
+    records: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3), np.int64))
+    worths: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+
+
+class Policy(Protocol):
+    """Writes the worth of records, and says which of those without a copy deserve one. Copies of less worth make room."""
+
+    name: str
+
+    def choose(self, snapshot: Snapshot) -> Choice:
+        """What to copy after this call."""
+        ...
+
+    def rescale(self, now: float) -> float:
+        """A factor that all worths ever written must be multiplied by before anything else is done; mostly 1."""
+        ...
