@@ -19,7 +19,7 @@ from tierd.residency import KEY, VALUE, BlockTable, CopyState, Residency, Scratc
 from tierd.session import Session
 
 log = logging.getLogger(__name__)
-ACTIVE_STEPS = 16.0  # who has not called for so long has no fair share: two half-lives of the predictive policy's worths
+ACTIVE_STEPS = 16.0  # who has not called for so long has no fair share: eight half-lives of the predictive policy's worths
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd.policy.candidates import UNKNOWN, Candidates, compiled
-from tierd.policy.snapshot import NONE, Choice, Snapshot
+from tierd.policy.candidates import UNKNOWN, compiled
+from tierd.policy.snapshot import NONE, NOTHING, Choice, Snapshot
 
 RESCALE_AT = 512.0  # powers of two: worths and their sums stay far from the largest double
 SAME = 1.5  # steps: a share seen no longer ago was the previous step's
@@ -22,13 +22,17 @@ class Predictive:
 
     Near: the share expected of the next step (this step's, and once more what it has grown since the previous one) over the share from
     which its head promoted (1, the whole budget, where it did not promote). Below `floor` of that a candidate is left alone. Whoever has
-    no copy gets one from `admit` on. The values are those of a sweep over recorded and synthetic steps (`benchmarks/bench_tiering.py`).
+    no copy gets one from `admit` on, but only in place of copies of less than `displace` of its own worth.
+
+    The values are the best of 36 on the regimes of `benchmarks/bench_tiering.py`: with a half-life of 8 old topics stay too long, and
+    exposed time is up to twice that of LRU; with `displace` 1, up to 60 % of the copies push out one another.
     """
 
-    half_life: float = 8.0
-    near: float = 0.5
+    half_life: float = 2.0
+    near: float = 0.6
     floor: float = 0.3
-    admit: float = 0.4
+    admit: float = 0.25
+    displace: float = 0.5
     name: str = "predictive"
     since: float = 0.0  # when the weight was 1
 
@@ -37,13 +41,13 @@ class Predictive:
         limit = s.candidates.blocks.size
         records, worths = np.empty((limit, 3), np.int64), np.empty(limit)
         count = _weigh(
-            s.ids, s.key_reads, s.value_reads, s.exact_heads, s.candidates, s.copy_id, s.worth, s.share, s.seen, s.now,
+            s.ids, s.key_reads, s.value_reads, s.exact_heads, *s.candidates, s.copy_id, s.worth, s.share, s.seen, s.now,
             self._weight(s.now), self.near, self.floor, self.admit, records, worths,
         )  # fmt: skip
-        if count < 2:
-            return Choice(records[:count], worths[:count])
-        order = np.argsort(-worths[:count], kind="stable")
-        return Choice(records[order], worths[order])
+        if not count:
+            return NOTHING
+        order = np.argsort(-worths[:count], kind="stable") if count > 1 else slice(count)
+        return Choice(records[order], worths[order] * self.displace)
 
     def rescale(self, now: float) -> float:
         if now - self.since < RESCALE_AT * self.half_life:
@@ -58,17 +62,17 @@ class Predictive:
 @compiled
 def _weigh(
     ids: NDArray[np.int64], key_reads: NDArray[np.bool_], value_reads: NDArray[np.bool_], exact_heads: NDArray[np.bool_],
-    candidates: Candidates, copy_id: NDArray[np.int64], worth: NDArray[np.float64], share: NDArray[np.float32],
-    seen: NDArray[np.float64], now: float, weight: float, near: float, floor: float, admit: float, records: NDArray[np.int64],
-    worths: NDArray[np.float64],
+    all_blocks: NDArray[np.int32], all_scores: NDArray[np.float32], copy_id: NDArray[np.int64], worth: NDArray[np.float64],
+    share: NDArray[np.float32], seen: NDArray[np.float64], now: float, weight: float, near: float, floor: float, admit: float,
+    records: NDArray[np.int64], worths: NDArray[np.float64],
 ) -> int:  # fmt: skip
     """Fills `records` [., 3] and `worths` with what deserves a copy; returns how many."""
-    kinds, heads, limit = candidates.blocks.shape
+    kinds, heads, limit = all_blocks.shape
     count = 0
     for kind in range(kinds):
         reads = key_reads if kind == 0 else value_reads
         for head in range(heads):
-            blocks, scores = candidates.blocks[kind, head], candidates.scores[kind, head]
+            blocks, scores = all_blocks[kind, head], all_scores[kind, head]
             threshold = np.float32(1.0)
             if not exact_heads[head]:
                 for j in range(limit):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from tierd.policy.snapshot import NONE, Choice, Snapshot
+from tierd.policy.snapshot import NONE, NOTHING, Choice, Snapshot
 
 
 class Nothing:
@@ -11,7 +11,7 @@ class Nothing:
     name = "none"
 
     def choose(self, snapshot: Snapshot) -> Choice:
-        return Choice()
+        return NOTHING
 
     def rescale(self, now: float) -> float:
         return 1.0

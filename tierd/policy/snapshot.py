@@ -3,8 +3,7 @@
 Legend: m full blocks of a call, C rows of a block table, Hkv KV heads, n records; kind 0 keys, 1 values.
 """
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,8 +13,7 @@ from tierd.policy.candidates import Candidates
 NONE = -1  # in `copy_id`: no copy, and one may be made
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """One answered call, of one layer of one session.
 
     `ids` int64 [m]: its full blocks in the table. `key_reads`, `value_reads` bool [m, Hkv]: originals that the answer needed, wherever they
@@ -37,12 +35,14 @@ class Snapshot:
     now: float
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """Records worth a copy, best first: int64 [n, 3] of (kind, block id, head), and what each is worth, float64 [n]."""
 
-    records: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 3), np.int64))
-    worths: NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    records: NDArray[np.int64]
+    worths: NDArray[np.float64]
+
+
+NOTHING = Choice(np.empty((0, 3), np.int64), np.empty(0))
 
 
 class Policy(Protocol):
