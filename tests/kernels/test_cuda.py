@@ -368,6 +368,24 @@ def test_coverage_promotes_what_the_cpu_promotes(policy: Coverage) -> None:
     assert np.allclose(got["paper_key_bound"][same], want["paper_key_bound"][same], rtol=0.02)
 
 
+def test_a_kernel_that_may_begin_early_waits_for_the_one_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tierd_kernels.cuda import dependent
+    from tierd_kernels.cuda.launch import Grid, Kernels, Program
+    from tierd_kernels.cuda.sources import source
+
+    layout, early = LAYOUTS[0], list[str]()
+    monkeypatch.setattr(dependent, "launch", lambda kernel, *_: early.append(kernel.name))
+    monkeypatch.setattr(Kernels, "_launch", lambda *_: early.append(""))
+    Kernels(layout).step(0, Grid(1, 1, 1, 1, 1, 1), Program(certifies=True, ranks=True, covers=True), None)
+    assert early == ["", "", *["rank", "value", "finish", "pick", "pick", "cover", "promote", "rank", "finish", "dense", "dense_finish"]]
+    early.clear()
+    Kernels(layout).step(0, Grid(1, 1, 1, 1, 1, 0), Program(certifies=False, ranks=False, covers=False), None)
+    assert early == ["", "dense", "dense_finish"]
+    for name in {"rank", "value", "finish", "pick", "cover", "promote", "dense", "dense_finish"}:
+        body = source(layout, name)[0].split('extern "C"')[1]
+        assert 0 < body.index("let_next_begin();") < body.index("wait_for_previous();"), name
+
+
 def test_a_context_that_grows_is_not_captured_at_each_step() -> None:
     from tierd_kernels.cuda import backend
 

@@ -79,6 +79,13 @@ def fault(text: str) -> BaseException:
     return error
 
 
+def test_a_driver_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cupy
+
+    monkeypatch.setattr(cupy.cuda.runtime, "driverGetVersion", lambda: 12020)
+    refused(r"driver is made for CUDA 12\.2; .* need one for 12\.3 or newer: install a newer driver, or serve with --backend cpu")
+
+
 def test_a_sound_device_starts_and_a_kernel_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
     from tierd_kernels.cuda import backend, start
 

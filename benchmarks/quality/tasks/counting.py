@@ -8,7 +8,7 @@ rank to the power -2; the most frequent of all is replaced by dots, and the next
 import string
 from random import Random
 
-from tasks.words import ADJECTIVES, NOUNS, PLAIN
+from tasks.words import ADJECTIVES, NOUNS, PLAIN, UNMISTAKABLE
 
 COMMON_HEADER = (
     "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
@@ -59,8 +59,11 @@ def frequent(size: int, rng: Random) -> tuple[str, tuple[str, ...]]:
 
 
 def _different(count: int, rng: Random) -> list[str]:
-    """Different words in random order: plain ones while they last, then adjective-noun pairs."""
+    """Different words in random order: plain ones while they last, then adjective-noun pairs. The first ten are part of no other plain
+    word, so that whoever names another has not named them."""
     words = rng.sample(PLAIN, len(PLAIN))
+    first = [word for word in words if word in UNMISTAKABLE][:COMMON]
+    words = first + [word for word in words if word not in first]
     if count <= len(words):
         return words[:count]
     pairs = [f"{adjective}-{noun}" for adjective in ADJECTIVES for noun in NOUNS]

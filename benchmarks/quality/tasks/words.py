@@ -36,3 +36,4 @@ wool yacht yard zebra"""
 ADJECTIVES = tuple(_ADJECTIVES.split())
 NOUNS = tuple(_NOUNS.split())
 PLAIN = tuple(sorted(set(ADJECTIVES) | set(NOUNS)))
+UNMISTAKABLE = frozenset(word for word in PLAIN if sum(word in other for other in PLAIN) == 1)

@@ -12,6 +12,7 @@ from tierd_kernels.cuda.sources import FOLDER
 from tierd_kernels.errors import DeviceUnavailable
 
 CAPABILITY = (9, 0)  # bulk copies to shared memory
+DRIVER_MIN = 12030  # captures kernels that begin before the one ahead has ended
 FAULTS = (cp.cuda.runtime.CUDARuntimeError, cp.cuda.driver.CUDADriverError)
 # How CUDA says that the driver and what runs over it are not of one age; the first also where there is no driver at all.
 DRIVER_FAULTS = (
@@ -28,6 +29,7 @@ def usable_device(needed: dict[str, int]) -> Any:
     try:
         device = cp.cuda.Device()
         major, minor = divmod(int(device.compute_capability), 10)
+        driver = cp.cuda.runtime.driverGetVersion()
         empty_pools()
         free, total = device.mem_info
     except FAULTS as error:
@@ -36,6 +38,11 @@ def usable_device(needed: dict[str, int]) -> Any:
         raise DeviceUnavailable(
             f"the device has compute capability {major}.{minor}; the kernels need {CAPABILITY[0]}.{CAPABILITY[1]} or more: use another "
             f"device, {OTHERWISE}"
+        )
+    if driver < DRIVER_MIN:
+        raise DeviceUnavailable(
+            f"the NVIDIA driver is made for CUDA {_version(driver)}; the kernels' graphs need one for {_version(DRIVER_MIN)} or newer: "
+            f"install a newer driver, {OTHERWISE}"
         )
     asked = sum(needed.values())
     if asked > free:

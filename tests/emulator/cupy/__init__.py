@@ -149,7 +149,7 @@ class Function:
     """A kernel. A launch raises CUDARuntimeError where the emulator finds a fault."""
 
     def __init__(self, library: Any, name: str) -> None:
-        self._library, self._name, self.max_dynamic_shared_size_bytes = library, name, 48 << 10
+        self._library, self.name, self.max_dynamic_shared_size_bytes = library, name, 48 << 10
         self._at = ctypes.cast(getattr(library, name), ctypes.c_void_p)
 
     def __call__(
@@ -163,7 +163,7 @@ class Function:
         def launch(keep: Any = args) -> None:
             fault = self._library.emulator_launch(self._at, *map(ctypes.c_uint32, (*sizes, block[0], shared_mem)), passed)
             if fault:
-                raise CUDARuntimeError(f"{self._name}: {fault.decode()}")
+                raise CUDARuntimeError(f"{self.name}: {fault.decode()}")
 
         _do(launch)
 
