@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "benchmarks"), str(Path(__file__).parents[1] / "benchmarks" / "tiering")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "tiering"))
 import bench_tiering as bench
 from replay import GATHER_US, LINK_BYTES_PER_US, Replay
 from steps import RECORD_BYTES, TARGET, Steps, drifting, promoted, recorded, switching
