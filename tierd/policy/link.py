@@ -9,8 +9,8 @@ class LinkBudget:
     """Bytes that may be copied now. Time is told, not read: seconds on any clock that does not run backwards.
 
     Copies get at most `share` of the link's `bytes_per_s`, and no more than reads that calls wait for have left of it. Every active session
-    earns the same part and keeps at most its part of `BURST_S`; what it does not use is there for all. A session that asks always gets its
-    part in the end, whatever others ask for.
+    earns the same part and keeps at most its part of `BURST_S`; what it does not use is there for all. While calls' own reads take all of
+    the link nobody earns. Otherwise a session that asks gets its part in the end, whatever others ask for.
     """
 
     def __init__(self, bytes_per_s: float, share: float) -> None:
@@ -45,8 +45,8 @@ class LinkBudget:
         self._common = min(self._common, self._full)
 
     def available(self, owner: str) -> int:
-        """Bytes that `owner` may copy now; none while calls' own reads wait for the link."""
-        return 0 if self._debt > self._full else int(self._own.get(owner, 0.0) + self._common)
+        """Bytes that `owner` may copy now."""
+        return int(self._own.get(owner, 0.0) + self._common)
 
     def spend(self, owner: str, nbytes: int) -> None:
         """`owner` copies so much, which must be available: from its own first."""
