@@ -3,7 +3,7 @@
     python benchmarks/bench_tiering.py [--trace FOLDER ...] [--seed N]
 
 Steps come from traces that benchmarks/quality/traces.py recorded and from synthetic regimes; the link is simulated
-(`benchmarks/tiering/replay.py`). The headline takes the worst regime at a scratch of 12.5 % of the originals. What only a GPU can
+(`benchmarks/tiering/simulated.py`). The headline takes the worst regime at a scratch of 12.5 % of the originals. What only a GPU can
 tell, such as a step's time, is not in it. Refuses to report if a replay's accounts do not add up.
 """
 
@@ -18,10 +18,10 @@ sys.path.insert(0, str(Path(__file__).parent / "tiering"))
 
 import numpy as np
 from common import write_results
-from replay import Outcome, Replay
+from decode_steps import REGIMES, Steps, recorded
 from rich.console import Console
 from rich.table import Table
-from steps import REGIMES, Steps, recorded
+from simulated import Outcome, Replay
 
 from tierd.policy import NONE, POLICIES, Candidates, Predictive, Snapshot
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "tiering"))
 import bench_tiering as bench
-from replay import GATHER_US, LINK_BYTES_PER_US, Replay
-from steps import RECORD_BYTES, TARGET, Steps, drifting, promoted, recorded, switching
+from decode_steps import RECORD_BYTES, TARGET, Steps, drifting, promoted, recorded, switching
+from simulated import GATHER_US, LINK_BYTES_PER_US, Replay
 
 
 def repeated(steps: int, needed: list[int], m: int = 8) -> Steps:

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-from steps import Steps, each
+from decode_steps import Steps, each
 
 from tierd.policy import NONE, Shelf, Snapshot, largest, named
 
