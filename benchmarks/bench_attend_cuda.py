@@ -148,6 +148,8 @@ class Graph:
     def _launch(self, step: Step, what: str, on: Any) -> None:
         if what == "step":
             step.enqueue(on)
+        elif what == "candidates":
+            step.kernels.candidates(step.at, step.grid, on)
         else:
             Kernels(step.layout, naive=what == "naive").certify(step.at, step.grid, False, on)
 
@@ -230,6 +232,7 @@ def certified(layout: Layout, groups: list[list[Session]]) -> dict[str, tuple[Ti
     found["naive"] = Graph(layout, buffers, batches, "naive").times(), {"quantised_bytes": quantised}
     measure("certified rung 0", "rung 0")
     measure("certified step")
+    found["candidates, behind the answers"] = Graph(layout, buffers, batches, "candidates").times(), {}  # of what the last step left
     for share in SHARES:
         rtol = promoting(layout, memory, calls[0], share)
         for where in ("host", "scratch"):

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from simulated import Outcome, Replay
 
-from tierd.policy import NONE, POLICIES, Candidates, Predictive, Snapshot
+from tierd.policy import NONE, POLICIES, Predictive, Snapshot
 
 TRACES = [Path(__file__).parents[1] / "tests" / "quality" / "data" / "trace-tiny"]
 SHARES = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # scratch, of the originals' records
@@ -68,14 +68,14 @@ def policy_us(candidates: int, rounds: int = 30) -> float:
     policy, reads, exact = Predictive(), np.zeros((2, BLOCKS, HEADS), bool), np.zeros(HEADS, bool)
     lists = (2, HEADS, candidates)
     picked = [
-        Candidates(rng.integers(0, BLOCKS, lists).astype(np.int32), rng.gamma(0.5, 0.2, lists).astype(np.float32)) for _ in range(LAYERS)
+        (rng.integers(0, BLOCKS, lists).astype(np.int32), rng.gamma(0.5, 0.2, lists).astype(np.float32)) for _ in range(LAYERS)
     ]
     ids = [np.arange(layer * BLOCKS, (layer + 1) * BLOCKS) for layer in range(LAYERS)]
     times = []
     for step in range(rounds):
         began = time.perf_counter()
         for layer in range(LAYERS):
-            policy.choose(Snapshot(ids[layer], reads[0], reads[1], exact, picked[layer], copy_id, *columns, 1.0 + step))
+            policy.choose(Snapshot(ids[layer], reads[0], reads[1], exact, *picked[layer], copy_id, *columns, 1.0 + step))
         times.append(1e6 * (time.perf_counter() - began))
     return float(np.median(times))
 

@@ -12,7 +12,7 @@ from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.policy import Budget, Coverage
 
 from tierd.commands import Geometry, Raw, Tolerance
-from tierd.residency import BlockTable, Ids, Residency
+from tierd.residency import BlockTable, Ids, Places, Residency
 
 GROUP_TOKENS = 1024
 NO_IDS: Ids = np.empty(0, dtype=np.int64)
@@ -42,6 +42,7 @@ class LayerState:
     group_error_norms: NDArray[np.float32]
     length: int = 0
     ids: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    places: Places = field(default_factory=Places)
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Stored:
             q=raw(q[:, None]), num_tokens=seen, softmax_scale=self.scale, hot_offsets=self.hot[:full],
             original_offsets=self.originals[:blocks], key_locations=~at,
             value_locations=~(at + self.layout.num_kv_heads * self.layout.original_record_bytes),
-            group_value_norms=values, group_error_norms=errors, rtol=rtol, atol=0.0, policy=policy,
+            group_value_norms=values, group_error_norms=errors, rtol=rtol, atol=0.0, policy=policy, candidates_max=full,
         )  # fmt: skip
 
     def attend(self, q: torch.Tensor, seen: int, rtol: float, policy: Policy) -> ladder.Result:

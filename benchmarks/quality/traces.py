@@ -131,7 +131,7 @@ def _with_needs(meta: Meta, tensors: dict[str, torch.Tensor]) -> dict[str, torch
         result = stored.attend(tensors["queries"][step], meta.prefill + step + 1, meta.rtol, policy)
         full = len(result.key_reads)
         needed[step, :, :full] = result.key_reads, result.value_reads
-        contributions[step, :, :full] = np.minimum(result.contributions, SHARE_MAX)
+        contributions[step, :, :full] = np.minimum(result.candidates().shares(full), SHARE_MAX)
     return tensors | {"needed": torch.from_numpy(needed), "contributions": torch.from_numpy(contributions)}
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from decode_steps import Steps, each
+from tierd_kernels.select.candidates import largest
 
-from tierd.policy import NONE, Shelf, Snapshot, largest, named
+from tierd.policy import NONE, Shelf, Snapshot, named
 
 LINK_BYTES_PER_US = 55e3
 GATHER_US = 14.0 - 64 * 4096 / LINK_BYTES_PER_US
@@ -92,10 +93,10 @@ class Replay:
             self._worth *= factor
             for shelf in self._shelves:
                 shelf.reorder(factor)
-        candidates = largest(self._steps.shares[t, layer, :, :blocks], needed, CANDIDATES_MAX)
+        near, scores = largest(self._steps.shares[t, layer, :, :blocks], CANDIDATES_MAX)
         exact = np.zeros(needed.shape[2], bool)
         choice = self._policy.choose(
-            Snapshot(ids, needed[0], needed[1], exact, candidates, self._copy_id, self._worth, self._share, self._seen, self._now)
+            Snapshot(ids, needed[0], needed[1], exact, near, scores, self._copy_id, self._worth, self._share, self._seen, self._now)
         )
         for (kind, block, head), worth in zip(choice.records.tolist(), choice.worths.tolist(), strict=True):
             self._copy(kind, block, head, worth)

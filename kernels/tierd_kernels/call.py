@@ -1,11 +1,14 @@
 """What a call to the ladder carries, and what comes back."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Budget, Policy
+from tierd_kernels.select.candidates import CANDIDATES_MAX, Candidates
 from tierd_kernels.select.reference import Mask
 
 
@@ -15,8 +18,9 @@ class Call:
 
     q [Hq, n, d] in the originals' type; `num_tokens` what the newest query sees. Offsets are int64 bytes: `hot_offsets` of the full
     blocks, `original_offsets` of all (the trailing one last), `key_locations` and `value_locations` [full, Hkv]: a byte offset into
-    scratch, or ~offset of the record in the originals. `group_*_norms`
+    scratch, or ~offset of the record in the originals; None for both where no record lies in scratch. `group_*_norms`
     float32 [groups, Hkv]: spectral norms of complete groups of 1024 tokens. `canary_blocks`: full blocks to re-score from originals.
+    `candidates_max`: of a KV head, keys and values apart.
     """
 
     q: NDArray[np.generic]
@@ -24,8 +28,8 @@ class Call:
     softmax_scale: float
     hot_offsets: NDArray[np.int64]
     original_offsets: NDArray[np.int64]
-    key_locations: NDArray[np.int64]
-    value_locations: NDArray[np.int64]
+    key_locations: NDArray[np.int64] | None
+    value_locations: NDArray[np.int64] | None
     group_value_norms: NDArray[np.float32]
     group_error_norms: NDArray[np.float32]
     rtol: float
@@ -33,16 +37,25 @@ class Call:
     relative_to: str = "values"
     policy: Policy = field(default_factory=Budget)
     canary_blocks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    candidates_max: int = CANDIDATES_MAX
+
+    def locations(self, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of keys and values, written out where None stands for them."""
+        if self.key_locations is None or self.value_locations is None:
+            keys, values = layout.own_locations(self.original_offsets[: len(self.hot_offsets)])
+            return keys, values
+        return self.key_locations, self.value_locations
 
 
 @dataclass
 class Result:
     """Output [Hq, n, d] in q's type, certificate fields [Hq, n]; `key_reads`, `value_reads` bool [full, Hkv] name the original
-    records that were read; `contributions` float32 [2, full, Hkv] the key and value shares of the budget, largest over rows."""
+    records that were read. `candidates()`: the blocks that come near needing their originals; a device works them out behind the
+    answer, and only who asks for them waits. It raises DeviceLost."""
 
     output: NDArray[np.generic]
     certificate: dict[str, NDArray[np.generic]]
     key_reads: Mask
     value_reads: Mask
-    contributions: NDArray[np.float32]
+    candidates: Callable[[], Candidates]
     canary_failures: list[tuple[int, int]]

@@ -14,6 +14,7 @@ from tierd_kernels.call import Call, Result
 from tierd_kernels.host import copy_to_scratch, hot_block_bytes, prepare, reserve
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.quantise.cpu import group_norms, quantise_blocks
+from tierd_kernels.select.candidates import joined
 from tierd_kernels.step import Step
 from tierd_kernels.workspace import Workspace
 
@@ -56,7 +57,7 @@ def _attend(layout: Layout, memory: Memory, call: Call, num_q_heads: int, space:
         {name: np.concatenate([p.certificate[name] for p in parts], axis=1) for name in parts[0].certificate},
         np.logical_or.reduce([p.key_reads for p in parts]),
         np.logical_or.reduce([p.value_reads for p in parts]),
-        np.maximum.reduce([p.contributions for p in parts]),
+        lambda: joined([p.candidates() for p in parts], len(call.hot_offsets), call.candidates_max),
         parts[0].canary_failures,
     )
 

@@ -85,6 +85,11 @@ class Layout:
     def num_value_groups(self) -> int:
         return -(-self.head_dim // self.value_group)
 
+    def own_locations(self, original_offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+        """int64 [2, m, Hkv], keys and values: ~offset of each record of the original blocks at byte offsets [m]."""
+        records = np.arange(2 * self.num_kv_heads, dtype=np.int64).reshape(2, 1, -1) * self.original_record_bytes
+        return ~(original_offsets[:, None] + records)
+
     @property
     def key_scale_at(self) -> int:
         return self.block_size * self.head_dim

@@ -24,6 +24,7 @@ from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.numerics import SAFETY, U64, Array
 from tierd_kernels.policy import Budget, Coverage
 from tierd_kernels.score.cpu import NORM_FLOOR, score
+from tierd_kernels.select.candidates import largest
 from tierd_kernels.select.cpu import skip_blocks
 from tierd_kernels.select.reference import Mask, cheapest_within, coverage_keys
 from tierd_kernels.vector import ROW_TILE
@@ -68,6 +69,7 @@ class Step:
         self.num_blocks = -(-self.num_tokens // layout.block_size)
         self.full = min(len(call.hot_offsets), self.num_blocks)
         self.hot_offsets, self.original_offsets = call.hot_offsets[: self.full], call.original_offsets[: self.num_blocks]
+        self.key_locations, self.value_locations = call.locations(layout)
         norms = (call.group_value_norms, call.group_error_norms)
         self.view = KVView.of(layout, memory, self.hot_offsets, self.original_offsets, self.num_tokens, norms)
         self.annotations = self.view.annotations(self.rows)
@@ -121,7 +123,7 @@ class Step:
     def _score(self, todo: Mask) -> None:
         score(
             self.layout.as_array, *self.memory, self.q_HRd, self.scale_HR, self.visible_R, self.view.unit_H, self.hot_offsets,
-            self.original_offsets, self.call.key_locations, self.key_exact.reshape(self.blocks_of_head),
+            self.original_offsets, self.key_locations, self.key_exact.reshape(self.blocks_of_head),
             todo.reshape(self.blocks_of_head), SCORE_CHUNK, self.weights,
             self.statistics.reshape(NUM_STATISTICS, *self.blocks_of_head),
         )  # fmt: skip
@@ -147,7 +149,7 @@ class Step:
             keep[rows] = self.keep[rows]
         value_pass(
             self.layout.as_array, *self.memory, self.visible_R, self.hot_offsets, self.original_offsets,
-            self.call.value_locations, self.view.raw_values_Hb, self.value_exact.reshape(self.blocks_of_head),
+            self.value_locations, self.view.raw_values_Hb, self.value_exact.reshape(self.blocks_of_head),
             keep.reshape(self.blocks_of_head), self.factor.reshape(self.blocks_of_head), self.weights, self.partial,
         )  # fmt: skip
         mass = np.empty(len(rows))
@@ -306,7 +308,7 @@ class Step:
             return []
         allowed = np.where(scored_R[:, None], self.statistics[DELTA], np.inf).reshape(self.blocks_of_head)[:, : self.used]
         return canary_failures(
-            self.layout, self.memory, blocks, self.hot_offsets, self.call.key_locations, self.q_HRd[:, : self.used],
+            self.layout, self.memory, blocks, self.hot_offsets, self.key_locations, self.q_HRd[:, : self.used],
             self.scale_HR[:, : self.used], self.visible_R[: self.used], allowed,
         )  # fmt: skip
 
@@ -314,7 +316,7 @@ class Step:
         use = slice(None) if self.used == self.rows else (np.arange(self.heads)[:, None] * self.rows + np.arange(self.used)).reshape(-1)
         exact, keep, by_head = self.exact[use], self.keep[use], (self.heads, self.used, self.full)
         counts, reads, host = [], [], np.where(exact, 2 * self.num_tokens * self.d * self.layout.itemsize, 0)
-        for mask, locations in ((self.key_exact, self.call.key_locations), (self.value_exact, self.call.value_locations)):
+        for mask, locations in ((self.key_exact, self.key_locations), (self.value_exact, self.value_locations)):
             if not self.promoted and not np.any(exact):  # half a millisecond at 32,768 tokens
                 counts.append(np.zeros(len(exact), np.int64))
                 reads.append(np.zeros((len(self.call.hot_offsets), self.heads), np.bool_))
@@ -336,6 +338,7 @@ class Step:
         visible = -(-self.visible_R[: self.used] // self.layout.block_size)
         kept = np.count_nonzero(keep, axis=1).reshape(self.heads, -1)
         skipped = np.where(exact, 0, (visible - kept).reshape(-1))
+        contributions, most = self.contributions, self.call.candidates_max  # what outlives the step
         fields: dict[str, NDArray[np.generic]] = {name: x[use] for name, x in self.fields.items()}
         fields |= {
             "rung": rung, "exact": exact, "rank_certified": self.ranked[use], "promoted_key_blocks": keys,
@@ -344,5 +347,5 @@ class Step:
         return Result(
             self.output[use].reshape(*shape, self.d),
             {name: np.ascontiguousarray(x.reshape(shape)) for name, x in fields.items()},
-            reads[0], reads[1], self.contributions, failures,
+            reads[0], reads[1], lambda: largest(contributions, most), failures,
         )  # fmt: skip

@@ -187,6 +187,7 @@ inline u32 __ballot_sync(u32, bool x) {
   for (int i = 0; i < 32; i++) bits |= (u32)(given[i][0] & 1) << i;
   return bits;
 }
+inline void __threadfence() {}
 inline u32 atomicOr(u32 *p, u32 x) { u32 old = *p; *p |= x; return old; }
 inline int atomicAdd(int *p, int x) { int old = *p; *p += x; return old; }
 

@@ -13,6 +13,7 @@ from tierd_kernels import host
 from tierd_kernels.call import Call, Result
 from tierd_kernels.kvview import narrow, widen
 from tierd_kernels.layout import NUMPY_DTYPE, Layout, Memory
+from tierd_kernels.select.candidates import largest
 
 Raw = NDArray[Any]
 Offsets = NDArray[np.int64]
@@ -117,7 +118,7 @@ class FakeKernels:
         both = np.concatenate([np.empty((2, heads, 0, layout.head_dim), NUMPY_DTYPE[layout.dtype])]
                               + [_block(layout, memory, at) for at in call.original_offsets.tolist()], axis=2)  # fmt: skip
         if not exact:
-            for kind, locations in ((KEY, call.key_locations), (VALUE, call.value_locations)):
+            for kind, locations in enumerate(call.locations(layout)):
                 for block, head in np.argwhere(promoted).tolist():
                     tokens = slice(block * layout.block_size, (block + 1) * layout.block_size)
                     both[kind, head, tokens] = _record(layout, memory, int(locations[block, head]))
@@ -127,7 +128,7 @@ class FakeKernels:
             self._certificate(call, exact, promoted, layout),
             key_reads=promoted | exact,
             value_reads=promoted | exact,
-            contributions=np.stack([promoted, promoted]).astype(np.float32) * (not exact),
+            candidates=lambda: largest(np.stack([promoted, promoted]).astype(np.float32) * (not exact), call.candidates_max),
             canary_failures=[] if exact else self._canary_failures(layout, memory, call),
         )
 

@@ -108,8 +108,8 @@ def test_a_newcomer_gets_its_fair_share_of_each_kind_and_no_more_goes_than_neede
         bench.run(bench.attend(name))
     assert counts(bench) == (16, 32, 32, 0)
     bench.run(bench.attend(new))
-    # Of 20 places of a kind 4 were free, and a third of them are six whole records; one more goes because it is above a share and old.
-    assert counts(bench) == (0, 16, 14, 6)
+    # Of 20 places of a kind 4 were free, and a third of them are six whole records.
+    assert counts(bench) == (0, 16, 12, 4)
     assert scratch_used(bench) == 40 * RECORD_BYTES
     bench.run(bench.attend(kept))
     hits, misses, _, _ = counts(bench)

@@ -444,6 +444,28 @@ def test_corruption_is_seen_by_the_canary_and_a_copy_in_scratch_is_read() -> Non
     assert isinstance(other, Result) and not np.array_equal(other.output[certified], result.output[certified])
 
 
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[4]], ids=str)
+def test_originals_are_found_at_their_own_places(layout: Layout) -> None:
+    from tierd_kernels.cuda import backend
+
+    k, v, q = draw(layout, 500, 4 * layout.num_kv_heads, 2, "sharp", 3)
+    cache = store(layout, k, v, np.random.default_rng(0).permutation(-(-500 // layout.block_size)))
+    canaries = np.arange(len(cache.hot))
+    told = cache.call(q, 0.01, Budget(), canary_blocks=canaries)
+    told.key_locations, told.value_locations = ~layout.own_locations(cache.originals[: len(cache.hot)])  # in scratch, where they are not
+    wrong = backend.attend(layout, cache.memory, [told], len(q))[0]
+    told.key_locations, told.value_locations = layout.own_locations(cache.originals[: len(cache.hot)])
+    itself = cache.call(q, 0.01, Budget(), canary_blocks=canaries)
+    itself.key_locations = itself.value_locations = None
+    results = [backend.attend(layout, cache.memory, [call], len(q))[0] for call in (told, itself)]
+    assert all(isinstance(result, Result) and not result.canary_failures for result in results)
+    first, second = results
+    assert first.key_reads.any() and first.value_reads.any() and not first.certificate["exact"].all()  # type: ignore[union-attr]
+    assert np.array_equal(first.output, second.output) and not np.array_equal(first.output, wrong.output)  # type: ignore[union-attr]
+    for name, x in first.certificate.items():  # type: ignore[union-attr]
+        assert np.array_equal(x, second.certificate[name], equal_nan=True), name  # type: ignore[union-attr]
+
+
 def test_arithmetic_that_bounds_do_not_allow_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     from tierd_kernels.cuda import backend, self_test
 

@@ -145,6 +145,20 @@ def test_promotions_are_fewer_than_all_blocks() -> None:
     assert (certificate["promoted_key_blocks"] + certificate["promoted_value_blocks"])[climbed].max() < 2 * len(cache.hot)
 
 
+def test_originals_are_found_at_their_own_places() -> None:
+    k, v, q = draw("random", 2, 2, 700, 1, 64, "float16", 3)
+    cache = store(Layout(2, 64, 16, 16, "float16"), k, v)
+    policy, canaries = Coverage(tau_cov=0.9, v_tol=0.0), np.arange(len(cache.hot))
+    told, itself = (cache.call(q, 1e-3, policy, atol=10.0, canary_blocks=canaries) for _ in range(2))
+    itself.key_locations = itself.value_locations = None
+    first, second = (ladder.attend(cache.layout, cache.memory, [call], len(q))[0] for call in (told, itself))
+    assert isinstance(first, ladder.Result) and isinstance(second, ladder.Result)
+    assert not first.canary_failures and not second.canary_failures
+    assert first.key_reads.any() and first.value_reads.any() and not first.certificate["exact"].all()
+    np.testing.assert_array_equal(first.output, second.output)
+    np.testing.assert_array_equal(first.certificate["host_bytes"], second.certificate["host_bytes"])
+
+
 def test_a_corrupt_scratch_copy_changes_the_answer() -> None:
     k, v, q = draw("random", 1, 1, 512, 1, 64, "float32", 3)
     cache = store(Layout(1, 64, 16, 16, "float32"), k, v)

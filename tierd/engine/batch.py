@@ -58,14 +58,13 @@ class Kernels(Quantiser, Protocol):
 
 @dataclass(eq=False)
 class Work:
-    """One row under way. `ids`: its full blocks; `locations` and `copy_ids` [2, m, Hkv]: what its kernels were told to read."""
+    """One row under way. `ids`: its full blocks; `locations` [2, m, Hkv]: where its kernels were told to read, None: nothing in scratch."""
 
     session: Session
     row: Row
     call: Call
     ids: Ids
-    locations: NDArray[np.int64]
-    copy_ids: NDArray[np.int64]
+    locations: NDArray[np.int64] | None
     result: Result | None = None
     late_records: int = 0
 
@@ -74,7 +73,7 @@ class Work:
         """KV heads [Hkv] of which any row was computed from the originals themselves."""
         assert self.result is not None
         exact = self.result.certificate["exact"].astype(bool)
-        return np.asarray(exact.reshape(self.locations.shape[2], -1).any(axis=1))
+        return np.asarray(exact.reshape(self.session.layout.num_kv_heads, -1).any(axis=1))
 
     @property
     def read_originals(self) -> bool:
@@ -91,12 +90,13 @@ class Work:
     @property
     def host_reads(self) -> NDArray[np.bool_]:
         """Those that were read from the host: without a copy, or of an exact head, which never looks at scratch."""
-        return self.reads & ((self.locations < 0) | self.exact_heads)
+        return self.reads if self.locations is None else self.reads & ((self.locations < 0) | self.exact_heads)
 
     @property
     def late(self) -> NDArray[np.bool_]:
         """Those that were read from the host although a copy was on its way when the kernels started."""
-        return self.reads & (self.locations < 0) & (self.copy_ids >= 0) & ~self.exact_heads
+        # While a batch runs no copy begins or ends: the table says what was under way.
+        return self.host_reads & (self.session.table.copy_id[:, self.ids] >= 0) & ~self.exact_heads
 
 
 @dataclass(eq=False)
@@ -121,6 +121,7 @@ class Batch:
         sessions: dict[str, Session],
         counters: Counters,
         canary_share: float,
+        candidates_max: int,
         seed: int,
     ) -> None:
         self._residency = residency
@@ -128,6 +129,7 @@ class Batch:
         self._sessions = sessions
         self._counters = counters
         self._canary_share = canary_share
+        self._candidates_max = candidates_max
         self._random = np.random.default_rng(seed)
         self._prefetch_wait_s = 0.0
 
@@ -169,15 +171,16 @@ class Batch:
     def _plan(self, session: Session, row: Row, tolerance: Tolerance | None = None, canaries: bool = True) -> Work:
         tolerance = tolerance or row.tolerance or session.tolerance
         state, table, ids = session.layers[row.layer], session.table, session.full_ids(row.layer)
-        locations = table.location[:, ids]
+        locations = state.places.of(table, ids)
+        keys, values = (None, None) if locations is None else locations
         call = Call(
             q=row.q,
             num_tokens=state.length,
             softmax_scale=session.geometry.scale,
             hot_offsets=table.hot_offset[ids],
             original_offsets=table.original_offset[state.ids],
-            key_locations=locations[KEY],
-            value_locations=locations[VALUE],
+            key_locations=keys,
+            value_locations=values,
             group_value_norms=state.group_value_norms,
             group_error_norms=state.group_error_norms,
             rtol=tolerance.rtol,
@@ -185,8 +188,9 @@ class Batch:
             relative_to=tolerance.relative_to,
             policy=session.policy,
             canary_blocks=self._draw_canaries(len(ids)) if canaries else NO_BLOCKS,
+            candidates_max=self._candidates_max,
         )
-        return Work(session, row, call, ids, locations, table.copy_id[:, ids])
+        return Work(session, row, call, ids, locations)
 
     def _draw_canaries(self, num_blocks: int) -> NDArray[np.int64]:
         """Each full block with the configured probability."""
@@ -232,12 +236,7 @@ class Batch:
             self._launch([(job, again)])
             if job.error is not None:
                 return
-            work.call, work.locations, work.copy_ids, work.result = (
-                again.call,
-                again.locations,
-                again.copy_ids,
-                again.result,
-            )
+            work.call, work.locations, work.result = again.call, again.locations, again.result
             self._check_reads(work)
         self._check_promise(work)
 

@@ -14,7 +14,7 @@ from tierd.engine.counters import Counters
 from tierd.engine.ledger import Ledger
 from tierd.errors import CapacityExceeded
 from tierd.migrator import CopyOrder, Migrator
-from tierd.policy import Choice, LinkBudget, Shelf, Snapshot, Turns, largest, named
+from tierd.policy import Choice, LinkBudget, Shelf, Snapshot, Turns, named
 from tierd.residency import KEY, VALUE, BlockTable, CopyState, Residency, ScratchCopy
 from tierd.session import Session
 
@@ -50,6 +50,11 @@ class ScratchCache:
         self._began_s = clock.now()
         self.ledger = Ledger(self._began_s)
         residency.on_gone(self._gone)
+
+    @property
+    def candidates_max(self) -> int:
+        """How many blocks of each KV head and kind calls should name; none if the policy does not look at them."""
+        return self._config.prefetch_candidates_max if self._policy.wants_candidates else 0
 
     def wait(self, jobs: Iterable[Job]) -> float:
         """Gives copies of the blocks that `jobs` will read the configured time to arrive; returns the seconds that it took."""
@@ -148,10 +153,10 @@ class ScratchCache:
     def _snapshot(self, work: Work) -> Snapshot:
         assert work.result is not None
         table, result = work.session.table, work.result
-        candidates = largest(result.contributions, work.reads & ~work.exact_heads, self._config.prefetch_candidates_max)
+        blocks, scores = result.candidates()
         # The table's columns of now, not the call's: a batch may hold several sessions that share blocks.
         return Snapshot(
-            work.ids, result.key_reads, result.value_reads, work.exact_heads, candidates, table.copy_id, table.worth, table.share,
+            work.ids, result.key_reads, result.value_reads, work.exact_heads, blocks, scores, table.copy_id, table.worth, table.share,
             table.seen, self._now,
         )  # fmt: skip
 

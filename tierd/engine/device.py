@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -64,7 +65,11 @@ class Device:
         return self._guarded(lambda: self._kernels.group_norms(layout, memory, original_offsets, hot_offsets))
 
     def attend(self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
-        return self._guarded(lambda: self._kernels.attend(layout, memory, calls, num_q_heads))
+        answers = self._guarded(lambda: self._kernels.attend(layout, memory, calls, num_q_heads))
+        for answer in answers:
+            if isinstance(answer, Result):
+                answer.candidates = partial(self._guarded, answer.candidates)  # they are waited for later, and so may a fault be met
+        return answers
 
     def _guarded(self, operation: Callable[[], T]) -> T:
         self.check()

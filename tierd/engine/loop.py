@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any, cast
 
@@ -73,9 +74,11 @@ class Engine:
         self.residency = Residency(Arenas(memory, config.scratch_key_share), device.hot_block_bytes)
         self._leases = Leases(self._clock, config.lease_s or None)
         self.sessions = Sessions(config, self.residency, device, self._leases)
-        self._batch = Batch(self.residency, device, self.sessions.by_id, self.counters, config.canary_share, seed)
         self._migrator = Migrator(partial(device.copy_to_scratch, memory), max(1, config.migrations_max))
         self._cache = ScratchCache(config, self.residency, self._migrator, self.counters, self.sessions.by_id, self._clock)
+        self._batch = Batch(
+            self.residency, device, self.sessions.by_id, self.counters, config.canary_share, self._cache.candidates_max, seed
+        )
         self._handlers: dict[type[Command], Callable[[Any], Any]] = {
             OpenSession: self.sessions.open,
             CloseSession: self.sessions.close,
@@ -179,7 +182,8 @@ class Engine:
             self._thread.join()
             self._thread = None
         self._migrator.stop()
-        self._cache.collect()
+        while self.residency.num_in_flight:  # what failed is tried once more
+            self._cache.collect()
 
     def status(self) -> dict[str, Any]:
         """Numbers for people and monitors. Call it through a `Status` command where the engine has a thread."""
@@ -289,7 +293,9 @@ class Engine:
     def _run_batch(self) -> None:
         jobs = self._clear_batch()
         if jobs:
-            self._cache.update(self._batch.run(jobs, self._cache.wait(jobs)))
+            works = self._batch.run(jobs, self._cache.wait(jobs))
+            with suppress(Unavailable):  # the device was lost behind its answers, as `lost` says: they are given, and no more will be
+                self._cache.update(works)
 
     def _clear_batch(self) -> list[Job]:
         jobs, self._jobs, self._busy, self._num_rows = self._jobs, [], set(), 0

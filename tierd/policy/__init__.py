@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-from tierd.policy.candidates import Candidates, largest
 from tierd.policy.eviction import Shelf
 from tierd.policy.link import LinkBudget
 from tierd.policy.predictive import Predictive
@@ -21,6 +20,6 @@ def named(name: str) -> Policy:
 
 
 __all__ = [
-    "NONE", "POLICIES", "Candidates", "Choice", "LinkBudget", "Nothing", "Policy", "Predictive", "Reactive", "Shelf", "Snapshot",
-    "Turns", "largest", "named",
+    "NONE", "POLICIES", "Choice", "LinkBudget", "Nothing", "Policy", "Predictive", "Reactive", "Shelf", "Snapshot",
+    "Turns", "named",
 ]  # fmt: skip

@@ -4,14 +4,18 @@ Legend: see `snapshot.py`. Worths are kept multiplied by `weight(now)`, which gr
 grow old and two worths of different times compare as they are (the trick of VSIDS: Moskewicz et al., "Chaff", DAC 2001).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd.policy.candidates import UNKNOWN, compiled
 from tierd.policy.snapshot import NONE, NOTHING, Choice, Snapshot
 
+Function = TypeVar("Function", bound=Callable[..., Any])
+compiled: Callable[[Function], Function] = numba.njit(cache=True)
 RESCALE_AT = 512.0  # powers of two: worths and their sums stay far from the largest double
 SAME = 1.5  # steps: a share seen no longer ago was the previous step's
 
@@ -34,14 +38,15 @@ class Predictive:
     admit: float = 0.25
     displace: float = 0.5
     name: str = "predictive"
+    wants_candidates: bool = True
     since: float = 0.0  # when the weight was 1
 
     def choose(self, snapshot: Snapshot) -> Choice:
         s = snapshot
-        limit = s.candidates.blocks.size
+        limit = s.blocks.size
         records, worths = np.empty((limit, 3), np.int64), np.empty(limit)
         count = _weigh(
-            s.ids, s.key_reads, s.value_reads, s.exact_heads, *s.candidates, s.copy_id, s.worth, s.share, s.seen, s.now,
+            s.ids, s.key_reads, s.value_reads, s.exact_heads, s.blocks, s.scores, s.copy_id, s.worth, s.share, s.seen, s.now,
             self._weight(s.now), self.near, self.floor, self.admit, records, worths,
         )  # fmt: skip
         if not count:
@@ -78,7 +83,7 @@ def _weigh(
                 for j in range(limit):
                     if blocks[j] < 0:
                         break
-                    if UNKNOWN < scores[j] < threshold and reads[blocks[j], head]:
+                    if scores[j] < threshold and reads[blocks[j], head]:
                         threshold = scores[j]
             for j in range(limit):
                 block = blocks[j]

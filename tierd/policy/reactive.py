@@ -9,6 +9,7 @@ class Nothing:
     """Copies nothing."""
 
     name = "none"
+    wants_candidates = False
 
     def choose(self, snapshot: Snapshot) -> Choice:
         return NOTHING
@@ -21,6 +22,7 @@ class Reactive:
     """Every original that a call needed gets a copy; its worth is when it was needed last."""
 
     name = "reactive"
+    wants_candidates = False
 
     def choose(self, snapshot: Snapshot) -> Choice:
         found = []

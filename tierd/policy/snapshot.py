@@ -8,8 +8,6 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd.policy.candidates import Candidates
-
 NONE = -1  # in `copy_id`: no copy, and one may be made
 
 
@@ -17,7 +15,9 @@ class Snapshot(NamedTuple):
     """One answered call, of one layer of one session.
 
     `ids` int64 [m]: its full blocks in the table. `key_reads`, `value_reads` bool [m, Hkv]: originals that the answer needed, wherever they
-    were read; those of `exact_heads` [Hkv] say nothing, for such a head reads all. `candidates`: by index into `ids`. The columns
+    were read; those of `exact_heads` [Hkv] say nothing, for such a head reads all. `blocks` int32 and `scores` float32 [2, Hkv, c]: the
+    candidates, blocks near needing their originals, as indices into `ids` and with their shares of what the bound may be; -1 ends a shorter
+    list. The columns
     [2, C, Hkv] are the table's: `copy_id`, and three that are the policy's own to write: `worth` float64, larger is better to keep;
     `share` float32 and `seen` float64, the last share of the budget and when it was. Zero where nothing is known. `now`: steps, a fraction
     for each layer; at least 1.
@@ -27,7 +27,8 @@ class Snapshot(NamedTuple):
     key_reads: NDArray[np.bool_]
     value_reads: NDArray[np.bool_]
     exact_heads: NDArray[np.bool_]
-    candidates: Candidates
+    blocks: NDArray[np.int32]
+    scores: NDArray[np.float32]
     copy_id: NDArray[np.int64]
     worth: NDArray[np.float64]
     share: NDArray[np.float32]
@@ -49,6 +50,7 @@ class Policy(Protocol):
     """Writes the worth of records, and says which of those without a copy deserve one. Copies of less worth make room."""
 
     name: str
+    wants_candidates: bool
 
     def choose(self, snapshot: Snapshot) -> Choice:
         """What to copy after this call."""

@@ -2,5 +2,6 @@
 
 from tierd.residency.blocks import BARRED, KEY, NO_COPY, VALUE, BlockTable, Ids
 from tierd.residency.machine import CopyState, Residency, ScratchCopy
+from tierd.residency.places import Places
 
-__all__ = ["BARRED", "KEY", "NO_COPY", "VALUE", "BlockTable", "CopyState", "Ids", "Residency", "ScratchCopy"]
+__all__ = ["BARRED", "KEY", "NO_COPY", "VALUE", "BlockTable", "CopyState", "Ids", "Places", "Residency", "ScratchCopy"]

@@ -21,10 +21,10 @@ class BlockTable:
     """Columns indexed by block id; ids are reused after a block is freed, so the table stays as large as its peak.
 
     `hot_offset` [id] is -1 while the block is a tail. `location` [kind, id, Hkv] is what kernels read: a byte offset in
-    scratch, or `~offset` in originals. `copy_id` [kind, id, Hkv] is NO_COPY where none exists or is under way, and BARRED where making one
-    failed for good. `used` [kind, id, Hkv]: the copy was read. `in_flight` [id] counts copies under way. `worth`, `share` and `seen`
-    [kind, id, Hkv] are the policy's notes, kept here because they end with the block. `hot_block_bytes` is the size of a hot slot, which
-    the backend chooses.
+    scratch, or `~offset` in originals. `copy_id` [kind, id, Hkv] is NO_COPY where none exists or is under way, and BARRED where making
+    one failed for good. `used` [kind, id, Hkv]: the copy was read. `in_flight` and `resident` [id] count its copies under way and in
+    scratch. `worth`, `share` and `seen` [kind, id, Hkv] are the policy's notes, kept here because they end with the block.
+    `hot_block_bytes` is the size of a hot slot, which the backend chooses.
     """
 
     def __init__(self, layout: Layout, arenas: Arenas, hot_block_bytes: int) -> None:
@@ -36,6 +36,7 @@ class BlockTable:
         self.original_offset = np.full(0, -1, dtype=np.int64)
         self.references = np.zeros(0, dtype=np.int32)
         self.pins = np.zeros(0, dtype=np.int32)
+        self.resident = np.zeros(0, dtype=np.int32)
         self.location = np.zeros((2, 0, heads), dtype=np.int64)
         self.checksum = np.zeros((2, 0, heads), dtype=np.uint64)
         self.in_flight = np.zeros(0, dtype=np.int32)
@@ -134,7 +135,7 @@ class BlockTable:
     def _grow(self) -> None:
         """Double the columns. The originals pool bounds the number of blocks, hence this."""
         old, extra = len(self.references), max(64, len(self.references))
-        for name in ("hot_offset", "original_offset", "references", "pins", "in_flight"):
+        for name in ("hot_offset", "original_offset", "references", "pins", "in_flight", "resident"):
             column = getattr(self, name)
             setattr(
                 self,

@@ -174,6 +174,7 @@ class Residency:
         if good:
             copy.state = CopyState.RESIDENT
             copy.table.location[at] = copy.target
+            copy.table.resident[copy.block] += 1
         else:
             copy.table.copy_id[at] = BARRED
             self._forget(copy)
@@ -201,6 +202,7 @@ class Residency:
                 self._forget(copy)
 
     def _detach(self, copy: ScratchCopy) -> None:
+        copy.table.resident[copy.block] -= copy.state is CopyState.RESIDENT
         copy.table.copy_id[copy.kind, copy.block, copy.head] = NO_COPY
         copy.table.location[copy.kind, copy.block, copy.head] = ~copy.source
 
@@ -250,6 +252,7 @@ class Residency:
             assert np.count_nonzero(table.copy_id >= 0) == attached, "a record has a copy that does not exist"
 
     def _check_locations(self, table: BlockTable, live: Ids) -> None:
+        assert (table.resident[live] == (table.location[:, live] >= 0).sum(axis=(0, 2))).all(), "records in scratch are miscounted"
         for kind in (0, 1):
             expected = ~table.record_offsets(kind, live)
             at = {int(block): i for i, block in enumerate(live)}

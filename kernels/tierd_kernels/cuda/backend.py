@@ -2,8 +2,9 @@
 kernels read by themselves. Called from one thread, but for `copy_to_scratch`, which is the migrator's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from operator import add, le
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from tierd_kernels.cuda.start import FAULTS
 from tierd_kernels.cuda.step import UNIT_MAX, UNIT_MIN, Answer, Part, Step, workspace_bytes
 from tierd_kernels.errors import SCORE_MAX, DeviceLost, ScoreOverflow
 from tierd_kernels.layout import Layout, Memory
+from tierd_kernels.select.candidates import Candidates, joined
 
 ROWS_AT_ONCE = 64  # query tokens of a call handled together, at most
 COUNTS = "promoted_key_blocks", "promoted_value_blocks", "skipped_blocks"
@@ -163,7 +165,8 @@ def _needs(layout: Layout, memory: DeviceMemory, part: Part) -> tuple[int, int, 
     return (
         workspace_bytes(layout, part.call.q.shape[0] // heads, part, -(-full // per)),
         (full + 1) * 16 * (1 + heads) + rows * layout.head_dim * layout.itemsize + part.call.group_value_norms.nbytes * 2 + 8192,
-        rows * (layout.head_dim * layout.itemsize + 8 * len(FIELDS) + 4) + (len(part.call.canary_blocks) + 1) * heads + 4096,
+        rows * (layout.head_dim * layout.itemsize + 8 * len(FIELDS) + 4) + (len(part.call.canary_blocks) + 1) * heads
+        + 16 * heads * min(part.call.candidates_max, full) + 4096,
     )
 
 
@@ -209,7 +212,12 @@ def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
     failed = np.argwhere(answers[0].failures) if answers[0].failures.size else ()
     failures = [(int(call.canary_blocks[i]), int(h)) for i, h in failed]
     output = joined([x.output for x in answers])
-    return Result(output, fields, reads[0], reads[1], np.zeros(reads.shape, np.float32), failures)
+    return Result(output, fields, reads[0], reads[1], partial(_candidates, call, [x.candidates for x in answers]), failures)
+
+
+def _candidates(call: Call, parts: list[Callable[[], Candidates]]) -> Candidates:
+    with faults():
+        return joined([part() for part in parts], len(call.hot_offsets), call.candidates_max)
 
 
 def _reads(layout: Layout, call: Call, answers: list[Answer], exact: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
@@ -229,7 +237,7 @@ def _reads(layout: Layout, call: Call, answers: list[Answer], exact: NDArray[np.
             for kind, locations in enumerate((call.key_locations, call.value_locations)):
                 rows = bits[:, :, 4 * kind : 4 * kind + 4].reshape(heads, -1, have)[:, : exact.shape[0] // heads * n].astype(bool)
                 reads[kind, :have] |= rows.any(axis=1).T
-                cold = (rows & (locations[:have].T[:, None] < 0)).sum(axis=2) * layout.original_record_bytes
+                cold = (rows if locations is None else rows & (locations[:have].T[:, None] < 0)).sum(axis=2) * layout.original_record_bytes
                 host[:, start : start + n] += cold.reshape(exact.shape[0], n)
         start += n
     return reads, host

@@ -40,12 +40,12 @@ constexpr float NORM_FLOOR = 8.8817841970012523e-16f;  // 2^-50: squares stay fa
 constexpr float LOG2_MIN = -124.f;                     // a weight below 2^-124 of its block's largest counts as zero
 
 // One session and layer. Offsets are bytes: hot [full] in the device pool, original [blocks] in the host pool, locations [full][Hkv]
-// into scratch, or ~offset of the record among the originals. What the passes need first lies together, in one line of the cache: at 8,192 tokens
+// into scratch, or ~offset of the record among the originals; none where nothing lies in scratch. What the passes need first lies together, in one line of the cache: at 8,192 tokens
 // a kernel is waiting for its call for a tenth of its time.
 struct Call {
   int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
   int unit;                                        // within [-60, 120]: norms are counted in units of 2^unit
-  int relative_to_output, exact_only, num_canaries, require_rank, coverage, k_min, k_max, boundary_check, none;
+  int relative_to_output, exact_only, num_canaries, require_rank, coverage, k_min, k_max, boundary_check, candidates_max;
   double scale;
   const void *q;  // raw [Hq][n][D]
   const i64 *hot;
@@ -65,9 +65,13 @@ struct Call {
   double *dense;                                   // [tiles][splits + 1][ROW_TILE][DENSE_FACTS + D]
   const int *canaries;                             // [num_canaries] full blocks
   unsigned char *failures;                         // [num_canaries][Hkv]
+  float *shares;                                   // [Hkv][2][full]: see select/candidates.cu
+  int *tickets;                                    // [Hkv], zero between launches
+  int *candidate_blocks;                           // [2][Hkv][candidates_max]
+  float *candidate_scores;
   double rtol, atol, skip_share;                   // of the budget, for skipped blocks
   double tau_cov, key_bound_max, v_tol;            // of the coverage policy
-  int end[14];                                     // to whole lines
+  int end[6];                                      // to whole lines
 };
 static_assert(sizeof(Call) == 384, "as in launch.py");
 
@@ -81,8 +85,10 @@ enum { ROW_TOP, ROW_MASS, ROW_NORM, ROW_BUDGET, ROW_FIXED, ROW_TAIL, ROW_FACTS }
 // Of a split, exactly: largest score, sum of weights, of weights times norms, largest |score|, squares of the largest norms.
 enum { DENSE_TOP, DENSE_MASS, DENSE_NORM, DENSE_SCORE, DENSE_KEY, DENSE_VALUE, DENSE_FACTS };
 
-// Where a record of original keys or values of a full block lies: a copy, or the original itself.
-__device__ __forceinline__ const unsigned char *located(const Call &call, const i64 *at, int heads, int h, int block) {
+// Where a record of original keys (kind 0) or values (1) of a full block lies: a copy, or the original itself.
+__device__ __forceinline__ const unsigned char *located(const Call &call, int kind, int heads, int h, int block) {
+  const i64 *at = kind ? call.value_at : call.key_at;
+  if (!at) return call.originals + call.original[block] + (i64)(kind * heads + h) * ORIGINAL_BYTES;
   const i64 place = at[(i64)block * heads + h];
   return place >= 0 ? call.scratch + place : call.originals + ~place;
 }

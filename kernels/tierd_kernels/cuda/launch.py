@@ -12,6 +12,8 @@ import numpy as np
 from tierd_kernels.cuda import dependent
 from tierd_kernels.cuda.record import Record
 from tierd_kernels.cuda.sources import (
+    CANDIDATE_PARTS,
+    CANDIDATE_THREADS,
     COVER_THREADS,
     FINISH_THREADS,
     GATHER_THREADS,
@@ -42,16 +44,17 @@ CERTIFIED, EXACT = 1, 3
 # `Call` of common.cuh: addresses on the device, or of pinned memory.
 NUMBERS = (
     "n", "tokens", "full", "splits", "per", "groups", "unit", "relative_to_output", "exact_only", "num_canaries", "require_rank",
-    "coverage", "k_min", "k_max", "boundary_check", "none",
+    "coverage", "k_min", "k_max", "boundary_check", "candidates_max",
 )  # fmt: skip
 POINTERS = (
     "q", "hot", "pool", "weights", "statistics", "partials", "marks", "scratch", "originals", "output", "original", "key_at", "value_at",
     "group_values", "group_errors", "sums", "skips", "fields", "facts", "dots", "state", "counts", "picks", "dense", "canaries", "failures",
+    "shares", "tickets", "candidate_blocks", "candidate_scores",
 )  # fmt: skip
 REALS = ("rtol", "atol", "skip_share", "tau_cov", "key_bound_max", "v_tol")
 CALL = np.dtype([
     *((name, np.int32) for name in NUMBERS), ("scale", np.float64), *((name, np.uint64) for name in POINTERS),
-    *((name, np.float64) for name in REALS), ("end", np.int32, (14,)),
+    *((name, np.float64) for name in REALS), ("end", np.int32, (6,)),
 ])  # fmt: skip
 assert CALL.itemsize == 384
 
@@ -153,6 +156,11 @@ class Kernels:
             self._finish(calls, grid, 0, stream, first=True)
         self._passes("dense", calls, grid, stream)
         self._rows("dense_finish", -(-self.layout.head_dim // LANES) * LANES, calls, grid, stream)
+
+    def candidates(self, calls: int, grid: Grid, stream: Any) -> None:
+        """What comes near needing its originals, of a step that has run. Reads what it has left; nothing of it changes."""
+        shape = (self.layout.num_kv_heads, CANDIDATE_PARTS, grid.calls)
+        self._over("candidates", shape, CANDIDATE_THREADS, calls, grid, stream, first=True)
 
     def certify(self, calls: int, grid: Grid, ranks: bool, stream: Any) -> None:
         """Rung 0 alone: score, value pass, bound."""

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.cuda.graphs import Graphs
+from tierd_kernels.cuda.late import Late
 from tierd_kernels.cuda.launch import ANY, kernel
 from tierd_kernels.cuda.self_test import verify
 from tierd_kernels.cuda.start import FAULTS, empty_pools, one_line, pinned, probe, usable_device
@@ -62,18 +63,19 @@ class Staging:
         return np.ndarray(shape, dtype, self.host, address - self.at)
 
     def upload(self, stream: Any) -> None:
-        self._copy(self.at, self.host.ctypes.data, cp.cuda.runtime.memcpyHostToDevice, stream)
+        to_device = cp.cuda.runtime.memcpyHostToDevice
+        cp.cuda.runtime.memcpyAsync(self.at, self.host.ctypes.data, self.region.used, to_device, stream.ptr)
 
-    def download(self, stream: Any) -> None:
-        self._copy(self.host.ctypes.data, self.at, cp.cuda.runtime.memcpyDeviceToHost, stream)
-
-    def _copy(self, to: int, source: int, kind: int, stream: Any) -> None:
-        cp.cuda.runtime.memcpyAsync(to, source, self.region.used, kind, stream.ptr)
+    def download(self, stream: Any, start: int, stop: int) -> None:
+        """Bytes [start, stop) of the range."""
+        to_host = cp.cuda.runtime.memcpyDeviceToHost
+        cp.cuda.runtime.memcpyAsync(self.host.ctypes.data + start, self.at + start, stop - start, to_host, stream.ptr)
 
 
 class DeviceMemory(Memory):
     """The arenas of one daemon: hot and scratch on the device, originals pinned; and what calls need besides. `exponents` int16: of the
-    largest value norm of the block whose offset in hot, over BLOCK_BYTES_MIN, is the index. `*_at`: addresses."""
+    largest value norm of the block whose offset in hot, over BLOCK_BYTES_MIN, is the index. `*_at`: addresses. `answered`, `arrived`:
+    events behind the copies of a step's answers and of its candidates, which are the `late` of the last step."""
 
     hot_at: int
     scratch_at: int
@@ -87,6 +89,9 @@ class DeviceMemory(Memory):
     exponents: NDArray[np.int16]
     processors: int
     graphs: Graphs
+    answered: Any
+    arrived: Any
+    late: Late | None
 
 
 def reserve(hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> DeviceMemory:
@@ -119,4 +124,6 @@ def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: 
     memory.workspace, memory.inputs, memory.outputs, memory.landing = workspace, inputs, outputs, pinned(LANDING_BYTES, "copies")
     memory.exponents = np.zeros(hot_bytes // BLOCK_BYTES_MIN + 1, np.int16)
     memory.processors, memory.graphs = int(device.attributes["MultiProcessorCount"]), Graphs()
+    memory.answered, memory.arrived = (cp.cuda.Event(disable_timing=True) for _ in range(2))
+    memory.late = None
     return memory

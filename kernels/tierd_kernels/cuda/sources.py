@@ -17,6 +17,7 @@ PARTS = {
     "pick": ("bound/bound.cuh", "select/threshold.cuh", "select/pick.cu"),
     "cover": ("bound/bound.cuh", "select/cover.cu"),
     "promote": ("score/exact.cuh", "bound/bound.cuh", "select/threshold.cuh", "select/promote.cu"),
+    "candidates": ("bound/bound.cuh", "select/threshold.cuh", "select/candidates.cu"),
     "dense": ("score/exact.cuh", "dense/dense.cu"),
     "dense_finish": ("dense/finish.cu",),
     "canary": ("score/exact.cuh", "score/canary.cu"),
@@ -34,6 +35,7 @@ RESIDENT = 4  # thread blocks of a pass on one multiprocessor, of a head dimensi
 SCORE_SPARE = 2048
 STATISTIC_FLOATS, PARTIALS, SUMMED, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 44, 19, 17, 4, 2048, 2048
 ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS = 6, 6, 16, 512
+CANDIDATE_PARTS, CANDIDATE_THREADS = 16, 512
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
 
 

@@ -6,7 +6,9 @@ is one CUDA graph.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import cupy as cp
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.call import Call
+from tierd_kernels.cuda.late import Late, Place
 from tierd_kernels.cuda.launch import CALL, FIELDS, Grid, Kernels, Program
 from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, Region
 from tierd_kernels.cuda.record import TILE
@@ -32,6 +35,7 @@ from tierd_kernels.cuda.sources import (
 from tierd_kernels.layout import Layout
 from tierd_kernels.numerics import Array
 from tierd_kernels.policy import Coverage
+from tierd_kernels.select.candidates import Candidates
 
 # Dot products with quantised keys stay below 2^32, half of them offsets: 256 channels of 127 * 65504 at most, q within [-1, 1].
 SCALE_MAX = 2.0**90
@@ -61,13 +65,14 @@ class Part:
 @dataclass
 class Answer:
     """Of a part: output raw [Hq, n, d]; fields by name, float64 [Hq, n]; states int32 [Hq, n]; failures bool [canaries, Hkv]; marks
-    uint32 [Hkv * tiles, full], None: nothing was promoted."""
+    uint32 [Hkv * tiles, full], None: nothing was promoted; candidates of this part, once the device has them."""
 
     output: NDArray[Any]
     fields: dict[str, Array]
     states: NDArray[np.int32]
     failures: NDArray[np.bool_]
     marks: NDArray[np.uint32] | None
+    candidates: Callable[[], Candidates]
 
 
 def needs_exact(call: Call) -> bool:
@@ -101,7 +106,8 @@ def workspace_bytes(layout: Layout, group: int, part: Part, splits: int) -> int:
     block = 4 * (layout.block_size // TILE * TILE_WEIGHT_FLOATS + STATISTIC_FLOATS + 1)
     split = 4 * ROW_TILE * (PARTIALS + SKIPS + layout.head_dim) + 8 * ROW_TILE * (DENSE_FACTS + layout.head_dim)
     picks = 8 * 2 * PICK_PARTS * ROW_TILE * LANES
-    return tiles * ((part.full(layout) + 1) * block + (splits + 1) * split + picks) + rows * 4 * (ROW_FACTS + splits + 3) + 16 * 256
+    head = 8 * layout.num_kv_heads * part.full(layout)
+    return tiles * ((part.full(layout) + 1) * block + (splits + 1) * split + picks) + rows * 4 * (ROW_FACTS + splits + 3) + head + 16 * 256
 
 
 class Step:
@@ -112,6 +118,8 @@ class Step:
         heads, d = layout.num_kv_heads, layout.head_dim
         self.group = group = parts[0].call.q.shape[0] // heads
         tiles = [heads * -(-group * part.n // ROW_TILE) for part in parts]
+        if memory.late:  # its candidates lie where this step's answers come
+            memory.late.collect()
         memory.inputs.reset()
         memory.outputs.reset()
         region = Region(memory.workspace.nbytes)
@@ -135,7 +143,7 @@ class Step:
                 "skips": 4 * tiles[i] * (splits + 1) * SKIPS * ROW_TILE,
                 "dense": 8 * tiles[i] * (splits + 1) * ROW_TILE * (DENSE_FACTS + d), "facts": 4 * rows * ROW_FACTS,
                 "dots": 4 * rows * (splits + 1), "marks": 4 * tiles[i] * full, "counts": 8 * rows,
-                "picks": 8 * tiles[i] * 2 * PICK_PARTS * ROW_TILE * LANES,
+                "picks": 8 * tiles[i] * 2 * PICK_PARTS * ROW_TILE * LANES, "shares": 8 * heads * full,
             }  # fmt: skip
             numbers = dict.fromkeys(CALL.names or (), 0) | {
                 "n": part.n, "tokens": part.tokens, "full": full, "splits": splits, "per": per, "groups": len(call.group_value_norms),
@@ -145,8 +153,12 @@ class Step:
                 **{name: workspace_at + region.take(size) for name, size in sizes.items()},
             }  # fmt: skip
             assert len(numbers) == len(CALL.names or ())
-            staged[i] = tuple(numbers.values())
             self.calls.append(numbers)
+        self.answers_end = memory.outputs.region.used
+        for i, numbers in enumerate(self.calls):  # behind all answers, for they are copied later
+            for name in ("candidate_blocks", "candidate_scores"):
+                numbers[name] = memory.outputs.room(4 * 2 * heads * int(numbers["candidates_max"]))
+            staged[i] = tuple(numbers.values())
         splits_most, rows_most = max(x["splits"] for x in self.calls) + 1, group * max(part.n for part in parts)
         self.grid = Grid(len(parts), splits_most, max(tiles), rows_most, group, max(x["num_canaries"] for x in self.calls)).rounded()
         able = [x for x in self.calls if not x["exact_only"]]
@@ -159,10 +171,11 @@ class Step:
         canaries = call.canary_blocks if part.start == 0 else call.canary_blocks[:0]
         canaries = canaries[canaries < full]
         arrays = {
-            "q": q, "hot": call.hot_offsets[:full], "original": call.original_offsets[:blocks], "key_at": call.key_locations[:full],
-            "value_at": call.value_locations[:full], "group_values": call.group_value_norms,
-            "group_errors": call.group_error_norms, "canaries": canaries.astype(np.int32),
+            "q": q, "hot": call.hot_offsets[:full], "original": call.original_offsets[:blocks], "group_values": call.group_value_norms,
+            "group_errors": call.group_error_norms, "canaries": canaries.astype(np.int32), "tickets": np.zeros(heads, np.int32),
         }  # fmt: skip
+        if call.key_locations is not None and call.value_locations is not None:  # 1 MB at 131,072 tokens of 8 KV heads
+            arrays |= {"key_at": call.key_locations[:full], "value_at": call.value_locations[:full]}
         # In this order in `answers`: numbers of eight bytes first.
         rows = self.group * heads * part.n
         sizes = {"fields": 8 * len(FIELDS) * rows, "state": 4 * rows, "output": q.nbytes, "failures": len(canaries) * heads}
@@ -170,6 +183,7 @@ class Step:
         return {
             **pools, **{name: inputs.put(array) for name, array in arrays.items()},
             **{name: outputs.room(size) for name, size in sizes.items()}, "num_canaries": len(canaries),
+            "candidates_max": min(call.candidates_max, full),
         }  # fmt: skip
 
     def _exponent(self, part: Part, full: int) -> int:
@@ -195,12 +209,14 @@ class Step:
         self.memory.graphs.launch((self.layout, self.grid, self.program), self.enqueue, self.memory.stream)
 
     def answers(self) -> list[Answer]:
-        """What came back; waits for the device."""
+        """What came back; waits for the device, but not for the candidates, which it begins behind the answers."""
         memory, heads = self.memory, self.layout.num_kv_heads
-        memory.outputs.download(memory.stream)
-        memory.stream.synchronize()
+        memory.outputs.download(memory.stream, 0, self.answers_end)
+        memory.answered.record(memory.stream)
+        late = memory.late = self._begin_late()
+        memory.answered.synchronize()
         out = []
-        for part, call in zip(self.parts, self.calls, strict=True):
+        for i, (part, call) in enumerate(zip(self.parts, self.calls, strict=True)):
             q, canaries, first = part.call.q, call["num_canaries"], call["fields"]
             shape = (q.shape[0], part.n)
             own = memory.outputs.view(first, (call["failures"] + canaries * heads - first,), np.uint8).copy()  # the next step writes there
@@ -215,8 +231,21 @@ class Step:
             marks = None
             if part.full(self.layout) and (named["promoted_key_blocks"].any() or named["promoted_value_blocks"].any()):
                 marks = self._marks(call, part)
-            out.append(Answer(output, named, states, failures.astype(bool), marks))
+            out.append(Answer(output, named, states, failures.astype(bool), marks, partial(late.of, i)))
         return out
+
+    def _begin_late(self) -> Late:
+        memory, heads = self.memory, self.layout.num_kv_heads
+        if any(call["candidates_max"] for call in self.calls):
+            self.kernels.candidates(self.at, self.grid, memory.stream)
+            memory.outputs.download(memory.stream, self.answers_end, memory.outputs.region.used)
+        memory.arrived.record(memory.stream)
+        shapes = [(2, heads, call["candidates_max"]) for call in self.calls]
+        view = memory.outputs.view
+        return Late(memory.arrived, [
+            Place(view(call["candidate_blocks"], shape, np.int32), view(call["candidate_scores"], shape, np.float32))
+            for call, shape in zip(self.calls, shapes, strict=True)
+        ])  # fmt: skip
 
     def _marks(self, call: dict[str, Any], part: Part) -> NDArray[np.uint32]:
         shape = (self.layout.num_kv_heads * -(-self.group * part.n // ROW_TILE), call["full"])

@@ -132,7 +132,7 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
   float *statistics = call.statistics + place * STATISTIC_FLOATS;
   const unsigned char *record = call.pool + call.hot[block] + (i64)h * RECORD_BYTES;
   const float *notes = (const float *)(record + NOTES_AT);
-  const unsigned char *keys = located(call, call.key_at, heads, h, block), *values = located(call, call.value_at, heads, h, block);
+  const unsigned char *keys = located(call, 0, heads, h, block), *values = located(call, 1, heads, h, block);
 
   float s[TILES][ROW_TILE], largest[ROW_TILE], magnitude[ROW_TILE];
   bool wrong = false;

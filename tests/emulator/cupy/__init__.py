@@ -105,6 +105,19 @@ class Stream:
 _capturing: list[Stream] = []
 
 
+class Event:
+    """Everything has been done by the time that it is recorded."""
+
+    def __init__(self, disable_timing: bool = False) -> None:
+        pass
+
+    def record(self, stream: Stream) -> None:
+        assert stream.recorded is None, "what a graph holds is told by its last kernel"
+
+    def synchronize(self) -> None:
+        pass
+
+
 def _do(work: Callable[[], None]) -> None:
     """At once, or when the graph that is being captured runs."""
     if _capturing:
@@ -188,6 +201,7 @@ class Device:
 cuda = SimpleNamespace(
     Device=Device,
     Stream=Stream,
+    Event=Event,
     is_available=lambda: True,
     alloc_pinned_memory=lambda nbytes: memoryview(np.zeros(nbytes, np.uint8)),
     memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),

@@ -1,0 +1,150 @@
+// Which blocks come near needing their originals, for whoever copies them ahead of need: of every KV head the at most `candidates_max` blocks whose
+// keys, and whose values, have the largest share of the bound in any of its rows, relative to what selection aims at (threshold.cuh). It
+// runs when the answers are on their way to the host already; nobody waits for it.
+//
+// Promotion has replaced what it promoted, so what those shares were is gone; they were above the row's threshold, and that is their score.
+// A skipped block has no share: it can spend none. Of the coverage policy, which promotes by mass, a promoted record's score is 1.
+//
+// A thread block reduces a part of the blocks over all rows of a KV head; the last of them to end sees all shares and chooses. Its
+// threshold is found by counting, a digit of the float's bits a pass: positive floats are ordered as integers. Of equal scores at the threshold
+// the first blocks are taken. Sums are of integers, and maxima depend on no order: the same bits each time, whoever is last.
+constexpr int CANDIDATE_PARTS = 16, CANDIDATE_WARPS = 16, THREADS = CANDIDATE_WARPS * LANES;
+constexpr int DIGITS = 4, DIGIT_BITS = 8, BINS = 1 << DIGIT_BITS;  // of 32 bits, the sign's zero
+constexpr float SHARE_MAX = 3e38f;                                 // an infinite share is a large one
+
+struct Limits { float score[ROW_TILE][2]; };  // of promoted keys and values
+
+// What each row of a tile promoted scores. Warp `row` its own; for all threads.
+__device__ __forceinline__ void promoted_scores(const Call &call, int h, int rows, int tile, int base, Limits &to) {
+  const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, index = tile * ROW_TILE + row;
+  __syncthreads();
+  if (row < ROW_TILE) {
+    float score = 0.f;
+    // Without promotions there may be no threshold: the row was not open to selection.
+    const bool promoted = index < rows && (call.counts[2 * (h * rows + index)] | call.counts[2 * (h * rows + index) + 1]);
+    if (promoted) {
+      const RowState own(call, h, rows, index);
+      score = call.coverage ? 1.f : fminf(threshold(call, base, row, own, 2, lane) / own.target, SHARE_MAX);
+    }
+    if (lane < 2) to.score[row][lane] = score;
+  }
+  __syncthreads();
+}
+
+// Shares of the blocks [first, last) to `shares` [2][full], the largest over all rows of the KV head.
+__device__ __forceinline__ void reduce_rows(const Call &call, int h, int rows, int tiles, int first, int last, float *shares) {
+  __shared__ Limits limits;
+  const int row = threadIdx.x % ROW_TILE;
+  for (int tile = 0; tile < tiles; tile++) {
+    const int base = h * tiles + tile, index = tile * ROW_TILE + row;
+    promoted_scores(call, h, rows, tile, base, limits);
+    const RowState own(call, h, rows, min(index, rows - 1));
+    for (int start = first; start < last; start += THREADS / ROW_TILE) {
+      const int b = start + threadIdx.x / ROW_TILE;
+      float key = 0.f, value = 0.f;
+      if (b < last && index < rows && own.target > 0.f) {
+        const u32 mark = call.marks[(i64)base * call.full + b] >> row;
+        const Shares found = ::shares(call, base, b, row, own);
+        key = fminf(fmaxf(found.key / own.target, 0.f), SHARE_MAX), value = fminf(fmaxf(found.value / own.target, 0.f), SHARE_MAX);  // a NaN is 0
+        if (mark & 1) key = fmaxf(key, limits.score[row][0]);
+        if (mark & 16) value = fmaxf(value, limits.score[row][1]);
+      }
+#pragma unroll
+      for (int bit = 1; bit < ROW_TILE; bit <<= 1) {
+        key = fmaxf(key, __shfl_xor_sync(~0u, key, bit)), value = fmaxf(value, __shfl_xor_sync(~0u, value, bit));
+      }
+      if (row || b >= last) continue;
+      shares[b] = tile ? fmaxf(shares[b], key) : key;
+      shares[call.full + b] = tile ? fmaxf(shares[call.full + b], value) : value;
+    }
+  }
+}
+
+struct Cut { u32 bits; int ties; };  // taken: what lies above `bits`, and the first `ties` of what has them
+
+// Above which bits at most `most` shares lie. Shares are read past the first cache, where another multiprocessor's are not seen.
+__device__ __forceinline__ Cut cut_at(const volatile float *shares, int full, int most) {
+  __shared__ int counts[BINS], digit, above;
+  const int lane = threadIdx.x % LANES;
+  Cut cut = {0, most};
+  for (int pass = DIGITS - 1; pass >= 0; pass--) {
+    __syncthreads();
+    if (threadIdx.x < BINS) counts[threadIdx.x] = 0;
+    if (threadIdx.x == 0) digit = -1;
+    __syncthreads();
+    for (int b = threadIdx.x; b < full; b += THREADS) {
+      const u32 bits = __float_as_uint(shares[b]);
+      if (bits && (u64)bits >> (pass + 1) * DIGIT_BITS == cut.bits) atomicAdd(&counts[bits >> pass * DIGIT_BITS & (BINS - 1)], 1);
+    }
+    __syncthreads();
+    if (threadIdx.x < LANES) {  // a lane has neighbouring bins, and looks for the one in which the count is reached from above
+      int own = 0;
+      for (int i = 0; i < BINS / LANES; i++) own += counts[lane * (BINS / LANES) + i];
+      int higher = own;
+      for (int step = 1; step < LANES; step <<= 1) {
+        const int next = __shfl_sync(~0u, higher, (lane + step) % LANES);
+        if (lane + step < LANES) higher += next;
+      }
+      higher -= own;
+      if (higher < cut.ties && cut.ties <= higher + own) {
+        int bin = (lane + 1) * (BINS / LANES) - 1;
+        while (higher + counts[bin] < cut.ties) higher += counts[bin--];
+        digit = bin, above = higher;
+      }
+    }
+    __syncthreads();
+    if (digit < 0) return {0, 0};  // fewer than that are positive; only the first pass can find this
+    cut.bits = cut.bits << DIGIT_BITS | digit, cut.ties -= above;
+  }
+  return cut;
+}
+
+// The blocks that `cut` takes, in order; -1 and zero behind them.
+__device__ __forceinline__ void write_taken(const volatile float *shares, int full, int most, Cut cut, int *blocks, float *scores) {
+  __shared__ int of_warp[CANDIDATE_WARPS][2];
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  int above = 0, ties = 0;  // before this round's
+  for (int first = 0; first < full; first += THREADS) {
+    const int b = first + threadIdx.x;
+    const float share = b < full ? shares[b] : 0.f;
+    const u32 bits = __float_as_uint(share), lower = (1u << lane) - 1;
+    const bool over = bits > cut.bits, tie = bits && bits == cut.bits;
+    const u32 overs = __ballot_sync(~0u, over), equals = __ballot_sync(~0u, tie);
+    __syncthreads();
+    if (lane == 0) of_warp[warp][0] = __popc(overs), of_warp[warp][1] = __popc(equals);
+    __syncthreads();
+    int before = above + __popc(overs & lower), rank = ties + __popc(equals & lower);
+    for (int w = 0; w < CANDIDATE_WARPS; w++) {
+      if (w < warp) before += of_warp[w][0], rank += of_warp[w][1];
+      above += of_warp[w][0], ties += of_warp[w][1];
+    }
+    if (!over && !(tie && rank < cut.ties)) continue;
+    blocks[before + min(rank, cut.ties)] = b, scores[before + min(rank, cut.ties)] = share;
+  }
+  for (int i = above + min(ties, cut.ties) + threadIdx.x; i < most; i += THREADS) blocks[i] = -1, scores[i] = 0.f;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) candidates(const Call *calls, int heads, int group) {
+  const Call &call = calls[blockIdx.z];
+  const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, h = blockIdx.x, full = call.full, most = call.candidates_max;
+  const int each = (full + CANDIDATE_PARTS - 1) / CANDIDATE_PARTS, first = blockIdx.y * each;
+  float *shares = call.shares + (i64)h * 2 * full;
+  if (!most) return;
+  if (!call.exact_only) reduce_rows(call, h, rows, tiles, first, min(first + each, full), shares);
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(call.tickets + h, 1) == CANDIDATE_PARTS - 1;
+    if (last) call.tickets[h] = 0;  // for another launch of the same step
+  }
+  __syncthreads();
+  if (!last) return;
+  __threadfence();
+  for (int kind = 0; kind < 2; kind++) {
+    const int count = call.exact_only ? 0 : full;  // of an exact row no share is known
+    int *blocks = call.candidate_blocks + ((i64)kind * heads + h) * most;
+    float *scores = call.candidate_scores + ((i64)kind * heads + h) * most;
+    write_taken(shares + (i64)kind * full, count, most, cut_at(shares + (i64)kind * full, count, most), blocks, scores);
+  }
+}

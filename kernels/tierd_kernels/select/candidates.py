@@ -1,0 +1,75 @@
+"""The few blocks of a call that come near needing their originals: what a prefetcher is shown.
+
+Legend: m full blocks, Hkv KV heads, c candidates of a head at most, kind 0 keys and 1 values.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import prange
+from numpy.typing import NDArray
+
+from tierd_kernels.arrays import Singles
+from tierd_kernels.floats import compiled
+
+CANDIDATES_MAX = 64  # of a KV head and kind
+
+
+class Candidates(NamedTuple):
+    """`blocks` int32 [2, Hkv, c], indices of full blocks of the call in rising order; `scores` float32 [2, Hkv, c], positive and finite: a
+    block's share of the bound relative to the budget, the largest over the KV head's rows. Shorter lists end in -1 and 0. At a tie
+    the first blocks are taken.
+
+    A skipped block is no candidate. The CPU's scores are shares of the budget before promotion; on the device they are shares of what
+    selection aims at, and that of a promoted record is the threshold above which its row promoted (1 under the coverage policy)."""
+
+    blocks: NDArray[np.int32]
+    scores: NDArray[np.float32]
+
+    @staticmethod
+    def none(heads: int) -> "Candidates":
+        return Candidates(np.empty((2, heads, 0), np.int32), np.empty((2, heads, 0), np.float32))
+
+    def shares(self, full: int) -> NDArray[np.float32]:
+        """Scores by block, [2, m, Hkv]; zero where a block is no candidate."""
+        shares = np.zeros((2, full, self.blocks.shape[1]), np.float32)
+        kind, head, place = np.nonzero(self.blocks >= 0)
+        shares[kind, self.blocks[kind, head, place], head] = self.scores[kind, head, place]
+        return shares
+
+
+def largest(shares: NDArray[np.float32], most: int) -> Candidates:
+    """Those with the largest positive `shares` [2, m, Hkv], at most `most` of a head and kind. Raises ValueError for a negative `most`."""
+    if most < 0:
+        raise ValueError(f"candidates_max is {most}; at least 0 is allowed")
+    _, full, heads = shares.shape
+    most = min(most, full)
+    blocks, scores = np.full((2, heads, most), -1, np.int32), np.zeros((2, heads, most), np.float32)
+    if most:
+        _largest(np.ascontiguousarray(shares.transpose(0, 2, 1)).reshape(2 * heads, full), blocks, scores)
+    return Candidates(blocks, scores)
+
+
+@compiled(parallel=True)
+def _largest(shares_ib: Singles, blocks: NDArray[np.int32], scores: NDArray[np.float32]) -> None:
+    most = blocks.shape[2]
+    for i in prange(len(shares_ib)):
+        share_b = shares_ib[i]
+        into, values = blocks[i // blocks.shape[1], i % blocks.shape[1]], scores[i // blocks.shape[1], i % blocks.shape[1]]
+        cut = np.partition(share_b, len(share_b) - most)[len(share_b) - most]
+        ties = most
+        for b in range(len(share_b)):
+            ties -= share_b[b] > cut
+        filled = 0
+        for b in range(len(share_b)):
+            if share_b[b] > 0.0 and (share_b[b] > cut or (share_b[b] == cut and ties > 0)):
+                ties -= share_b[b] == cut
+                into[filled], values[filled] = b, share_b[b]
+                filled += 1
+
+
+def joined(parts: list[Candidates], full: int, most: int) -> Candidates:
+    """Of runs of query tokens of one call together: a block that is among the largest of all is among those of its run."""
+    if len(parts) == 1:
+        return parts[0]
+    return largest(np.maximum.reduce([part.shares(full) for part in parts]), most)

@@ -1,0 +1,248 @@
+"""Candidates: the largest shares and no others, at most as many as were asked for, the same of both backends' forms."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from stored import Cache
+from test_cuda import LAYOUTS, draw, passage, store
+from tierd_kernels.call import Call, Result
+from tierd_kernels.errors import DeviceLost
+from tierd_kernels.layout import Layout
+from tierd_kernels.policy import Budget, Coverage, Policy
+from tierd_kernels.select.candidates import Candidates, joined, largest
+
+TARGET, TOLERANCE = 0.85, 2e-3  # of threshold.cuh; of FP32 sums with approximate exponentials
+SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, _, _, TOP, DELTA, D_NORM, STATISTICS = range(11)
+
+
+def check_form(found: Candidates, full: int, most: int) -> None:
+    assert found.blocks.dtype == np.int32 and found.scores.dtype == np.float32 and found.blocks.shape == found.scores.shape
+    assert found.blocks.shape[2] <= most
+    real = found.blocks >= 0
+    assert (found.scores[real] > 0).all() and np.isfinite(found.scores).all() and (found.scores[~real] == 0).all()
+    assert (found.blocks[real] < full).all() and (found.blocks[~real] == -1).all()
+    assert (np.diff(real.astype(int), axis=2) <= 0).all(), "a gap in a list"
+    assert (np.diff(found.blocks, axis=2)[real[:, :, 1:]] > 0).all(), "blocks out of order, or twice"
+
+
+def check_largest(found: Candidates, shares: NDArray[Any], most: int, tolerance: float) -> None:
+    """Against shares [2, full, Hkv]: scores are right, and no block that is left out has a larger share."""
+    full = shares.shape[1]
+    check_form(found, full, most)
+    for kind in range(2):
+        for head in range(shares.shape[2]):
+            real = found.blocks[kind, head] >= 0
+            blocks, scores, want = found.blocks[kind, head][real], found.scores[kind, head][real], shares[kind, :, head]
+            assert np.allclose(scores, want[blocks], rtol=tolerance, atol=0), (kind, head)
+            positive = int((want > 0).sum())
+            assert len(blocks) == min(most, positive), (kind, head)
+            left = np.setdiff1d(np.flatnonzero(want > 0), blocks)
+            if len(left):
+                assert want[left].max() <= want[blocks].min() * (1 + tolerance) if len(blocks) else most == 0
+
+
+@given(st.integers(1, 90), st.integers(1, 3), st.integers(0, 70), st.integers(1, 6), st.integers(0, 2**32 - 1))
+@settings(max_examples=60)
+def test_the_largest_shares_of_a_dense_form(full: int, heads: int, most: int, values: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    shares = (random.integers(0, values, (2, full, heads)) / 4).astype(np.float32)  # ties, and zeros
+    found = largest(shares, most)
+    check_largest(found, shares, most, 0.0)
+    for kind, head in np.ndindex(2, heads):
+        real = found.blocks[kind, head] >= 0
+        order = np.argsort(-shares[kind, :, head], kind="stable")[: real.sum()]
+        assert np.array_equal(found.blocks[kind, head][real], np.sort(order)), "at a tie the first blocks are taken"
+    assert np.array_equal(largest(shares, full).shares(full), shares)
+
+
+@given(st.integers(1, 90), st.integers(1, 12), st.integers(0, 2**32 - 1))
+def test_parts_joined_are_as_the_whole(full: int, most: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    parts = random.random((3, 2, full, 2)).astype(np.float32)
+    together = joined([largest(part, most) for part in parts], full, most)
+    whole = largest(parts.max(axis=0), most)
+    assert np.array_equal(together.blocks, whole.blocks) and np.array_equal(together.scores, whole.scores)
+
+
+def test_a_negative_number_of_candidates_is_refused() -> None:
+    with pytest.raises(ValueError, match="candidates_max is -1; at least 0"):
+        largest(np.zeros((2, 4, 1), np.float32), -1)
+
+
+class Left:
+    """What a step of one call has left in the workspace, in float64."""
+
+    def __init__(self, step: Any) -> None:
+        self.call, self.memory = step.calls[0], step.memory
+        heads, self.full = step.layout.num_kv_heads, self.call["full"]
+        self.rows = step.group * self.call["n"]
+        tiles = -(-self.rows // 4)
+        self.statistics = self._read("statistics", (heads, tiles, self.full + 1, 44), np.float32)[:, :, : self.full].astype(np.float64)
+        self.marks = self._read("marks", (heads, tiles, self.full), np.uint32)
+        self.facts = self._read("facts", (heads, self.rows, 6), np.float32).astype(np.float64)
+        self.picks = self._read("picks", (heads, tiles, 2, 16, 4, 32, 2), np.float32)
+
+    def _read(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        size, at = int(np.prod(shape)) * np.dtype(dtype).itemsize, self.call[name] - int(self.memory.workspace.data.ptr)
+        return np.asarray(self.memory.workspace[at : at + size].get()).view(dtype).reshape(shape)
+
+    def threshold(self, h: int, row: int, budget: float, fixed: float) -> float:
+        """Above which the row promoted: octaves from 2^10 down, then 32nds of one up (select/threshold.cuh)."""
+        best, sums = TARGET * budget * 2.0**10, self.picks[h, row // 4, :, :, row % 4].sum(axis=1)  # [2, 32, 2]
+        for k in range(2):
+            fits = (sums[k, :, 0] + fixed) * (1 + 3e-5) * (1 + 1 / 1024) <= TARGET * budget * (1 - sums[k, :, 1] * (1 + 1 / 16384))
+            if fits.any():
+                first = int(np.argmax(fits))
+                best *= 2.0**-first if k == 0 else 2.0 ** ((31 - first) / 32)
+        return best
+
+    def shares(self, h: int, row: int) -> NDArray[np.float64]:
+        """Of keys and of values, [2, full], relative to what selection aims at (bound/bound.cuh, `block_terms`)."""
+        tile, own = row // 4, row % 4
+        x = [self.statistics[h, tile, :, k * 4 + own] for k in range(STATISTICS)]
+        top, mass, norm, budget, fixed, _ = self.facts[h, row]
+        mark = self.marks[h, tile]
+        with np.errstate(all="ignore"):
+            here = np.exp2(x[TOP] - top) / mass
+            rho, a2, d, delta = here * x[SUM], here * np.sqrt(x[SUM_SQUARES]), x[D_NORM], x[DELTA]
+            psi, cross = np.where(delta > 0, (np.expm1(delta) - delta) / delta**2, 0.5), a2 * d
+            phi = 1 + delta * psi
+            g = np.minimum(phi * np.minimum(rho * delta, cross), cross + psi * here * d * d)
+            key = phi * np.minimum(delta * here * x[SUM_NORM], d * here * np.sqrt(x[SUM_SQUARES_NORM])) + g * norm
+            value = np.minimum(a2 * self.statistics[h, tile, :, 40], here * x[SUM_ERROR])
+        out = np.where((x[SUM] <= 0) | (mark & 256 != 0), 0.0, np.stack([key, value])) / (TARGET * budget)
+        out = np.nan_to_num(np.minimum(out, 3e38), nan=0.0)
+        if not self.call["exact_only"] and (mark >> own & 17).any():
+            score = 1.0 if self.call["coverage"] else self.threshold(h, row, budget, fixed) / (TARGET * budget)
+            for kind in range(2):
+                out[kind] = np.where(mark >> own >> 4 * kind & 1, np.maximum(out[kind], score), out[kind])
+        return np.asarray(out)
+
+
+def run(cache: Cache, call: Call, split_blocks: int | None = None) -> tuple[Any, Candidates]:
+    from tierd_kernels.cuda.step import Part, Step
+
+    step = Step(cache.layout, cache.memory, [Part(call, 0, call.q.shape[1])], split_blocks)  # type: ignore[arg-type]
+    step.upload()
+    step.launch()
+    return step, step.answers()[0].candidates()
+
+
+CASES = [
+    (LAYOUTS[0], 8, 1, 2000, "diffuse", 0.3, 64), (LAYOUTS[0], 8, 1, 2000, "sharp", 0.02, 64), (LAYOUTS[0], 10, 3, 1500, "sink", 0.05, 5),
+    (LAYOUTS[1], 5, 2, 777, "outlier", 0.1, 64), (LAYOUTS[2], 12, 1, 1500, "ties", 0.02, 7), (LAYOUTS[4], 1, 9, 1200, "diffuse", 0.02, 3),
+    (LAYOUTS[0], 8, 1, 40, "huge", 0.01, 64), (LAYOUTS[0], 2, 1, 10, "diffuse", 0.1, 64), (LAYOUTS[4], 3, 1, 1100, "ties", 0.3, 0),
+    (LAYOUTS[0], 8, 1, 9000, "sharp", 0.1, 200), (LAYOUTS[2], 8, 1, 4100, "passage", 0.2, 30),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("policy", [Budget(), Budget(skip_share=0.9), Coverage(tau_cov=0.7, k_max=20, boundary_check=False)], ids=str)
+@pytest.mark.parametrize(("layout", "query_heads", "n", "tokens", "regime", "rtol", "most"), CASES, ids=str)
+def test_the_devices_candidates_are_the_largest_shares(
+    layout: Layout, query_heads: int, n: int, tokens: int, regime: str, rtol: float, most: int, policy: Policy
+) -> None:
+    whole = passage(layout, tokens, query_heads, n, 7, 2.0) if regime == "passage" else draw(layout, tokens, query_heads, n, regime, tokens)
+    k, v, q = whole
+    cache = store(layout, k, v)
+    call = cache.call(q, rtol, policy, candidates_max=most)
+    split_blocks = 2048 // layout.block_size if regime == "passage" else None  # few splits skip more
+    step, found = run(cache, call, split_blocks)
+    left, heads = Left(step), layout.num_kv_heads
+    shares = np.stack([np.stack([left.shares(h, row) for row in range(left.rows)]).max(axis=0) for h in range(heads)], axis=2)
+    check_largest(found, shares, most, TOLERANCE)
+    promoted, skipped = (int(np.count_nonzero(left.marks & bits)) for bits in (255, 256))
+    assert skipped or regime != "passage" or isinstance(policy, Coverage)
+    print(f"{left.full} blocks, {promoted} promoted, {skipped} skipped of {left.marks.size}")
+    cache.memory.outputs.device[step.answers_end :].fill(0xFF)  # type: ignore[attr-defined]
+    # The same again, whose tickets have been handed back; another step.
+    for other in (step.answers()[0].candidates(), run(cache, call, split_blocks)[1]):
+        assert np.array_equal(found.blocks, other.blocks) and np.array_equal(found.scores.view(np.uint32), other.scores.view(np.uint32))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_of_exact_calls_and_of_several_at_once_everyone_has_his_own() -> None:
+    from tierd_kernels.cuda import backend
+
+    layout = LAYOUTS[0]
+    k, v, q = draw(layout, 1100, 8, 66, "diffuse", 3)
+    cache = store(layout, k, v)
+    calls = [cache.call(q[:, :1], 0.0, Budget()), cache.call(q[:, 1:2], 0.1, Budget(), candidates_max=9), cache.call(q, 0.1, Budget())]
+    results = backend.attend(layout, cache.memory, calls, 8)
+    assert all(isinstance(x, Result) for x in results)
+    exact, few, many = (x.candidates() for x in results if isinstance(x, Result))
+    assert (exact.blocks == -1).all() and (exact.scores == 0).all()
+    for found, call in ((few, calls[1]), (many, calls[2])):  # the last in two parts, and another step
+        check_form(found, len(cache.hot), call.candidates_max)
+        # In other splits, whose sums are rounded otherwise.
+        (alone,) = backend.attend(layout, cache.memory, [replace(call, candidates_max=len(cache.hot))], 8)
+        assert isinstance(alone, Result)
+        check_largest(found, alone.candidates().shares(len(cache.hot)), call.candidates_max, TOLERANCE)
+    assert few.blocks.shape == (2, 2, 9) and many.blocks.shape == (2, 2, 64)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_answers_do_not_wait_for_candidates_and_those_of_a_step_survive_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tierd_kernels.cuda import backend
+    from tierd_kernels.cuda.launch import Kernels
+
+    layout = LAYOUTS[0]
+    k, v, q = draw(layout, 600, 8, 2, "diffuse", 3)
+    cache, events, begin = store(layout, k, v), [], Kernels.candidates
+    answered, arrived = cache.memory.answered, cache.memory.arrived  # type: ignore[attr-defined]
+
+    class Told:
+        def __init__(self, event: Any, name: str) -> None:
+            self._event, self._name = event, name
+
+        def record(self, stream: Any) -> None:
+            events.append(f"{self._name} recorded")
+            self._event.record(stream)
+
+        def synchronize(self) -> None:
+            events.append(f"{self._name} awaited")
+            self._event.synchronize()
+
+    def launch(self: Any, *args: Any) -> None:
+        events.append("launched")
+        begin(self, *args)
+
+    monkeypatch.setattr(cache.memory, "answered", Told(answered, "answers"))
+    monkeypatch.setattr(cache.memory, "arrived", Told(arrived, "candidates"))
+    monkeypatch.setattr(Kernels, "candidates", launch)
+    (first,) = backend.attend(layout, cache.memory, [cache.call(q[:, :1], 0.1, Budget())], 8)
+    assert events == ["answers recorded", "launched", "candidates recorded", "answers awaited"]
+    (second,) = backend.attend(layout, cache.memory, [cache.call(q[:, 1:], 0.1, Budget())], 8)
+    assert events[4] == "candidates awaited" and isinstance(first, Result) and isinstance(second, Result)
+    assert not np.array_equal(first.candidates().scores, second.candidates().scores)
+    (again,) = backend.attend(layout, cache.memory, [cache.call(q[:, :1], 0.1, Budget())], 8)
+    assert isinstance(again, Result) and np.array_equal(first.candidates().scores, again.candidates().scores)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+def test_a_device_lost_behind_its_answers_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cupy
+    from tierd_kernels.cuda import backend
+
+    layout = LAYOUTS[0]
+    k, v, q = draw(layout, 100, 2, 1, "diffuse", 3)
+    cache = store(layout, k, v)
+    (result,) = backend.attend(layout, cache.memory, [cache.call(q, 0.1, Budget())], 2)
+
+    class Failed:
+        def synchronize(self) -> None:
+            raise cupy.cuda.runtime.CUDARuntimeError(700)
+
+    monkeypatch.setattr(cache.memory.late, "_arrived", Failed())  # type: ignore[attr-defined]
+    assert isinstance(result, Result)
+    with pytest.raises(DeviceLost, match="restart the daemon"):
+        result.candidates()
