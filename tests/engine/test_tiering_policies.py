@@ -71,12 +71,15 @@ def test_predictive_fetches_what_was_needed_and_what_came_near_best_first() -> N
 
 
 def test_a_share_that_grows_is_fetched_before_it_is_needed() -> None:
-    policy, table, needed = Predictive(near=0.5, admit=0.4), Table(), np.zeros((2, 4, 2), bool)
-    shares = [0.3, 0.32, 0.55]  # expected next: 0.34, then 0.78: not near enough to 1, then near
-    found = [records(policy.choose(table.snapshot(shares_of({(0, 0, 0): share}), needed, now=1.0 + t))) for t, share in enumerate(shares)]
-    steady = Table()
-    still = [records(policy.choose(steady.snapshot(shares_of({(0, 0, 0): 0.3}), needed, now=1.0 + t))) for t in range(2)]
-    assert found[0] == [] and found[2] == [(0, 4, 0)] and still == [[], []]
+    policy, needed = Predictive(half_life=2.0, near=0.6, admit=0.5), np.zeros((2, 4, 2), bool)
+
+    def fetched(shares: list[float]) -> list[list[tuple[int, ...]]]:
+        table = Table()
+        return [records(policy.choose(table.snapshot(shares_of({(0, 0, 0): s}), needed, now=1.0 + t))) for t, s in enumerate(shares)]
+
+    # 0.5 after 0.3 becomes 0.7: worth 0.42, with what is left of the first step's 0.18 more than 0.5. Without its growth 0.3.
+    assert fetched([0.3, 0.5]) == [[], [(0, 4, 0)]]
+    assert fetched([0.5, 0.5]) == [[], [(0, 4, 0)]] and fetched([0.5, 0.3]) == [[], []] and fetched([0.4, 0.4]) == [[], []]
 
 
 def test_predictive_learns_nothing_from_reads_of_exact_heads() -> None:
