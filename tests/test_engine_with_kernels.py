@@ -117,7 +117,7 @@ def test_an_exact_head_trusts_no_original_because_scratch_has_a_copy(start: Star
     k, v, q = numbers(rng, 2, 160), numbers(rng, 2, 160), numbers(rng, 4, 1)
     run(engine, Append(session, 0, k, v, worker="w"))
     run(engine, Attend([Row(session, 0, q, tolerance=Tolerance(0.01))], worker="w"))
-    (copy, *_) = engine.residency.oldest_first()
+    (copy, *_) = engine.residency.copies()
     assert copy.state is CopyState.RESIDENT
     engine.residency.arenas.memory.originals[copy.source + 3] ^= 0x40
     with pytest.raises(CertificateUnavailable, match="checksum"):

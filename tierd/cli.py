@@ -124,6 +124,9 @@ def _table(target: str, status: dict[str, Any]) -> Table:
         if name == "pools":
             for pool, sizes in value.items():
                 table.add_row(f"pool {pool}", f"{sizes['used_bytes']:,} of {sizes['total_bytes']:,} bytes")
+        elif name == "tiering":
+            table.add_row("tiering policy", str(value["policy"]))
+            table.add_row("share of the host link used", f"{value['link_share']:.2%}")
         elif name == "events":
             for event, count in value.items():
                 table.add_row(f"event {event}", f"{count:,}")

@@ -144,10 +144,13 @@ class Attend(Command):
 
 @dataclass(eq=False)
 class RowResult:
-    """`output` like the row's q; `certificate`: name -> array [Hq, n]."""
+    """`output` like the row's q; `certificate`: name -> array [Hq, n]. `late_records`: originals read from the host while their copy to
+    scratch was under way; `prefetch_wait_s`: how long the row's batch had waited for such copies."""
 
     output: Raw
     certificate: dict[str, NDArray[np.generic]]
+    late_records: int = 0
+    prefetch_wait_s: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,13 @@ class EngineConfig:
     max_tokens: int = 1 << 20  # the most one session may ask for
     canary_share: float = 1e-3  # part of the full blocks re-scored from originals in each call
     lease_s: float = 0.0  # a session without a call for this long is closed; 0: never
-    migrations_max: int = 256  # records copied to the scratch cache between two launches
+    scratch_key_share: float = 0.5  # of scratch_bytes; values get the rest
+    tiering_policy: str = "predictive"
+    prefetch_candidates_max: int = 64  # of each layer, KV head and kind, that the policy looks at after a call
+    prefetch_link_share: float = 0.5  # of the host link
+    prefetch_wait_us_max: float = 20.0  # a gather of 64 blocks of 4 KB takes 14 us on an H200
+    link_bytes_per_s: float = 50e9  # a gather of random 4 KB blocks from pinned memory, PCIe 5
+    migrations_max: int = 256  # records on their way to the scratch cache at once
     threads: int = 0  # of the CPU backend's kernels; 0: one a core
 
 
@@ -54,7 +60,13 @@ class Settings(BaseSettings):
     max_tokens: int = Field(1 << 20, ge=1, description="the most tokens one session may ask for")
     canary_share: float = Field(1e-3, ge=0.0, le=1.0, description="share of blocks re-scored from originals in each call")
     lease_s: float = Field(0.0, ge=0.0, le=DAY_S, description="close a session unused for this long, seconds (0: never)")
-    migrations_max: int = Field(256, ge=0, description="records copied to the scratch cache between two launches")
+    scratch_key_share: float = Field(0.5, ge=0.0, le=1.0, description="share of the scratch cache that holds keys; values get the rest")
+    tiering_policy: Literal["none", "reactive", "predictive"] = Field("predictive", description="what gets a copy in scratch, what goes")
+    prefetch_candidates_max: int = Field(64, ge=1, le=4096, description="blocks a layer, KV head and kind that the policy looks at")
+    prefetch_link_share: float = Field(0.5, ge=0.0, le=1.0, description="most of the host link that copies ahead of need may take")
+    prefetch_wait_us_max: float = Field(20.0, ge=0.0, le=1e6, description="how long a call waits for copies under way, microseconds")
+    link_bytes_per_s: float = Field(50e9, gt=0.0, allow_inf_nan=False, description="what the host link carries, bytes a second")
+    migrations_max: int = Field(256, ge=0, description="records on their way to the scratch cache at once (0: no copies)")
     threads: int = Field(0, ge=0, le=CORES, description="threads of the CPU backend's kernels (0: one a core)")
     message_bytes_max: int = Field(64 * MIB, ge=64 << 10, le=(1 << 31) - 1, description="one message, bytes")
     append_bytes_max: int = Field(2 * GIB, ge=MIB, description="appends being received at once, all workers, bytes")

@@ -37,6 +37,8 @@ COUNTERS = {
     "hits": "originals read from the scratch cache",
     "misses": "originals read from the host while promoted",
     "prefetched": "originals copied ahead of need",
+    "late": "of the misses, those whose copy was on its way",
+    "wasted": "copies dropped without having been read",
     "evicted": "copies dropped for better ones",
 }
 
@@ -102,7 +104,25 @@ class _StatusCollector(Collector):
             pools.add_metric([pool, "used"], sizes["used_bytes"])
             pools.add_metric([pool, "free"], sizes["free_bytes"])
         yield pools
+        yield from _tiering(status)
         events = CounterMetricFamily("tierd_events", "rare events, by name", labels=["event"])
         for event, count in status["events"].items():
             events.add_metric([event], count)
         yield events
+
+
+def _tiering(status: dict[str, Any]) -> Iterator[Metric]:
+    tiering = status["tiering"]
+    link = CounterMetricFamily("tierd_link_bytes", "bytes of originals over the host link, by cause", labels=["cause"])
+    for cause in ("demand", "prefetch", "wasted"):  # wasted ones are prefetched ones
+        link.add_metric([cause], status[f"{cause}_bytes"])
+    link.add_metric(["retry"], tiering["retry_bytes"])
+    yield link
+    yield GaugeMetricFamily("tierd_link_share", "part of the host link that was used since the start", value=tiering["link_share"])
+    records = CounterMetricFamily("tierd_session_records", "originals by what became of them", labels=["session", "layer", "outcome"])
+    for account in tiering["sessions"]:
+        for outcome in ("hits", "misses", "late", "prefetched", "wasted"):
+            for layer, amount in enumerate(account["layers"][outcome]):
+                if amount:
+                    records.add_metric([str(account["session"]), str(layer), outcome], amount)
+    yield records

@@ -42,7 +42,8 @@ class Migrator:
     def __init__(self, copier: Copier, limit: int) -> None:
         self._copier = copier
         self._limit = limit
-        self._wake = threading.Condition()
+        lock = threading.Lock()
+        self._wake, self._finished = threading.Condition(lock), threading.Condition(lock)
         self._orders: deque[CopyOrder] = deque()
         self._done: list[CopyDone] = []
         self._outstanding = 0
@@ -73,6 +74,13 @@ class Migrator:
             done, self._done = self._done, []
             self._outstanding -= len(done)
         return done
+
+    def wait(self, timeout_s: float) -> bool:
+        """Until something is finished that `poll` has not reported; False: nothing was, for so long. Without a thread it does not wait."""
+        with self._wake:
+            if self._thread is None:
+                return bool(self._orders or self._done)
+            return self._finished.wait_for(lambda: bool(self._done), timeout_s)
 
     def start(self) -> None:
         """Copy on a thread of its own from now on."""
@@ -117,3 +125,4 @@ class Migrator:
             log.warning("%d copies to scratch failed: %s", len(orders), error)
         with self._wake:
             self._done += [CopyDone(order.copy_id, digest) for order, digest in zip(orders, digests, strict=True)]
+            self._finished.notify()

@@ -277,7 +277,10 @@ def _policy(request: pb.OpenSessionRequest) -> Budget | Coverage:
 def _attend_reply(results: list[commands.RowResult]) -> pb.AttendReply:
     rows = [
         pb.RowResult(
-            output=coding.encode_tensor(result.output), certificate=coding.encode_certificate(result.certificate)
+            output=coding.encode_tensor(result.output),
+            certificate=coding.encode_certificate(result.certificate),
+            late_records=result.late_records,
+            prefetch_wait_s=result.prefetch_wait_s,
         )
         for result in results
     ]

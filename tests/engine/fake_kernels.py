@@ -128,7 +128,7 @@ class FakeKernels:
             self._certificate(call, exact, promoted, layout),
             key_reads=promoted | exact,
             value_reads=promoted | exact,
-            candidates=lambda: largest(np.ones((2, full, heads), np.float32), call.candidates_max),
+            candidates=lambda: largest(np.stack([promoted, promoted]).astype(np.float32) * (not exact), call.candidates_max),
             canary_failures=[] if exact else self._canary_failures(layout, memory, call),
         )
 

@@ -135,7 +135,7 @@ class Machine:
                     self.do(Attend([Row(name, layer, q, tolerance=tolerance)], worker=session.worker))
         for worker in WORKERS:
             self.do(CloseWorker(worker=worker))
-        assert [pool.used_bytes for pool in self.engine.residency.arenas.pools] == [0, 0, 0]
+        assert [pool.used_bytes for pool in self.engine.residency.arenas.pools] == [0, 0, 0, 0]
 
     # How
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tierd_kernels.layout import Layout, Memory
 
 from tierd.pools import Arenas
-from tierd.residency import Places, Residency
+from tierd.residency import NO_COPY, Places, Residency
 
 LAYOUT = Layout(2, 64, 16, 16, "float16")
 EVENTS = st.lists(st.tuples(st.sampled_from(["grow", "cut", "copy", "evict", "ask"]), st.integers(0, 99)), max_size=60)
@@ -38,12 +38,12 @@ def test_places_are_the_tables(events: list[tuple[str, int]], seed: int) -> None
             ids = ids[:kept]
         elif event == "copy" and len(ids):
             kind, block, head = number % 2, int(ids[number % len(ids)]), number // 2 % 2
-            if table.copy_id[kind, block, head] < 0 and owner.arenas.scratch.free_bytes >= LAYOUT.original_record_bytes:
-                copy = owner.begin_copy(table, kind, block, head, 0)
+            if table.copy_id[kind, block, head] == NO_COPY and owner.arenas.scratch[kind].free_bytes >= LAYOUT.original_record_bytes:
+                copy = owner.begin_copy(table, kind, block, head)
                 if number % 5:
-                    assert owner.finish_copy(copy.copy_id, int(table.checksum[kind, block, head]))
+                    assert owner.finish_copy(copy.copy_id, copy.checksum) is None
         elif event == "evict":
-            for copy in [x for x in owner.oldest_first() if not x.pinned][: number % 3]:
+            for copy in [x for x in owner.copies() if not x.pinned][: number % 3]:
                 owner.evict(copy.copy_id)
         else:
             known, found = table.location[:, ids], places.of(table, ids)

@@ -1,4 +1,4 @@
-"""The residency machine beside two dicts: blocks with references and pins, and copies in flight, resident or orphaned."""
+"""The residency machine beside a few dicts: blocks with references and pins, and copies in flight, resident, orphaned or barred."""
 
 from dataclasses import dataclass
 
@@ -13,16 +13,16 @@ from tierd_kernels.layout import Layout
 
 from tierd.errors import CapacityExceeded, CertificateUnavailable
 from tierd.pools import Arenas
-from tierd.residency import CopyState, Residency, ScratchCopy
+from tierd.residency import BARRED, CopyState, Residency, ScratchCopy
 
 LAYOUT = Layout(2, 64, 16, 16, "float16")
-BLOCKS, HOT, COPIES = 6, 4, 5
+BLOCKS, HOT, COPIES = 6, 4, 3  # copies of each kind
 Record = tuple[int, int, int]  # kind, block, head
 RECORDS = [(kind, head) for kind in (0, 1) for head in (0, 1)]
 
 
 def make() -> Residency:
-    memory = reserve(HOT * LAYOUT.hot_block_bytes, COPIES * LAYOUT.original_record_bytes, BLOCKS * LAYOUT.original_block_bytes)
+    memory = reserve(HOT * LAYOUT.hot_block_bytes, 2 * COPIES * LAYOUT.original_record_bytes, BLOCKS * LAYOUT.original_block_bytes)
     return Residency(Arenas(memory), hot_block_bytes)
 
 
@@ -38,14 +38,17 @@ class Block:
 
 
 class Machine(RuleBasedStateMachine):
-    """`copies`: id -> (copy, the record it stands for, or None once orphaned), least recently used first."""
+    """`copies`: id -> (copy, the record it stands for, or None once orphaned). `failed`: ids of copies that failed once. `barred`: records.
+    `gone`: what the residency told of copies that ended, as (id, whether read)."""
 
     @initialize()
     def begin(self) -> None:
         self.residency = make()
         self.table = self.residency.table(LAYOUT)
         self.blocks, self.copies = dict[int, Block](), dict[int, tuple[ScratchCopy, Record | None]]()
-        self.step = 0
+        self.failed, self.barred, self.read = set[int](), set[Record](), set[int]()
+        self.told, self.ended = dict[int, bool](), dict[int, bool]()
+        self.residency.on_gone(lambda copy, used: self.told.update({copy.copy_id: used}))
 
     @rule(count=st.integers(0, 3), seed=st.integers(0, 255))
     def add_tails(self, count: int, seed: int) -> None:
@@ -108,12 +111,11 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def begin_copy(self, data: st.DataObject) -> None:
         kind, block, head = record = data.draw(st.sampled_from(self.uncopied()))
-        self.step += 1
-        if len(self.copies) == COPIES:
+        if sum(copy.kind == kind for copy, _ in self.copies.values()) == COPIES:
             with pytest.raises(CapacityExceeded):
-                self.residency.begin_copy(self.table, kind, block, head, self.step)
+                self.residency.begin_copy(self.table, kind, block, head)
             return
-        copy = self.residency.begin_copy(self.table, kind, block, head, self.step)
+        copy = self.residency.begin_copy(self.table, kind, block, head)
         self.copies[copy.copy_id] = copy, record
 
     @precondition(lambda self: self.in_state(CopyState.IN_FLIGHT, CopyState.ORPHAN))
@@ -126,10 +128,25 @@ class Machine(RuleBasedStateMachine):
         landing[:] = memory.originals[copy.source : copy.source + copy.nbytes]
         if not arrives:
             landing[7] ^= 1
-        good = self.residency.finish_copy(copy_id, xxhash.xxh3_64_intdigest(landing.data))
-        assert good == (arrives or record is None)
+        again = self.residency.finish_copy(copy_id, xxhash.xxh3_64_intdigest(landing.data))
+        if record is not None and not arrives and copy_id not in self.failed:
+            assert again is copy
+            self.failed.add(copy_id)
+            return
+        assert again is None
+        if record is not None and not arrives:
+            self.barred.add(record)
         if record is None or not arrives:
-            del self.copies[copy_id]
+            self.end(copy_id)
+
+    @precondition(lambda self: self.in_state(CopyState.RESIDENT))
+    @rule(data=st.data())
+    def read_copy(self, data: st.DataObject) -> None:
+        copy_id = data.draw(st.sampled_from(self.in_state(CopyState.RESIDENT)))
+        record = self.copies[copy_id][1]
+        assert record is not None
+        self.table.used[record] = True
+        self.read.add(copy_id)
 
     @precondition(lambda self: self.in_state(CopyState.RESIDENT))
     @rule(data=st.data())
@@ -142,17 +159,7 @@ class Machine(RuleBasedStateMachine):
                 self.residency.evict(copy_id)
         else:
             self.residency.evict(copy_id)
-            del self.copies[copy_id]
-
-    @rule(data=st.data())
-    def touch(self, data: st.DataObject) -> None:
-        chosen = data.draw(st.lists(st.sampled_from([*self.copies, 999]), unique=True))  # 999 was dropped meanwhile
-        self.step += 1
-        self.residency.touch(ids(*chosen), self.step)
-        for copy_id in chosen:
-            if copy_id in self.copies:
-                self.copies[copy_id] = self.copies.pop(copy_id)
-                assert self.copies[copy_id][0].last_used == self.step
+            self.end(copy_id)
 
     @precondition(lambda self: self.blocks)
     @rule(data=st.data(), pin=st.booleans())
@@ -171,14 +178,17 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         arenas, table = self.residency.arenas, self.table
-        assert [pool.num_owned for pool in arenas.pools] == [len(self.which(full=True)), len(self.copies), len(self.blocks)]
+        of_kind = [sum(copy.kind == kind for copy, _ in self.copies.values()) for kind in (0, 1)]
+        assert [pool.num_owned for pool in arenas.pools] == [len(self.which(full=True)), *of_kind, len(self.blocks)]
+        assert self.residency.num_in_flight == len(self.in_state(CopyState.IN_FLIGHT, CopyState.ORPHAN)) and self.told == self.ended
         assert table.num_live == len(self.blocks)
-        assert [copy.copy_id for copy in self.residency.oldest_first()] == list(self.copies)
+        assert [copy.copy_id for copy in self.residency.copies()] == list(self.copies)
         resident = {record: copy for copy, record in self.copies.values() if copy.state is CopyState.RESIDENT}
         for block, expected in self.blocks.items():
             assert (table.references[block], table.pins[block]) == (expected.references, expected.pins)
             for kind, head in RECORDS:
                 copy = resident.get((kind, block, head))
+                assert (table.copy_id[kind, block, head] == BARRED) == ((kind, block, head) in self.barred)
                 assert table.location[kind, block, head] == (copy.target if copy else ~table.record_offset(kind, block, head))
                 if copy:
                     seen = arenas.memory.scratch[copy.target : copy.target + copy.nbytes].view(np.float16)
@@ -194,18 +204,23 @@ class Machine(RuleBasedStateMachine):
                 and (pinned is None or (b.pins > 0) == pinned) and (shared is None or (b.references > 1) == shared)]  # fmt: skip
 
     def uncopied(self) -> list[Record]:
-        have = {record for _, record in self.copies.values()}
+        have = {record for _, record in self.copies.values()} | self.barred
         every = [(kind, block, head) for block in self.which(full=True) for kind, head in RECORDS]
         return [record for record in every if record not in have]
 
     def in_state(self, *states: CopyState) -> list[int]:
         return [copy_id for copy_id, (copy, _) in self.copies.items() if copy.state in states]
 
+    def end(self, copy_id: int) -> None:
+        del self.copies[copy_id]
+        self.ended[copy_id] = copy_id in self.read
+
     def lose_copies(self, block: int) -> None:
+        self.barred = {record for record in self.barred if record[1] != block}
         for copy_id, (copy, record) in list(self.copies.items()):
             if record is not None and record[1] == block:
                 if copy.state is CopyState.RESIDENT:
-                    del self.copies[copy_id]
+                    self.end(copy_id)
                 else:
                     self.copies[copy_id] = copy, None
 
@@ -214,14 +229,14 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=100, stateful_step_count=50)
 
 
-@pytest.mark.parametrize("damage", ["references", "hot", "location", "pin", "copy"])
+@pytest.mark.parametrize("damage", ["references", "hot", "location", "pin", "copy", "in flight", "id"])
 def test_the_integrity_check_notices(damage: str) -> None:
     residency = make()
     table = residency.table(LAYOUT)
     block = int(table.add_tails(2)[0])
     table.give_hot(ids(block))
     table.seal(ids(block))
-    copy = residency.begin_copy(table, 0, block, 1, 0)
+    copy = residency.begin_copy(table, 0, block, 1)
     residency.check_integrity()
     match damage:
         case "references":
@@ -233,7 +248,11 @@ def test_the_integrity_check_notices(damage: str) -> None:
         case "pin":
             residency.pin(table, ids(block))
         case "copy":
-            residency.arenas.scratch.release(copy.target)
+            residency.arenas.scratch[0].release(copy.target)
+        case "in flight":
+            table.in_flight[block] += 1
+        case "id":
+            table.copy_id[1, block, 0] = 7
     with pytest.raises(AssertionError):
         residency.check_integrity()
 

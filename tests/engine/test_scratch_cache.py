@@ -11,6 +11,7 @@ from tierd_kernels.policy import Budget
 
 from tierd.commands import Append, Attend, CloseSession, Fork, Geometry, OpenSession, Row, Tolerance, Truncate
 from tierd.engine import Engine, EngineConfig
+from tierd.engine.caching import ACTIVE_STEPS
 from tierd.errors import CapacityExceeded
 from tierd.migrator import Migrator
 from tierd.residency import CopyState, ScratchCopy
@@ -26,6 +27,10 @@ def counts(bench: Bench) -> tuple[int, int, int, int]:
     return now
 
 
+def scratch_used(bench: Bench) -> int:
+    return sum(pool.used_bytes for pool in bench.engine.residency.arenas.scratch)
+
+
 def room_for(records: int, **more: Any) -> EngineConfig:
     return replace(CONFIG, scratch_bytes=records * RECORD_BYTES, **more)
 
@@ -37,7 +42,7 @@ def test_what_was_read_from_the_host_is_read_from_scratch_next() -> None:
     assert counts(bench) == (0, RECORDS, RECORDS, 0)
     bench.run(bench.attend(name))
     assert counts(bench) == (RECORDS, 0, 0, 0)
-    assert bench.engine.residency.arenas.scratch.used_bytes == RECORDS * RECORD_BYTES
+    assert scratch_used(bench) == RECORDS * RECORD_BYTES
 
 
 def test_a_call_that_wants_no_copies_does_not_wake_the_copier(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +68,7 @@ def test_an_exact_head_reads_originals_whatever_scratch_holds() -> None:
     bench.run(bench.attend(name))
     counts(bench)
     bench.run(bench.attend(name, tolerance=EXACT))
-    assert counts(bench) == (0, RECORDS, RECORDS // 2, 0)
+    assert counts(bench) == (0, RECORDS, 0, 0), "and teaches nothing"
 
 
 def test_copies_between_two_launches_are_limited() -> None:
@@ -75,7 +80,9 @@ def test_copies_between_two_launches_are_limited() -> None:
         assert counts(bench) == each
 
 
-@pytest.mark.parametrize("config", [replace(CONFIG, migrations_max=0), room_for(0)])
+@pytest.mark.parametrize("config", [
+        replace(CONFIG, migrations_max=0), room_for(0), replace(CONFIG, prefetch_link_share=0.0), replace(CONFIG, tiering_policy="none"),
+    ])
 def test_the_cache_can_be_off(config: EngineConfig) -> None:
     bench = Bench(config)
     name = bench.opened(tokens=64)
@@ -94,19 +101,32 @@ def test_a_working_set_that_does_not_fit_stays_and_does_not_churn() -> None:
         assert counts(bench) == (10, 6, 0, 0)
 
 
-def test_the_least_recently_used_go_first_and_no_more_than_needed() -> None:
+def test_a_newcomer_gets_its_fair_share_of_each_kind_and_no_more_goes_than_needed() -> None:
     bench = Bench(room_for(40))
     old, kept, new = (bench.opened(tokens=64) for _ in range(3))
     for name in (kept, old, kept):
         bench.run(bench.attend(name))
     assert counts(bench) == (16, 32, 32, 0)
     bench.run(bench.attend(new))
-    assert counts(bench) == (0, 16, 16, 8)
-    assert bench.engine.residency.arenas.scratch.free_bytes == 0
+    # Of 20 places of a kind 4 were free, and a third of them are six whole records.
+    assert counts(bench) == (0, 16, 12, 4)
+    assert scratch_used(bench) == 40 * RECORD_BYTES
     bench.run(bench.attend(kept))
+    hits, misses, _, _ = counts(bench)
+    assert hits >= 12 and hits + misses == RECORDS
+
+
+def test_an_idle_session_loses_its_share_and_an_active_one_does_not() -> None:
+    bench = Bench(room_for(16))
+    idle, busy = bench.opened(tokens=64), bench.opened(tokens=64)
+    bench.run(bench.attend(idle))
+    bench.run(bench.attend(busy))
+    assert counts(bench) == (0, 32, 24, 8), "half of it is for the second"
+    for _ in range(int(ACTIVE_STEPS) * GEOMETRY.num_layers * 2):
+        bench.run(bench.attend(busy))
+    assert counts(bench)[2:] == (8, 8)
+    bench.run(bench.attend(busy))
     assert counts(bench) == (16, 0, 0, 0)
-    bench.run(bench.attend(old))
-    assert counts(bench) == (8, 8, 8, 8)
 
 
 def test_sessions_that_share_blocks_share_copies() -> None:
@@ -118,7 +138,7 @@ def test_sessions_that_share_blocks_share_copies() -> None:
     bench.run(bench.attend(child), CloseSession(name, worker="w"))
     assert counts(bench) == (RECORDS, 0, 0, 0)
     bench.run(CloseSession(child, worker="w"))
-    assert bench.engine.residency.arenas.scratch.used_bytes == 0
+    assert scratch_used(bench) == 0
 
 
 @pytest.mark.parametrize("drop", ["close", "cut"])
@@ -135,7 +155,7 @@ def test_a_block_that_goes_while_it_is_being_copied_takes_its_copies_along(drop:
         assert counts(bench) == (12, 4, 4, 0)
 
 
-def test_a_copy_that_arrives_changed_is_dropped() -> None:
+def test_a_copy_that_arrives_changed_is_made_once_more_and_then_never_again() -> None:
     bench = Bench()
     name = bench.opened(tokens=64)
     bench.run(bench.append(name, 20, layer=1))
@@ -143,13 +163,32 @@ def test_a_copy_that_arrives_changed_is_dropped() -> None:
 
     def corrupt_in_the_second_launch() -> None:
         if len(launches) == 2:
-            residency.arenas.memory.originals[next(residency.oldest_first()).source] ^= 1
+            residency.arenas.memory.originals[next(residency.copies()).source] ^= 1
 
     bench.kernels.during = corrupt_in_the_second_launch
     other = Attend([Row(name, 1, bench.numbers(4, 1))], worker="w")
     bench.run(bench.attend(name), other)
     assert bench.engine.counters.events["corrupt_copy"] == 1
-    assert residency.num_copies == RECORDS - 1 + 4
+    assert next(residency.copies()).state is CopyState.IN_FLIGHT and residency.num_copies == RECORDS + 4
+    bench.run()
+    assert bench.engine.counters.events["corrupt_copy"] == 2 and residency.num_copies == RECORDS - 1 + 4
+    residency.arenas.memory.originals[residency.tables[GEOMETRY.layout()].record_offset(0, 0, 0)] ^= 1
+    counts(bench)
+    assert len(bench.run(bench.attend(name), bench.attend(name))) == 2
+    assert counts(bench) == (2 * (RECORDS - 1), 2, 0, 0), "it is read from the host and not copied again"
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_copy_that_fails_is_made_once_more_and_is_never_seen_before_it_is_there(failures: int) -> None:
+    bench = Bench()
+    name = bench.opened(tokens=64)
+    bench.kernels.copy_faults = [RuntimeError("broken")] * failures
+    for _ in range(3):
+        bench.run(bench.attend(name))
+    events = bench.engine.counters.events
+    assert events["failed_copy"] == failures * RECORDS and bench.engine.status()["tiering"]["retry_bytes"] == RECORDS * RECORD_BYTES
+    assert bench.engine.residency.num_copies == (RECORDS if failures == 1 else 0)
+    assert counts(bench) == ((2 * RECORDS, RECORDS, RECORDS, 0) if failures == 1 else (0, 3 * RECORDS, RECORDS, 0))
 
 
 def test_copies_stay_where_they_are_while_a_call_reads_them() -> None:
@@ -157,11 +196,11 @@ def test_copies_stay_where_they_are_while_a_call_reads_them() -> None:
     name = bench.opened(tokens=64)
     bench.run(bench.attend(name))
     seen: list[bool] = []
-    bench.kernels.during = lambda: seen.extend(copy.pinned for copy in bench.engine.residency.oldest_first())
+    bench.kernels.during = lambda: seen.extend(copy.pinned for copy in bench.engine.residency.copies())
     bench.kernels.faults = [RuntimeError("broken")]
     bench.run(bench.attend(name), bench.attend(name))
     assert seen == [True] * 2 * RECORDS
-    assert not any(copy.pinned for copy in bench.engine.residency.oldest_first()), "a failed launch lets go too"
+    assert not any(copy.pinned for copy in bench.engine.residency.copies()), "a failed launch lets go too"
 
 
 def test_one_large_record_pushes_out_several_small_ones() -> None:
@@ -172,9 +211,10 @@ def test_one_large_record_pushes_out_several_small_ones() -> None:
     counts(bench)
     bench.run(bench.attend(large, geometry=wide))
     hits, misses, prefetched, evicted = counts(bench)
-    assert (hits, misses, prefetched, evicted) == (0, 4, 4, 16)
-    with pytest.raises(CapacityExceeded):
-        bench.engine.residency.arenas.scratch.allocate(1)
+    assert (hits, misses, prefetched, evicted) == (0, 4, 2, 8), "one of keys and one of values are its share"
+    for pool in bench.engine.residency.arenas.scratch:
+        with pytest.raises(CapacityExceeded):
+            pool.allocate(1)
 
 
 class RealBench:
@@ -200,7 +240,7 @@ class RealBench:
 
     def corrupt_copies(self, kind: int) -> list[ScratchCopy]:
         """Negates every number of each resident copy of keys (0) or values (1)."""
-        copies = [x for x in self.engine.residency.oldest_first() if x.kind == kind and x.state is CopyState.RESIDENT]
+        copies = [x for x in self.engine.residency.copies() if x.kind == kind and x.state is CopyState.RESIDENT]
         for copy in copies:
             self.engine.residency.arenas.memory.scratch[copy.target + 3 : copy.target + copy.nbytes : 4] ^= 0x80
         return copies

@@ -85,6 +85,7 @@ def test_status_for_programs_and_for_people(capsys: pytest.CaptureFixture[str], 
     assert worker.hello.epoch in table
     assert "pool originals" in table
     assert "8,388,608" in table
+    assert "predictive" in table
 
 
 def test_status_without_a_daemon_is_one_line_and_exit_1(capsys: pytest.CaptureFixture[str], folder: Path) -> None:

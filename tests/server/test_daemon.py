@@ -11,7 +11,20 @@ from urllib.request import urlopen
 
 import grpc
 import pytest
-from daemon_process import CALL_S, KV_HEADS, SMALL, DaemonProcess, Worker, chunks, environment, numbers, open_request, status
+from daemon_process import (
+    CALL_S,
+    KV_HEADS,
+    Q_HEADS,
+    SMALL,
+    DaemonProcess,
+    Worker,
+    chunks,
+    environment,
+    numbers,
+    open_request,
+    row,
+    status,
+)
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from test_wire import refusal
@@ -103,7 +116,7 @@ def test_a_killed_worker_leaves_nothing_behind(daemon: DaemonProcess) -> None:
         while (after := status(stub))["workers_connected"]:
             pass
         assert after["sessions"] == 0
-        assert [pool["used_bytes"] for pool in after["pools"].values()] == [0, 0, 0]
+        assert [pool["used_bytes"] for pool in after["pools"].values()] == [0, 0, 0, 0]
 
 
 def test_a_stop_lets_calls_finish_and_refuses_new_ones(folder: Path) -> None:
@@ -201,6 +214,17 @@ def test_health_and_reflection(worker: Worker) -> None:
     (reply,) = reflection.ServerReflectionInfo(iter([request]), timeout=CALL_S)
     names = {service.name for service in reply.list_services_response.service}
     assert {"tierd.v1.Tier", "grpc.health.v1.Health"} <= names
+
+
+def test_metrics_tell_what_tiering_did_by_session_layer_and_cause(daemon: DaemonProcess, worker: Worker) -> None:
+    session = worker.open()
+    worker.call("Append", chunks(session, numbers(1, KV_HEADS, 64), numbers(2, KV_HEADS, 64), size=64))
+    worker.call("Attend", pb.AttendRequest(rows=[row(session, numbers(3, Q_HEADS, 1), tolerance=pb.Tolerance(rtol=0.0))]))
+    values = metric_values(daemon)
+    reads = values['tierd_session_records_total{layer="0",outcome="misses",session="1"}']
+    assert reads == 4 * 2 * KV_HEADS, "four blocks, keys and values of each head"
+    assert values['tierd_link_bytes_total{cause="demand"}'] > 0.0 == values['tierd_link_bytes_total{cause="prefetch"}']
+    assert 0.0 < values["tierd_link_share"] < 1.0
 
 
 def test_metrics_tell_what_is_held_and_done(daemon: DaemonProcess, worker: Worker) -> None:

@@ -50,6 +50,7 @@ def test_a_session_from_opening_to_closing(worker: Worker) -> None:
     reply = worker.call("Attend", pb.AttendRequest(rows=[row(session, q)]))
     check_result(k, v, q, reply.rows[0], rtol=0.1)
     assert reply.queue_s >= 0.0
+    assert (reply.rows[0].late_records, reply.rows[0].prefetch_wait_s) == (0, 0.0), "nothing was on its way"
     assert reply.compute_s > 0.0
 
     child = worker.call("Fork", pb.ForkRequest(session_id=session)).session_id

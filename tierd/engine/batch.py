@@ -66,6 +66,7 @@ class Work:
     ids: Ids
     locations: NDArray[np.int64] | None
     result: Result | None = None
+    late_records: int = 0
 
     @property
     def exact_heads(self) -> NDArray[np.bool_]:
@@ -91,6 +92,12 @@ class Work:
         """Those that were read from the host: without a copy, or of an exact head, which never looks at scratch."""
         return self.reads if self.locations is None else self.reads & ((self.locations < 0) | self.exact_heads)
 
+    @property
+    def late(self) -> NDArray[np.bool_]:
+        """Those that were read from the host although a copy was on its way when the kernels started."""
+        # While a batch runs no copy begins or ends: the table says what was under way.
+        return self.host_reads & (self.session.table.copy_id[:, self.ids] >= 0) & ~self.exact_heads
+
 
 @dataclass(eq=False)
 class Job:
@@ -114,6 +121,7 @@ class Batch:
         sessions: dict[str, Session],
         counters: Counters,
         canary_share: float,
+        candidates_max: int,
         seed: int,
     ) -> None:
         self._residency = residency
@@ -121,10 +129,13 @@ class Batch:
         self._sessions = sessions
         self._counters = counters
         self._canary_share = canary_share
+        self._candidates_max = candidates_max
         self._random = np.random.default_rng(seed)
+        self._prefetch_wait_s = 0.0
 
-    def run(self, jobs: list[Job]) -> list[Work]:
-        """Answer all `jobs` and complete their futures; returns the rows that succeeded."""
+    def run(self, jobs: list[Job], prefetch_wait_s: float) -> list[Work]:
+        """Answer all `jobs` and complete their futures; returns the rows that succeeded. `prefetch_wait_s` is for their answers."""
+        self._prefetch_wait_s = prefetch_wait_s
         for job in jobs:
             self._prepare(job)
         self._launch([(job, work) for job in jobs for work in job.works])
@@ -177,6 +188,7 @@ class Batch:
             relative_to=tolerance.relative_to,
             policy=session.policy,
             canary_blocks=self._draw_canaries(len(ids)) if canaries else NO_BLOCKS,
+            candidates_max=self._candidates_max,
         )
         return Work(session, row, call, ids, locations)
 
@@ -279,8 +291,11 @@ class Batch:
             for work in job.works:
                 assert work.result is not None
                 self._counters.add(work.result)
+                if self._residency.num_in_flight and work.read_originals:
+                    work.late_records = int(np.count_nonzero(work.late))
+            waited_s = self._prefetch_wait_s
             job.future.set_result(
-                [RowResult(w.result.output, w.result.certificate) for w in job.works if w.result is not None]
+                [RowResult(w.result.output, w.result.certificate, w.late_records, waited_s) for w in job.works if w.result is not None]
             )
             return True
         for session, saved in reversed(job.saved):

@@ -9,10 +9,12 @@ from tierd_kernels.call import Result
 
 @dataclass
 class Counters:
-    """Totals. `head_steps`: (query head, token) pairs answered. `hits`, `misses`: original records read from scratch, from the host.
+    """Totals. `head_steps`: (query head, token) pairs answered. `hits`, `misses`: original records read from scratch, from the host;
+    `late`: misses whose copy was on its way; `prefetched`: copies begun; `wasted`: of these, gone without having been read;
+    `demand_bytes`, `prefetch_bytes`, `wasted_bytes`: what misses, copies and wasted copies took of the host link.
 
     `host_bytes`: originals read from the host by the kernels. `events`: by name, what should not happen: `corrupt_original`,
-    `canary_repaired`, `corrupt_copy`, `failed_copy`, `broken_promise`, `fault`, `device_lost`; and what may: `lease_expired`,
+    `canary_repaired`, `corrupt_copy`, `failed_copy` (attempts), `broken_promise`, `fault`, `device_lost`; and what may: `lease_expired`,
     `deadline_exceeded`, `undone`.
     """
 
@@ -26,8 +28,13 @@ class Counters:
     canaries: int = 0
     hits: int = 0
     misses: int = 0
+    late: int = 0
     prefetched: int = 0
+    wasted: int = 0
     evicted: int = 0
+    demand_bytes: int = 0
+    prefetch_bytes: int = 0
+    wasted_bytes: int = 0
     events: Counter[str] = field(default_factory=Counter)
 
     def add(self, result: Result) -> None:

@@ -71,12 +71,14 @@ class Engine:
         self._device = device = Device(self.backend, kernels)
         # One key, written once: safe on whichever thread meets the fault.
         device.lost.add_done_callback(lambda _: self.counters.events.update(device_lost=1))
-        self.residency = Residency(Arenas(memory), device.hot_block_bytes)
+        self.residency = Residency(Arenas(memory, config.scratch_key_share), device.hot_block_bytes)
         self._leases = Leases(self._clock, config.lease_s or None)
         self.sessions = Sessions(config, self.residency, device, self._leases)
-        self._batch = Batch(self.residency, device, self.sessions.by_id, self.counters, config.canary_share, seed)
         self._migrator = Migrator(partial(device.copy_to_scratch, memory), max(1, config.migrations_max))
-        self._cache = ScratchCache(self.residency, self._migrator, self.counters, config.migrations_max)
+        self._cache = ScratchCache(config, self.residency, self._migrator, self.counters, self.sessions.by_id, self._clock)
+        self._batch = Batch(
+            self.residency, device, self.sessions.by_id, self.counters, config.canary_share, self._cache.candidates_max, seed
+        )
         self._handlers: dict[type[Command], Callable[[Any], Any]] = {
             OpenSession: self.sessions.open,
             CloseSession: self.sessions.close,
@@ -180,7 +182,8 @@ class Engine:
             self._thread.join()
             self._thread = None
         self._migrator.stop()
-        self._cache.collect()
+        while self.residency.num_in_flight:  # what failed is tried once more
+            self._cache.collect()
 
     def status(self) -> dict[str, Any]:
         """Numbers for people and monitors. Call it through a `Status` command where the engine has a thread."""
@@ -199,6 +202,7 @@ class Engine:
             "tokens": sum(sum(session.lengths) for session in self.sessions.by_id.values()),
             "copies": self.residency.num_copies,
             "pools": pools,
+            "tiering": self._cache.status(),
             **self.counters.as_dict(),
         }
 
@@ -289,7 +293,7 @@ class Engine:
     def _run_batch(self) -> None:
         jobs = self._clear_batch()
         if jobs:
-            works = self._batch.run(jobs)
+            works = self._batch.run(jobs, self._cache.wait(jobs))
             with suppress(Unavailable):  # the device was lost behind its answers, as `lost` says: they are given, and no more will be
                 self._cache.update(works)
 

@@ -7,20 +7,21 @@ from tierd.errors import CapacityExceeded
 
 
 class RangeAllocator:
-    """Hands out aligned byte ranges of `[0, total_bytes)` and takes them back.
+    """Hands out aligned byte ranges of `[start, start + total_bytes)` and takes them back; `start` is a multiple of `alignment`.
 
     A request is served from the bin of ranges of exactly its size, then from the untouched end of the arena, then by splitting
     the smallest larger free range, and last after neighbouring free ranges have been merged. `used_bytes + free_bytes` is
     always `total_bytes`. Sizes are rounded up to `alignment`. `name` appears in errors.
     """
 
-    def __init__(self, total_bytes: int, alignment: int = 64, name: str = "pool") -> None:
-        assert alignment > 0 and total_bytes >= 0
+    def __init__(self, total_bytes: int, alignment: int = 64, name: str = "pool", start: int = 0) -> None:
+        assert alignment > 0 and total_bytes >= 0 and start % alignment == 0
+        self.start = start
         self.name = name
         self.alignment = alignment
         self.total_bytes = total_bytes // alignment * alignment
         self.used_bytes = 0
-        self._end = 0  # everything from here on was never handed out, or came back and was merged
+        self._end = start  # everything from here on was never handed out, or came back and was merged
         self._bins: dict[int, list[int]] = {}
         self._owned: dict[int, int] = {}
 
@@ -73,24 +74,24 @@ class RangeAllocator:
         """Assert that owned and free ranges tile the arena without overlap and that the accounts agree."""
         ranges = [(offset, size) for offset, size in self._owned.items()]
         ranges += [(offset, size) for size, offsets in self._bins.items() for offset in offsets]
-        at = 0
+        at = self.start
         for offset, size in sorted(ranges):
             assert offset == at, f"{self.name}: a range at {offset} where {at} was expected"
             at = offset + size
-        assert at == self._end <= self.total_bytes, f"{self.name}: ranges end at {at}, the account says {self._end}"
+        assert at == self._end <= self.start + self.total_bytes, f"{self.name}: ranges end at {at}, the account says {self._end}"
         assert sum(self._owned.values()) == self.used_bytes, f"{self.name}: used bytes are miscounted"
 
     def _take(self, size: int) -> int | None:
         if self._bins.get(size):
             return self._bins[size].pop()
-        if self._end + size <= self.total_bytes:
+        if self._end + size <= self.start + self.total_bytes:
             self._end += size
             return self._end - size
         offset = self._split(size)
         if offset is not None:
             return offset
         self._merge()
-        if self._end + size <= self.total_bytes:
+        if self._end + size <= self.start + self.total_bytes:
             self._end += size
             return self._end - size
         return self._split(size)

@@ -13,6 +13,7 @@ from tierd.errors import CertificateUnavailable
 from tierd.pools import Arenas
 
 KEY, VALUE = 0, 1
+NO_COPY, BARRED = -1, -2
 Ids = NDArray[np.int64]
 
 
@@ -20,8 +21,9 @@ class BlockTable:
     """Columns indexed by block id; ids are reused after a block is freed, so the table stays as large as its peak.
 
     `hot_offset` [id] is -1 while the block is a tail. `location` [kind, id, Hkv] is what kernels read: a byte offset in
-    scratch, or `~offset` in originals. `copy_id` [kind, id, Hkv] is -1 where no copy exists or is under way.
-    `resident` [id] counts the block's records that lie in scratch.
+    scratch, or `~offset` in originals. `copy_id` [kind, id, Hkv] is NO_COPY where none exists or is under way, and BARRED where making
+    one failed for good. `used` [kind, id, Hkv]: the copy was read. `in_flight` and `resident` [id] count its copies under way and in
+    scratch. `worth`, `share` and `seen` [kind, id, Hkv] are the policy's notes, kept here because they end with the block.
     `hot_block_bytes` is the size of a hot slot, which the backend chooses.
     """
 
@@ -37,7 +39,12 @@ class BlockTable:
         self.resident = np.zeros(0, dtype=np.int32)
         self.location = np.zeros((2, 0, heads), dtype=np.int64)
         self.checksum = np.zeros((2, 0, heads), dtype=np.uint64)
-        self.copy_id = np.full((2, 0, heads), -1, dtype=np.int64)
+        self.in_flight = np.zeros(0, dtype=np.int32)
+        self.copy_id = np.full((2, 0, heads), NO_COPY, dtype=np.int64)
+        self.used = np.zeros((2, 0, heads), dtype=np.bool_)
+        self.worth = np.zeros((2, 0, heads), dtype=np.float64)
+        self.share = np.zeros((2, 0, heads), dtype=np.float32)
+        self.seen = np.zeros((2, 0, heads), dtype=np.float64)
         self._free_ids: list[int] = []
 
     @property
@@ -55,6 +62,8 @@ class BlockTable:
         self.original_offset[ids] = offsets
         self.hot_offset[ids] = -1
         self.references[ids] = 1
+        self.copy_id[:, ids] = NO_COPY
+        self.worth[:, ids] = self.share[:, ids] = self.seen[:, ids] = 0
         for kind in (KEY, VALUE):
             self.location[kind, ids] = ~self.record_offsets(kind, ids)
         return ids
@@ -75,7 +84,8 @@ class BlockTable:
 
     def free(self, ids: Ids) -> None:
         """Give back blocks that nobody refers to and that have no copies."""
-        assert not self.references[ids].any() and (self.copy_id[:, ids] < 0).all() and not self.pins[ids].any()
+        assert not (self.references[ids].any() or self.in_flight[ids].any() or self.pins[ids].any())
+        assert (self.copy_id[:, ids] < 0).all()
         for block in ids.tolist():
             if self.hot_offset[block] >= 0:
                 self.take_hot(block)
@@ -125,15 +135,15 @@ class BlockTable:
     def _grow(self) -> None:
         """Double the columns. The originals pool bounds the number of blocks, hence this."""
         old, extra = len(self.references), max(64, len(self.references))
-        for name in ("hot_offset", "original_offset", "references", "pins", "resident"):
+        for name in ("hot_offset", "original_offset", "references", "pins", "in_flight", "resident"):
             column = getattr(self, name)
             setattr(
                 self,
                 name,
-                np.concatenate([column, np.full((extra, *column.shape[1:]), -1 if "off" in name else 0, column.dtype)]),
+                np.concatenate([column, np.full(extra, -1 if "off" in name else 0, column.dtype)]),
             )
-        for name in ("location", "checksum", "copy_id"):
+        for name in ("location", "checksum", "copy_id", "used", "worth", "share", "seen"):
             column = getattr(self, name)
-            fill = np.full((2, extra, column.shape[2]), -1 if name == "copy_id" else 0, column.dtype)
+            fill = np.full((2, extra, column.shape[2]), NO_COPY if name == "copy_id" else 0, column.dtype)
             setattr(self, name, np.concatenate([column, fill], axis=1))
         self._free_ids.extend(range(old + extra - 1, old - 1, -1))

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atierd_proto/v1/tierd.proto\x12\x08tierd.v1\"Q\n\x06Tensor\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.tierd.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x10\n\x06inline\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04\x64\x61ta\"~\n\x06Limits\x12\x19\n\x11message_bytes_max\x18\x01 \x01(\x03\x12\x12\n\nmax_tokens\x18\x02 \x01(\x03\x12\x1b\n\x13stream_requests_max\x18\x03 \x01(\x03\x12\x15\n\rtimeout_s_max\x18\x04 \x01(\x01\x12\x11\n\thead_dims\x18\x05 \x03(\r\"4\n\x10HandshakeRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\"t\n\x0eHandshakeReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12 \n\x06limits\x18\x04 \x01(\x0b\x32\x10.tierd.v1.Limits\x12\x0f\n\x07\x62\x61\x63kend\x18\x05 \x01(\t\"\xd2\x01\n\x08Geometry\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x13\n\x0bnum_q_heads\x18\x02 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\x1e\n\x05\x64type\x18\x05 \x01(\x0e\x32\x0f.tierd.v1.DType\x12\x1a\n\rsoftmax_scale\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x13\n\x0bvalue_group\x18\x08 \x01(\rB\x10\n\x0e_softmax_scale\"R\n\tTolerance\x12\x0c\n\x04rtol\x18\x01 \x01(\x01\x12\x0c\n\x04\x61tol\x18\x02 \x01(\x01\x12)\n\x0brelative_to\x18\x03 \x01(\x0e\x32\x14.tierd.v1.RelativeTo\"8\n\x0c\x42udgetPolicy\x12\x12\n\nskip_share\x18\x01 \x01(\x01\x12\x14\n\x0crequire_rank\x18\x02 \x01(\x08\"}\n\x0e\x43overagePolicy\x12\x0f\n\x07tau_cov\x18\x01 \x01(\x01\x12\r\n\x05k_min\x18\x02 \x01(\r\x12\r\n\x05k_max\x18\x03 \x01(\r\x12\x15\n\rkey_bound_max\x18\x04 \x01(\x01\x12\r\n\x05v_tol\x18\x05 \x01(\x01\x12\x16\n\x0e\x62oundary_check\x18\x06 \x01(\x08\"\xd8\x01\n\x12OpenSessionRequest\x12$\n\x08geometry\x18\x01 \x01(\x0b\x32\x12.tierd.v1.Geometry\x12&\n\ttolerance\x18\x02 \x01(\x0b\x32\x13.tierd.v1.Tolerance\x12(\n\x06\x62udget\x18\x03 \x01(\x0b\x32\x16.tierd.v1.BudgetPolicyH\x00\x12,\n\x08\x63overage\x18\x04 \x01(\x0b\x32\x18.tierd.v1.CoveragePolicyH\x00\x12\x12\n\nmax_tokens\x18\x05 \x01(\x03\x42\x08\n\x06policy\"&\n\x10OpenSessionReply\x12\x12\n\nsession_id\x18\x01 \x01(\t\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x13\n\x11\x43loseSessionReply\"q\n\rAppendRequest\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x16.tierd.v1.AppendHeader\x12\x1b\n\x01k\x18\x02 \x01(\x0b\x32\x10.tierd.v1.Tensor\x12\x1b\n\x01v\x18\x03 \x01(\x0b\x32\x10.tierd.v1.Tensor\"E\n\x0c\x41ppendHeader\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\x03\"\r\n\x0b\x41ppendReply\"\xa7\x01\n\x03Row\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x1b\n\x01q\x18\x03 \x01(\x0b\x32\x10.tierd.v1.Tensor\x12\x1b\n\x01k\x18\x04 \x01(\x0b\x32\x10.tierd.v1.Tensor\x12\x1b\n\x01v\x18\x05 \x01(\x0b\x32\x10.tierd.v1.Tensor\x12&\n\ttolerance\x18\x06 \x01(\x0b\x32\x13.tierd.v1.Tolerance\",\n\rAttendRequest\x12\x1b\n\x04rows\x18\x01 \x03(\x0b\x32\r.tierd.v1.Row\"T\n\x0b\x41ttendReply\x12!\n\x04rows\x18\x01 \x03(\x0b\x32\x13.tierd.v1.RowResult\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\"Y\n\tRowResult\x12 \n\x06output\x18\x01 \x01(\x0b\x32\x10.tierd.v1.Tensor\x12*\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0b\x32\x15.tierd.v1.Certificate\"\xf5\x02\n\x0b\x43\x65rtificate\x12\r\n\x05\x62ound\x18\x01 \x01(\x0c\x12\x0e\n\x06\x62udget\x18\x02 \x01(\x0c\x12\x11\n\tkey_error\x18\x03 \x01(\x0c\x12\x13\n\x0bvalue_error\x18\x04 \x01(\x0c\x12\x12\n\nskip_error\x18\x05 \x01(\x0c\x12\x13\n\x0b\x61rith_error\x18\x06 \x01(\x0c\x12\x17\n\x0f\x63\x61ndidate_bound\x18\x07 \x01(\x0c\x12\x0c\n\x04rung\x18\x08 \x01(\x0c\x12\r\n\x05\x65xact\x18\t \x01(\x0c\x12\x12\n\nvalue_norm\x18\n \x01(\x0c\x12\x13\n\x0boutput_norm\x18\x0b \x01(\x0c\x12\x16\n\x0erank_certified\x18\x0c \x01(\x0c\x12\x1b\n\x13promoted_key_blocks\x18\r \x01(\x0c\x12\x1d\n\x15promoted_value_blocks\x18\x0e \x01(\x0c\x12\x16\n\x0eskipped_blocks\x18\x0f \x01(\x0c\x12\x12\n\nhost_bytes\x18\x10 \x01(\x0c\x12\x17\n\x0fpaper_key_bound\x18\x11 \x01(\x0c\"&\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"W\n\rDecodeRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\x12\'\n\x06\x61ttend\x18\x03 \x01(\x0b\x32\x17.tierd.v1.AttendRequest\"n\n\x0b\x44\x65\x63odeReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12\'\n\x06\x61ttend\x18\x02 \x01(\x0b\x32\x15.tierd.v1.AttendReplyH\x00\x12 \n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0f.tierd.v1.ErrorH\x00\x42\x08\n\x06result\"5\n\x0fTruncateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\x03\"\x0f\n\rTruncateReply\"!\n\x0b\x46orkRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x1f\n\tForkReply\x12\x12\n\nsession_id\x18\x01 \x01(\t\"$\n\x0eLengthsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x1f\n\x0cLengthsReply\x12\x0f\n\x07lengths\x18\x01 \x03(\x03\"\x0f\n\rStatusRequest\"\x1b\n\x0bStatusReply\x12\x0c\n\x04json\x18\x01 \x01(\t*F\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT16\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT32\x10\x03*$\n\nRelativeTo\x12\n\n\x06VALUES\x10\x00\x12\n\n\x06OUTPUT\x10\x01\x32\xfd\x04\n\x04Tier\x12\x41\n\tHandshake\x12\x1a.tierd.v1.HandshakeRequest\x1a\x18.tierd.v1.HandshakeReply\x12G\n\x0bOpenSession\x12\x1c.tierd.v1.OpenSessionRequest\x1a\x1a.tierd.v1.OpenSessionReply\x12J\n\x0c\x43loseSession\x12\x1d.tierd.v1.CloseSessionRequest\x1a\x1b.tierd.v1.CloseSessionReply\x12:\n\x06\x41ppend\x12\x17.tierd.v1.AppendRequest\x1a\x15.tierd.v1.AppendReply(\x01\x12\x38\n\x06\x41ttend\x12\x17.tierd.v1.AttendRequest\x1a\x15.tierd.v1.AttendReply\x12<\n\x06\x44\x65\x63ode\x12\x17.tierd.v1.DecodeRequest\x1a\x15.tierd.v1.DecodeReply(\x01\x30\x01\x12>\n\x08Truncate\x12\x19.tierd.v1.TruncateRequest\x1a\x17.tierd.v1.TruncateReply\x12\x32\n\x04\x46ork\x12\x15.tierd.v1.ForkRequest\x1a\x13.tierd.v1.ForkReply\x12;\n\x07Lengths\x12\x18.tierd.v1.LengthsRequest\x1a\x16.tierd.v1.LengthsReply\x12\x38\n\x06Status\x12\x17.tierd.v1.StatusRequest\x1a\x15.tierd.v1.StatusReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1atierd_proto/v1/tierd.proto\x12\x08tierd.v1\"Q\n\x06Tensor\x12\x1e\n\x05\x64type\x18\x01 \x01(\x0e\x32\x0f.tierd.v1.DType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x10\n\x06inline\x18\x03 \x01(\x0cH\x00\x42\x06\n\x04\x64\x61ta\"~\n\x06Limits\x12\x19\n\x11message_bytes_max\x18\x01 \x01(\x03\x12\x12\n\nmax_tokens\x18\x02 \x01(\x03\x12\x1b\n\x13stream_requests_max\x18\x03 \x01(\x03\x12\x15\n\rtimeout_s_max\x18\x04 \x01(\x01\x12\x11\n\thead_dims\x18\x05 \x03(\r\"4\n\x10HandshakeRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06\x63lient\x18\x02 \x01(\t\"t\n\x0eHandshakeReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12 \n\x06limits\x18\x04 \x01(\x0b\x32\x10.tierd.v1.Limits\x12\x0f\n\x07\x62\x61\x63kend\x18\x05 \x01(\t\"\xd2\x01\n\x08Geometry\x12\x12\n\nnum_layers\x18\x01 \x01(\r\x12\x13\n\x0bnum_q_heads\x18\x02 \x01(\r\x12\x14\n\x0cnum_kv_heads\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\x1e\n\x05\x64type\x18\x05 \x01(\x0e\x32\x0f.tierd.v1.DType\x12\x1a\n\rsoftmax_scale\x18\x06 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\x13\n\x0bvalue_group\x18\x08 \x01(\rB\x10\n\x0e_softmax_scale\"R\n\tTolerance\x12\x0c\n\x04rtol\x18\x01 \x01(\x01\x12\x0c\n\x04\x61tol\x18\x02 \x01(\x01\x12)\n\x0brelative_to\x18\x03 \x01(\x0e\x32\x14.tierd.v1.RelativeTo\"8\n\x0c\x42udgetPolicy\x12\x12\n\nskip_share\x18\x01 \x01(\x01\x12\x14\n\x0crequire_rank\x18\x02 \x01(\x08\"}\n\x0e\x43overagePolicy\x12\x0f\n\x07tau_cov\x18\x01 \x01(\x01\x12\r\n\x05k_min\x18\x02 \x01(\r\x12\r\n\x05k_max\x18\x03 \x01(\r\x12\x15\n\rkey_bound_max\x18\x04 \x01(\x01\x12\r\n\x05v_tol\x18\x05 \x01(\x01\x12\x16\n\x0e\x62oundary_check\x18\x06 \x01(\x08\"\xd8\x01\n\x12OpenSessionRequest\x12$\n\x08geometry\x18\x01 \x01(\x0b\x32\x12.tierd.v1.Geometry\x12&\n\ttolerance\x18\x02 \x01(\x0b\x32\x13.tierd.v1.Tolerance\x12(\n\x06\x62udget\x18\x03 \x01(\x0b\x32\x16.tierd.v1.BudgetPolicyH\x00\x12,\n\x08\x63overage\x18\x04 \x01(\x0b\x32\x18.tierd.v1.CoveragePolicyH\x00\x12\x12\n\nmax_tokens\x18\x05 \x01(\x03\x42\x08\n\x06policy\"&\n\x10OpenSessionReply\x12\x12\n\nsession_id\x18\x01 \x01(\t\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x13\n\x11\x43loseSessionReply\"q\n\rAppendRequest\x12&\n\x06header\x18\x01 \x01(\x0b\x32\x16.tierd.v1.AppendHeader\x12\x1b\n\x01k\x18\x02 \x01(\x0b\x32\x10.tierd.v1.Tensor\x12\x1b\n\x01v\x18\x03 \x01(\x0b\x32\x10.tierd.v1.Tensor\"E\n\x0c\x41ppendHeader\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x12\n\nnum_tokens\x18\x03 \x01(\x03\"\r\n\x0b\x41ppendReply\"\xa7\x01\n\x03Row\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x1b\n\x01q\x18\x03 \x01(\x0b\x32\x10.tierd.v1.Tensor\x12\x1b\n\x01k\x18\x04 \x01(\x0b\x32\x10.tierd.v1.Tensor\x12\x1b\n\x01v\x18\x05 \x01(\x0b\x32\x10.tierd.v1.Tensor\x12&\n\ttolerance\x18\x06 \x01(\x0b\x32\x13.tierd.v1.Tolerance\",\n\rAttendRequest\x12\x1b\n\x04rows\x18\x01 \x03(\x0b\x32\r.tierd.v1.Row\"T\n\x0b\x41ttendReply\x12!\n\x04rows\x18\x01 \x03(\x0b\x32\x13.tierd.v1.RowResult\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tcompute_s\x18\x03 \x01(\x01\"\x88\x01\n\tRowResult\x12 \n\x06output\x18\x01 \x01(\x0b\x32\x10.tierd.v1.Tensor\x12*\n\x0b\x63\x65rtificate\x18\x02 \x01(\x0b\x32\x15.tierd.v1.Certificate\x12\x14\n\x0clate_records\x18\x03 \x01(\x03\x12\x17\n\x0fprefetch_wait_s\x18\x04 \x01(\x01\"\xf5\x02\n\x0b\x43\x65rtificate\x12\r\n\x05\x62ound\x18\x01 \x01(\x0c\x12\x0e\n\x06\x62udget\x18\x02 \x01(\x0c\x12\x11\n\tkey_error\x18\x03 \x01(\x0c\x12\x13\n\x0bvalue_error\x18\x04 \x01(\x0c\x12\x12\n\nskip_error\x18\x05 \x01(\x0c\x12\x13\n\x0b\x61rith_error\x18\x06 \x01(\x0c\x12\x17\n\x0f\x63\x61ndidate_bound\x18\x07 \x01(\x0c\x12\x0c\n\x04rung\x18\x08 \x01(\x0c\x12\r\n\x05\x65xact\x18\t \x01(\x0c\x12\x12\n\nvalue_norm\x18\n \x01(\x0c\x12\x13\n\x0boutput_norm\x18\x0b \x01(\x0c\x12\x16\n\x0erank_certified\x18\x0c \x01(\x0c\x12\x1b\n\x13promoted_key_blocks\x18\r \x01(\x0c\x12\x1d\n\x15promoted_value_blocks\x18\x0e \x01(\x0c\x12\x16\n\x0eskipped_blocks\x18\x0f \x01(\x0c\x12\x12\n\nhost_bytes\x18\x10 \x01(\x0c\x12\x17\n\x0fpaper_key_bound\x18\x11 \x01(\x0c\"&\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"W\n\rDecodeRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x11\n\ttimeout_s\x18\x02 \x01(\x01\x12\'\n\x06\x61ttend\x18\x03 \x01(\x0b\x32\x17.tierd.v1.AttendRequest\"n\n\x0b\x44\x65\x63odeReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12\'\n\x06\x61ttend\x18\x02 \x01(\x0b\x32\x15.tierd.v1.AttendReplyH\x00\x12 \n\x05\x65rror\x18\x03 \x01(\x0b\x32\x0f.tierd.v1.ErrorH\x00\x42\x08\n\x06result\"5\n\x0fTruncateRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06length\x18\x02 \x01(\x03\"\x0f\n\rTruncateReply\"!\n\x0b\x46orkRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x1f\n\tForkReply\x12\x12\n\nsession_id\x18\x01 \x01(\t\"$\n\x0eLengthsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\x1f\n\x0cLengthsReply\x12\x0f\n\x07lengths\x18\x01 \x03(\x03\"\x0f\n\rStatusRequest\"\x1b\n\x0bStatusReply\x12\x0c\n\x04json\x18\x01 \x01(\t*F\n\x05\x44Type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46LOAT16\x10\x01\x12\x0c\n\x08\x42\x46LOAT16\x10\x02\x12\x0b\n\x07\x46LOAT32\x10\x03*$\n\nRelativeTo\x12\n\n\x06VALUES\x10\x00\x12\n\n\x06OUTPUT\x10\x01\x32\xfd\x04\n\x04Tier\x12\x41\n\tHandshake\x12\x1a.tierd.v1.HandshakeRequest\x1a\x18.tierd.v1.HandshakeReply\x12G\n\x0bOpenSession\x12\x1c.tierd.v1.OpenSessionRequest\x1a\x1a.tierd.v1.OpenSessionReply\x12J\n\x0c\x43loseSession\x12\x1d.tierd.v1.CloseSessionRequest\x1a\x1b.tierd.v1.CloseSessionReply\x12:\n\x06\x41ppend\x12\x17.tierd.v1.AppendRequest\x1a\x15.tierd.v1.AppendReply(\x01\x12\x38\n\x06\x41ttend\x12\x17.tierd.v1.AttendRequest\x1a\x15.tierd.v1.AttendReply\x12<\n\x06\x44\x65\x63ode\x12\x17.tierd.v1.DecodeRequest\x1a\x15.tierd.v1.DecodeReply(\x01\x30\x01\x12>\n\x08Truncate\x12\x19.tierd.v1.TruncateRequest\x1a\x17.tierd.v1.TruncateReply\x12\x32\n\x04\x46ork\x12\x15.tierd.v1.ForkRequest\x1a\x13.tierd.v1.ForkReply\x12;\n\x07Lengths\x12\x18.tierd.v1.LengthsRequest\x1a\x16.tierd.v1.LengthsReply\x12\x38\n\x06Status\x12\x17.tierd.v1.StatusRequest\x1a\x15.tierd.v1.StatusReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tierd_proto.v1.tierd_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=2696
-  _globals['_DTYPE']._serialized_end=2766
-  _globals['_RELATIVETO']._serialized_start=2768
-  _globals['_RELATIVETO']._serialized_end=2804
+  _globals['_DTYPE']._serialized_start=2744
+  _globals['_DTYPE']._serialized_end=2814
+  _globals['_RELATIVETO']._serialized_start=2816
+  _globals['_RELATIVETO']._serialized_end=2852
   _globals['_TENSOR']._serialized_start=40
   _globals['_TENSOR']._serialized_end=121
   _globals['_LIMITS']._serialized_start=123
@@ -71,32 +71,32 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ATTENDREQUEST']._serialized_end=1643
   _globals['_ATTENDREPLY']._serialized_start=1645
   _globals['_ATTENDREPLY']._serialized_end=1729
-  _globals['_ROWRESULT']._serialized_start=1731
-  _globals['_ROWRESULT']._serialized_end=1820
-  _globals['_CERTIFICATE']._serialized_start=1823
-  _globals['_CERTIFICATE']._serialized_end=2196
-  _globals['_ERROR']._serialized_start=2198
-  _globals['_ERROR']._serialized_end=2236
-  _globals['_DECODEREQUEST']._serialized_start=2238
-  _globals['_DECODEREQUEST']._serialized_end=2325
-  _globals['_DECODEREPLY']._serialized_start=2327
-  _globals['_DECODEREPLY']._serialized_end=2437
-  _globals['_TRUNCATEREQUEST']._serialized_start=2439
-  _globals['_TRUNCATEREQUEST']._serialized_end=2492
-  _globals['_TRUNCATEREPLY']._serialized_start=2494
-  _globals['_TRUNCATEREPLY']._serialized_end=2509
-  _globals['_FORKREQUEST']._serialized_start=2511
-  _globals['_FORKREQUEST']._serialized_end=2544
-  _globals['_FORKREPLY']._serialized_start=2546
-  _globals['_FORKREPLY']._serialized_end=2577
-  _globals['_LENGTHSREQUEST']._serialized_start=2579
-  _globals['_LENGTHSREQUEST']._serialized_end=2615
-  _globals['_LENGTHSREPLY']._serialized_start=2617
-  _globals['_LENGTHSREPLY']._serialized_end=2648
-  _globals['_STATUSREQUEST']._serialized_start=2650
-  _globals['_STATUSREQUEST']._serialized_end=2665
-  _globals['_STATUSREPLY']._serialized_start=2667
-  _globals['_STATUSREPLY']._serialized_end=2694
-  _globals['_TIER']._serialized_start=2807
-  _globals['_TIER']._serialized_end=3444
+  _globals['_ROWRESULT']._serialized_start=1732
+  _globals['_ROWRESULT']._serialized_end=1868
+  _globals['_CERTIFICATE']._serialized_start=1871
+  _globals['_CERTIFICATE']._serialized_end=2244
+  _globals['_ERROR']._serialized_start=2246
+  _globals['_ERROR']._serialized_end=2284
+  _globals['_DECODEREQUEST']._serialized_start=2286
+  _globals['_DECODEREQUEST']._serialized_end=2373
+  _globals['_DECODEREPLY']._serialized_start=2375
+  _globals['_DECODEREPLY']._serialized_end=2485
+  _globals['_TRUNCATEREQUEST']._serialized_start=2487
+  _globals['_TRUNCATEREQUEST']._serialized_end=2540
+  _globals['_TRUNCATEREPLY']._serialized_start=2542
+  _globals['_TRUNCATEREPLY']._serialized_end=2557
+  _globals['_FORKREQUEST']._serialized_start=2559
+  _globals['_FORKREQUEST']._serialized_end=2592
+  _globals['_FORKREPLY']._serialized_start=2594
+  _globals['_FORKREPLY']._serialized_end=2625
+  _globals['_LENGTHSREQUEST']._serialized_start=2627
+  _globals['_LENGTHSREQUEST']._serialized_end=2663
+  _globals['_LENGTHSREPLY']._serialized_start=2665
+  _globals['_LENGTHSREPLY']._serialized_end=2696
+  _globals['_STATUSREQUEST']._serialized_start=2698
+  _globals['_STATUSREQUEST']._serialized_end=2713
+  _globals['_STATUSREPLY']._serialized_start=2715
+  _globals['_STATUSREPLY']._serialized_end=2742
+  _globals['_TIER']._serialized_start=2855
+  _globals['_TIER']._serialized_end=3492
 # @@protoc_insertion_point(module_scope)

@@ -212,12 +212,16 @@ class AttendReply(_message.Message):
     def __init__(self, rows: _Optional[_Iterable[_Union[RowResult, _Mapping]]] = ..., queue_s: _Optional[float] = ..., compute_s: _Optional[float] = ...) -> None: ...
 
 class RowResult(_message.Message):
-    __slots__ = ("output", "certificate")
+    __slots__ = ("output", "certificate", "late_records", "prefetch_wait_s")
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     CERTIFICATE_FIELD_NUMBER: _ClassVar[int]
+    LATE_RECORDS_FIELD_NUMBER: _ClassVar[int]
+    PREFETCH_WAIT_S_FIELD_NUMBER: _ClassVar[int]
     output: Tensor
     certificate: Certificate
-    def __init__(self, output: _Optional[_Union[Tensor, _Mapping]] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ...) -> None: ...
+    late_records: int
+    prefetch_wait_s: float
+    def __init__(self, output: _Optional[_Union[Tensor, _Mapping]] = ..., certificate: _Optional[_Union[Certificate, _Mapping]] = ..., late_records: _Optional[int] = ..., prefetch_wait_s: _Optional[float] = ...) -> None: ...
 
 class Certificate(_message.Message):
     __slots__ = ("bound", "budget", "key_error", "value_error", "skip_error", "arith_error", "candidate_bound", "rung", "exact", "value_norm", "output_norm", "rank_certified", "promoted_key_blocks", "promoted_value_blocks", "skipped_blocks", "host_bytes", "paper_key_bound")

@@ -1,13 +1,10 @@
-"""The small parts: which copies go, which records come, who has a lease, the copier, names and clocks."""
+"""The small parts: who has a lease, the copier, names and clocks."""
 
-from dataclasses import dataclass
 from functools import partial
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given
 from numpy.typing import NDArray
 from tierd_kernels.host import copy_to_scratch
 from tierd_kernels.layout import Memory
@@ -16,46 +13,6 @@ from tierd.clock import ManualClock, SystemClock
 from tierd.ids import new_epoch, new_session_id
 from tierd.leases import Leases
 from tierd.migrator import CopyDone, CopyOrder, Migrator
-from tierd.policy import PrefetchSnapshot, Record, choose_evictions, choose_prefetches
-from tierd.policy.prefetch import DENSE_SHARE_MIN
-
-
-@dataclass
-class Copy:
-    copy_id: int
-    nbytes: int
-    last_used: int
-    pinned: bool
-
-
-COPIES = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 4), st.booleans()), max_size=8)
-
-
-@given(COPIES, st.integers(1, 20), st.integers(0, 5))
-def test_evictions_are_the_shortest_run_of_the_oldest_that_is_enough(raw: list[tuple[int, int, bool]], needed: int, step: int) -> None:
-    copies = [Copy(i, *fields) for i, fields in enumerate(raw)]
-    chosen = choose_evictions(copies, needed, step)
-    may_go = [copy for copy in copies if not copy.pinned and copy.last_used < step]
-    if sum(copy.nbytes for copy in may_go) < needed:
-        assert chosen == []
-    else:
-        assert chosen == [copy.copy_id for copy in may_go[: len(chosen)]]
-        assert sum(copy.nbytes for copy in may_go[: len(chosen)]) >= needed > sum(copy.nbytes for copy in may_go[: len(chosen) - 1])
-
-
-@given(st.integers(0, 12), st.integers(0, 1 << 30))
-def test_prefetches_are_the_largest_contributions_that_were_read(limit: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    read, dense = rng.random((2, 3, 2)) < 0.6, rng.random(2) < 0.4
-    share = (rng.random((2, 3, 2)) * 4 * DENSE_SHARE_MIN).astype(np.float32)
-    share[rng.random(share.shape) < 0.1] = np.nan
-    chosen = choose_prefetches(PrefetchSnapshot(read, share, dense), limit)
-    known = np.nan_to_num(share)
-    wanted = {Record(*map(int, at)) for at in np.ndindex(2, 3, 2) if read[at] and (not dense[at[2]] or known[at] >= DENSE_SHARE_MIN)}
-    assert len(chosen) == len(set(chosen)) == min(limit, len(wanted)) and set(chosen) <= wanted
-    values = [float(known[record]) for record in chosen]
-    assert values == sorted(values, reverse=True)
-    assert all(known[left] <= min(values) for left in wanted - set(chosen) if values)
 
 
 def test_leases() -> None:

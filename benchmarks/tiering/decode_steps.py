@@ -1,0 +1,116 @@
+"""What decode steps needed of the originals, layer by layer: recorded ones, and regimes made up to be hard to foresee.
+
+Legend: T steps, m blocks, Hkv KV heads, kind 0 keys and 1 values.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+TARGET = 0.9  # what promotion brings a bound down to, as a share of the budget
+RECORD_BYTES = 4096  # 16 tokens of 128 channels in FP16
+
+
+@dataclass(frozen=True)
+class Steps:
+    """`shares` float32 and `needed` bool [T, layers, 2, m, Hkv]: each block's share of the budget before promotion, and which originals
+    the answers read. `blocks` [T]: how many blocks are full at a step; the others are not there yet."""
+
+    name: str
+    shares: NDArray[np.float32]
+    needed: NDArray[np.bool_]
+    blocks: NDArray[np.int64]
+    record_bytes: int = RECORD_BYTES
+
+    @property
+    def layers(self) -> int:
+        return self.shares.shape[1]
+
+    @property
+    def records(self) -> int:
+        """Originals of all layers at the end."""
+        return int(np.prod(self.shares.shape[1:3]) * self.blocks[-1] * self.shares.shape[4])
+
+
+def recorded(folder: Path) -> Steps:
+    """A trace of `benchmarks/quality/traces.py`. Raises ValueError for a folder that holds none."""
+    files = sorted(folder.glob("layer-*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} holds no layer-NNN.safetensors; benchmarks/quality/traces.py records them")
+    layers = [load_file(file) for file in files]
+    shares = np.stack([layer["contributions"] for layer in layers], axis=1).astype(np.float32)
+    needed = np.stack([layer["needed"] for layer in layers], axis=1).astype(bool)
+    steps, (_, tokens, width) = len(shares), layers[0]["keys"].shape
+    block_size = -(-tokens // shares.shape[3]) if tokens % shares.shape[3] == 0 else 16
+    blocks = (tokens - steps + 1 + np.arange(steps)) // block_size
+    return Steps(f"recorded: {folder.name}", shares, needed, blocks, block_size * width * layers[0]["keys"].itemsize)
+
+
+def promoted(shares: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """The fewest blocks without which each head's shares [..., m, Hkv], keys and values together, sum to TARGET at most.
+
+    The selection of the kernels in its plainest form: the largest shares first.
+    """
+    both = np.concatenate([shares[..., 0, :, :], shares[..., 1, :, :]], axis=-2)
+    order = np.argsort(-both, axis=-2)
+    ordered = np.take_along_axis(both, order, axis=-2)
+    remaining = both.sum(axis=-2, keepdims=True) - np.cumsum(ordered, axis=-2) + ordered  # before this one is promoted
+    needed = np.zeros(both.shape, bool)
+    np.put_along_axis(needed, order, remaining > TARGET, axis=-2)
+    return np.stack(np.split(needed, 2, axis=-2), axis=-3)
+
+
+def drifting(seed: int, steps: int = 256, layers: int = 4, m: int = 1024, heads: int = 4) -> Steps:
+    """Needles whose weight swells and fades over some tens of steps while their places move on."""
+    rng = np.random.default_rng(seed)
+    return _made("drifting needles", _needles(rng, steps, layers, m, heads, lambda t, needle: np.full(t.shape, needle)))
+
+
+def switching(seed: int, steps: int = 256, layers: int = 4, m: int = 1024, heads: int = 4) -> Steps:
+    """Four topics, each with blocks of its own; attention goes from one to another every 24 steps or so and comes back."""
+    rng = np.random.default_rng(seed)
+    shares = _floor(rng, steps, layers, m, heads)
+    topics = rng.integers(0, m, (4, layers, 2, 24, heads))
+    until, topic = 0, 0
+    for t in range(steps):
+        if t >= until:
+            until, topic = t + int(rng.integers(12, 36)), int(rng.integers(4))
+        weight = rng.gamma(4.0, 0.03, topics.shape[1:]).astype(np.float32)
+        np.put_along_axis(shares[t], topics[topic], np.maximum(np.take_along_axis(shares[t], topics[topic], 2), weight), 2)
+    return _made("topic switches", shares)
+
+
+REGIMES: dict[str, Callable[[int], Steps]] = {"drifting": drifting, "switching": switching}
+
+
+def _floor(rng: np.random.Generator, steps: int, layers: int, m: int, heads: int) -> NDArray[np.float32]:
+    """What all other blocks have together: half the budget, each a little different at every step."""
+    floor = rng.gamma(0.5, 1.0, (layers, 2, m, heads))
+    floor *= 0.25 / floor.sum(axis=2, keepdims=True)
+    return np.stack([floor * rng.lognormal(0.0, 0.2, floor.shape) for _ in range(steps)]).astype(np.float32)
+
+
+def _needles(
+    rng: np.random.Generator, steps: int, layers: int, m: int, heads: int, place: Callable[[NDArray[np.int64], int], NDArray[np.int64]]
+) -> NDArray[np.float32]:
+    shares = _floor(rng, steps, layers, m, heads)
+    t = np.arange(steps)
+    for layer, kind, head in np.ndindex(layers, 2, heads):
+        for _ in range(3 * steps // 8):
+            centre, width, height = rng.uniform(-20, steps + 20), rng.uniform(4, 16), rng.uniform(0.05, 0.5)
+            swell = height * np.exp(-0.5 * ((t - centre) / width) ** 2) * rng.lognormal(0.0, 0.15, steps)
+            shares[t, layer, kind, place(t, int(rng.integers(m))), head] += swell.astype(np.float32)
+    return shares
+
+
+def _made(name: str, shares: NDArray[np.float32]) -> Steps:
+    return Steps(name, shares, promoted(shares), np.full(len(shares), shares.shape[3]))
+
+
+def each(steps: Steps) -> Iterator[tuple[int, int]]:
+    """(step, layer) in the order of decoding."""
+    return ((t, layer) for t in range(len(steps.shares)) for layer in range(steps.layers))

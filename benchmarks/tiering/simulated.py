@@ -1,0 +1,144 @@
+"""Replays steps through a policy over a simulated link: which originals were at hand, which had to be waited for, what was copied in vain.
+
+Time is simulated. A layer of a step computes for `COMPUTE_US`; then what it has to read from the host is exposed: a gather takes 9.2 us
+and its bytes at 55 GB/s, which makes the 14 us that 64 blocks of 4 KB take on an H200. Copies ahead of need have half the link while layers
+compute and none while one reads. `reactive` is the paper's: its copies are what the step fetched anyway, at hand from the next call on and
+free of further cost.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+from decode_steps import Steps, each
+from tierd_kernels.select.candidates import largest
+
+from tierd.policy import NONE, Shelf, Snapshot, named
+
+LINK_BYTES_PER_US = 55e3
+GATHER_US = 14.0 - 64 * 4096 / LINK_BYTES_PER_US
+COMPUTE_US = 40.0  # a layer's share of a decode step of an 8B model in FP16 at 4.3 TB/s is more: this is the hard case
+SHARE = 0.5
+CANDIDATES_MAX = 64
+
+
+@dataclass
+class Outcome:
+    """Totals over a replay. Bytes and microseconds."""
+
+    needed: int = 0
+    hits: int = 0
+    late: int = 0
+    copied: int = 0
+    wasted: int = 0
+    demand_bytes: int = 0
+    prefetch_bytes: int = 0
+    exposed_us: float = 0.0
+
+    def row(self, steps: Steps) -> dict[str, float]:
+        """Per step, and as shares."""
+        count = len(steps.shares)
+        return {
+            "hit_rate": self.hits / max(1, self.needed),
+            "late": self.late,
+            "host_bytes_per_step": (self.demand_bytes + self.prefetch_bytes) / count,
+            "exposed_us_per_step": self.exposed_us / count,
+            "wasted_share": self.wasted / max(1, self.copied),
+            "wasted_bytes": self.wasted * steps.record_bytes,
+            "prefetch_bytes": self.prefetch_bytes,
+        }
+
+
+class Replay:
+    """One session over `slots` (of keys, of values) of scratch. Block ids are `layer * m + block`."""
+
+    def __init__(self, steps: Steps, policy: str, slots: tuple[int, int]) -> None:
+        self._steps, self._policy, self._slots = steps, named(policy), slots
+        _, layers, _, m, heads = steps.shares.shape
+        shape = (2, layers * m, heads)
+        self._copy_id = np.full(shape, NONE, np.int64)
+        self._resident, self._used = np.zeros(shape, bool), np.zeros(shape, bool)
+        self._worth, self._share, self._seen = np.zeros(shape), np.zeros(shape, np.float32), np.zeros(shape)
+        self._shelves = Shelf(slots[0]), Shelf(slots[1])
+        self._places: dict[int, tuple[int, int, int]] = {}
+        self._under_way: deque[tuple[int, float]] = deque()  # (copy id, microseconds of link still needed)
+        self._now, self._next_id = 1.0, 0
+        self.outcome = Outcome()
+
+    def run(self) -> Outcome:
+        """All of it. What is left at the end unread counts as wasted."""
+        for t, layer in each(self._steps):
+            self._link(COMPUTE_US * SHARE)
+            self._call(t, layer)
+        self.outcome.wasted += sum(not self._used[place] for place in self._places.values())
+        return self.outcome
+
+    def _call(self, t: int, layer: int) -> None:
+        m, blocks = self._steps.shares.shape[3], int(self._steps.blocks[t])
+        ids = np.arange(layer * m, layer * m + blocks)
+        needed = self._steps.needed[t, layer, :, :blocks]
+        at_hand = self._resident[:, ids]
+        missed = needed & ~at_hand
+        self._used[:, ids] |= needed & at_hand
+        out, count = self.outcome, int(missed.sum())
+        out.needed += int(needed.sum())
+        out.hits += int((needed & at_hand).sum())
+        out.late += int((missed & (self._copy_id[:, ids] >= 0)).sum())
+        if count:
+            out.demand_bytes += count * self._steps.record_bytes
+            out.exposed_us += GATHER_US + count * self._steps.record_bytes / LINK_BYTES_PER_US
+        self._now += 1.0 / self._steps.layers
+        factor = self._policy.rescale(self._now)
+        if factor != 1.0:
+            self._worth *= factor
+            for shelf in self._shelves:
+                shelf.reorder(factor)
+        near, scores = largest(self._steps.shares[t, layer, :, :blocks], CANDIDATES_MAX)
+        exact = np.zeros(needed.shape[2], bool)
+        choice = self._policy.choose(
+            Snapshot(ids, needed[0], needed[1], exact, near, scores, self._copy_id, self._worth, self._share, self._seen, self._now)
+        )
+        for (kind, block, head), worth in zip(choice.records.tolist(), choice.worths.tolist(), strict=True):
+            self._copy(kind, block, head, worth)
+
+    def _copy(self, kind: int, block: int, head: int, worth: float) -> None:
+        shelf = self._shelves[kind]
+        if not shelf.capacity_bytes:
+            return
+        if len(shelf) == shelf.capacity_bytes:
+            chosen = shelf.choose("session", 1, worth, ["session"], self._worth_of)
+            if not chosen:
+                return
+            for copy_id in chosen:
+                self._drop(copy_id)
+        copy_id, self._next_id = self._next_id, self._next_id + 1
+        shelf.put(copy_id, "session", 1, worth)
+        self._places[copy_id] = kind, block, head
+        self._copy_id[kind, block, head] = copy_id
+        self._used[kind, block, head] = False
+        self.outcome.copied += 1
+        if self._policy.name == "reactive":
+            self._resident[kind, block, head] = True  # it is what the call has just read
+        else:
+            self.outcome.prefetch_bytes += self._steps.record_bytes
+            self._under_way.append((copy_id, self._steps.record_bytes / LINK_BYTES_PER_US))
+
+    def _link(self, free_us: float) -> None:
+        """Copies go on for so much link time."""
+        while self._under_way and free_us > 0:
+            copy_id, left_us = self._under_way.popleft()
+            if left_us > free_us:
+                self._under_way.appendleft((copy_id, left_us - free_us))
+                return
+            free_us -= left_us
+            self._resident[self._places[copy_id]] = True
+
+    def _worth_of(self, copy_id: int) -> float | None:
+        place = self._places[copy_id]
+        return float(self._worth[place]) if self._resident[place] else None
+
+    def _drop(self, copy_id: int) -> None:
+        place = self._places.pop(copy_id)
+        self._shelves[place[0]].drop(copy_id)
+        self.outcome.wasted += not self._used[place]
+        self._copy_id[place], self._resident[place] = NONE, False

@@ -1,0 +1,196 @@
+"""The policies on snapshots: what each keeps, fetches and lets go. Pure functions, so properties over random snapshots."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+from numpy.typing import NDArray
+from tierd_kernels.select.candidates import largest
+
+from tierd.policy import NONE, Choice, LinkBudget, Nothing, Predictive, Reactive, Shelf, Snapshot, Turns, named
+from tierd.policy.link import BURST_S
+from tierd.policy.predictive import RESCALE_AT
+
+SEEDS = st.integers(0, 1 << 30)
+
+
+class Table:
+    """Six rows, two heads; a call of the rows 4, 2, 0, 5."""
+
+    def __init__(self) -> None:
+        self.ids = np.array([4, 2, 0, 5])
+        self.copy_id = np.full((2, 6, 2), NONE, np.int64)
+        self.worth, self.share, self.seen = np.zeros((2, 6, 2)), np.zeros((2, 6, 2), np.float32), np.zeros((2, 6, 2))
+
+    def snapshot(
+        self, shares: NDArray[np.float32], needed: NDArray[np.bool_], now: float = 1.0, exact: tuple[bool, bool] = (False, False)
+    ) -> Snapshot:
+        blocks, scores = largest(np.where((shares == 0) & needed & ~np.array(exact), np.float32(0.5), shares), 4)
+        return Snapshot(
+            self.ids, needed[0], needed[1], np.array(exact), blocks, scores, self.copy_id, self.worth, self.share, self.seen, now
+        )
+
+
+def shares_of(values: dict[tuple[int, int, int], float]) -> NDArray[np.float32]:
+    shares = np.zeros((2, 4, 2), np.float32)
+    for at, value in values.items():
+        shares[at] = value
+    return shares
+
+
+def records(choice: Choice) -> list[tuple[int, ...]]:
+    return [tuple(record) for record in choice.records.tolist()]
+
+
+def test_policies_are_chosen_by_name() -> None:
+    assert [type(named(name)) for name in ("none", "reactive", "predictive")] == [Nothing, Reactive, Predictive]
+    with pytest.raises(ValueError, match="tiering_policy is 'lru'; allowed: none, reactive, predictive"):
+        named("lru")
+
+
+@given(SEEDS, st.booleans())
+def test_reactive_fetches_what_was_needed_and_has_no_copy(seed: int, exact: bool) -> None:
+    rng, table = np.random.default_rng(seed), Table()
+    needed = rng.random((2, 4, 2)) < 0.5
+    table.copy_id[rng.random(table.copy_id.shape) < 0.5] = 7
+    choice = Reactive().choose(table.snapshot(shares_of({}), needed, now=3.0, exact=(exact, False)))
+    wanted = {(kind, int(table.ids[b]), head) for kind, b, head in np.argwhere(needed).tolist() if not (exact and head == 0)}
+    assert set(records(choice)) == {record for record in wanted if table.copy_id[record] == NONE}
+    assert {tuple(at) for at in np.argwhere(table.worth == 3.0).tolist()} == wanted
+    assert not len(Nothing().choose(table.snapshot(shares_of({}), needed)).records)
+
+
+def test_predictive_fetches_what_was_needed_and_what_came_near_best_first() -> None:
+    table, needed = Table(), np.zeros((2, 4, 2), bool)
+    needed[0, 1, 0] = needed[1, 3, 1] = True
+    shares = shares_of({(0, 1, 0): 0.4, (0, 2, 0): 0.39, (0, 3, 0): 0.01, (1, 3, 1): 0.2})
+    choice = Predictive().choose(table.snapshot(shares, needed))
+    assert records(choice) == [(0, 2, 0), (1, 5, 1), (0, 0, 0)], "block 3's keys are far from the threshold"
+    assert choice.worths[0] == choice.worths[1] > choice.worths[2] > 0
+    assert not table.worth[0, 5, 0]
+
+
+def test_a_share_that_grows_is_fetched_before_it_is_needed() -> None:
+    policy, needed = Predictive(half_life=2.0, near=0.6, admit=0.5), np.zeros((2, 4, 2), bool)
+
+    def fetched(shares: list[float]) -> list[list[tuple[int, ...]]]:
+        table = Table()
+        return [records(policy.choose(table.snapshot(shares_of({(0, 0, 0): s}), needed, now=1.0 + t))) for t, s in enumerate(shares)]
+
+    # 0.5 after 0.3 becomes 0.7: worth 0.42, with what is left of the first step's 0.18 more than 0.5. Without its growth 0.3.
+    assert fetched([0.3, 0.5]) == [[], [(0, 4, 0)]]
+    assert fetched([0.5, 0.5]) == [[], [(0, 4, 0)]] and fetched([0.5, 0.3]) == [[], []] and fetched([0.4, 0.4]) == [[], []]
+
+
+def test_predictive_learns_nothing_from_reads_of_exact_heads() -> None:
+    table = Table()
+    assert not len(Predictive().choose(table.snapshot(shares_of({}), np.ones((2, 4, 2), bool), exact=(True, True))).records)
+    assert not table.worth.any()
+
+
+def test_worth_halves_and_survives_rescaling() -> None:
+    policy, table, needed = Predictive(), Table(), np.zeros((2, 4, 2), bool)
+    needed[0, 0, 0] = True
+    policy.choose(table.snapshot(shares_of({}), needed, now=1.0))
+    old = table.worth[0, 4, 0]
+    later = 1.0 + policy.half_life
+    assert policy.rescale(later) == 1.0
+    policy.choose(table.snapshot(shares_of({}), needed, now=later))
+    assert table.worth[0, 4, 0] == pytest.approx(3 * old)
+    far = later + RESCALE_AT * policy.half_life
+    factor = policy.rescale(far)
+    assert factor == 2.0**-RESCALE_AT and policy.rescale(far) == 1.0
+    table.worth *= factor
+    policy.choose(table.snapshot(shares_of({}), needed, now=far))
+    assert np.isfinite(table.worth).all() and table.worth[0, 4, 0] > 0
+
+
+@given(SEEDS)
+def test_room_is_made_from_the_least_worth_and_nobody_loses_a_fair_share_to_greed(seed: int) -> None:
+    """Random copies of three owners against the rule written out."""
+    rng = np.random.default_rng(seed)
+    shelf = Shelf(capacity_bytes=24)
+    worth = {}
+    for copy_id in range(24):
+        worth[copy_id] = float(rng.integers(1, 9))
+        shelf.put(copy_id, "abc"[rng.integers(3)], 1, worth[copy_id])
+    owner_of = {copy_id: shelf._copies[copy_id][0] for copy_id in worth}
+    for copy_id in worth:  # worths grow after they were filed
+        worth[copy_id] += float(rng.integers(0, 5))
+    pinned = {int(x) for x in rng.integers(0, 24, 3)}
+    active = ["a", "b", "c"][: int(rng.integers(1, 4))]
+    mine, bid = shelf.used_bytes("a"), float(rng.integers(1, 14))
+    chosen = shelf.choose("a", 1, bid, active, lambda copy_id: None if copy_id in pinned else worth[copy_id])
+    fair = 24 / len({"a", *active})
+    open_to_all = {c for c in worth if c not in pinned and (owner_of[c] not in active or shelf.used_bytes(owner_of[c]) > fair)} - {
+        c for c in worth if owner_of[c] == "a"}  # fmt: skip
+    own = {c for c in worth if owner_of[c] == "a" and c not in pinned}
+    if mine + 1 <= fair and open_to_all:
+        (victim,) = chosen
+        assert victim in open_to_all and worth[victim] == min(worth[c] for c in open_to_all if owner_of[c] == owner_of[victim])
+    else:
+        least = min((worth[c] for c in open_to_all | own), default=np.inf)
+        assert [worth[c] for c in chosen] == ([least] if least < bid else [])
+    assert len(shelf) == 24 and shelf.choose("a", 99, bid, active, worth.__getitem__) == []
+
+
+@given(SEEDS, st.floats(0.0, 1.0))
+def test_copies_never_take_more_than_their_share_of_the_link(seed: int, share: float) -> None:
+    rng = np.random.default_rng(seed)
+    link, spent, demand, now = LinkBudget(1e6, share), 0, 0, 0.0
+    link.refill(now, ["a", "b"])
+    for _ in range(60):
+        now += float(rng.exponential(1e-3))
+        read = int(rng.integers(0, 1500))
+        link.read(read)
+        demand += read
+        link.refill(now, ["a", "b"][: int(rng.integers(0, 3))])
+        name = "abc"[rng.integers(3)]
+        nbytes = int(link.available(name) * rng.random())
+        link.spend(name, nbytes)
+        spent += nbytes
+        assert spent <= share * 1e6 * (now + 2 * BURST_S) + 1
+    if share == 0.0:
+        assert spent == 0
+
+
+def test_copies_yield_to_reads_that_calls_wait_for() -> None:
+    link = LinkBudget(1e6, 0.5)
+    link.refill(0.0, ["a"])
+    link.spend("a", link.available("a"))
+    link.read(100_000)  # a tenth of a second of link
+    for now in (0.02, 0.05, 0.09):
+        link.refill(now, ["a"])
+        assert link.available("a") == 0
+    link.refill(0.2, ["a"])
+    assert link.available("a") > 0
+
+
+def test_a_session_that_asks_rarely_is_not_passed_by_one_that_always_asks() -> None:
+    """One copy at a time; `busy` asks a hundred times as often, and its copy always has just begun when `rare` asks."""
+    turns, active, started = Turns(1), ["busy", "rare"], {"busy": 0, "rare": 0}
+
+    def ask(name: str) -> None:
+        if turns.room(name, active):
+            turns.start(name)
+            started[name] += 1
+        else:
+            turns.refuse(name)
+
+    under_way = None
+    for at in range(1000):
+        if under_way:
+            turns.end(under_way)
+        before = dict(started)
+        for name in ("busy", "rare") if at % 100 == 50 else ("busy",):
+            ask(name)
+        under_way = next((name for name in started if started[name] > before[name]), None)
+    assert started["rare"] >= 4 and started["busy"] >= 100
+
+
+def test_a_candidate_list_may_be_shorter_than_its_room() -> None:
+    table, needed = Table(), np.zeros((2, 4, 2), bool)
+    blocks, scores = np.full((2, 2, 3), -1, np.int32), np.zeros((2, 2, 3), np.float32)
+    blocks[0, 0, 0], scores[0, 0, 0] = 2, 0.9
+    snapshot = table.snapshot(shares_of({}), needed)._replace(blocks=blocks, scores=scores)
+    assert records(Predictive().choose(snapshot)) == [(0, 0, 0)]

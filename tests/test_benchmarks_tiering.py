@@ -1,0 +1,84 @@
+"""The replay of the tiering benchmark: its accounts, its link, its regimes and its selection. No times."""
+
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "tiering"))
+import bench_tiering as bench
+from decode_steps import RECORD_BYTES, TARGET, Steps, drifting, promoted, recorded, switching
+from simulated import GATHER_US, LINK_BYTES_PER_US, Replay
+
+
+def repeated(steps: int, needed: list[int], m: int = 8) -> Steps:
+    """The same blocks' keys at every step of one layer and head."""
+    shares = np.zeros((steps, 1, 2, m, 1), np.float32)
+    shares[:, 0, 0, needed, 0] = 0.5
+    return Steps("repeated", shares, shares > 0, np.full(steps, m))
+
+
+def test_without_scratch_everything_is_read_from_the_host_at_every_step() -> None:
+    outcome = Replay(repeated(10, [1, 5]), "none", (8, 8)).run()
+    assert (outcome.needed, outcome.hits, outcome.demand_bytes) == (20, 0, 20 * RECORD_BYTES)
+    assert outcome.exposed_us == pytest.approx(10 * (GATHER_US + 2 * RECORD_BYTES / LINK_BYTES_PER_US))
+    assert pytest.approx(14.0) == GATHER_US + 64 * 4096 / LINK_BYTES_PER_US
+
+
+@pytest.mark.parametrize("policy", ["reactive", "predictive"])
+def test_what_is_needed_again_and_again_is_read_from_the_host_once(policy: str) -> None:
+    outcome = Replay(repeated(10, [1, 5]), policy, (8, 8)).run()
+    assert (outcome.hits, outcome.demand_bytes, outcome.wasted) == (18, 2 * RECORD_BYTES, 0)
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 1 << 30), st.sampled_from(["none", "reactive", "predictive"]), st.integers(0, 6), st.integers(0, 6))
+def test_the_accounts_add_up_whatever_happens(seed: int, policy: str, keys: int, values: int) -> None:
+    rng = np.random.default_rng(seed)
+    shares = rng.gamma(0.5, 0.3, (20, 2, 2, 6, 2)).astype(np.float32)
+    steps = Steps("random", shares, promoted(shares), np.minimum(6, 3 + np.arange(20) // 4))
+    for t, blocks in enumerate(steps.blocks):
+        steps.needed[t, :, :, blocks:] = False
+    replay = Replay(steps, policy, (keys, values))
+    bench.check(steps, replay.run())
+    held = replay._copy_id >= 0
+    assert held[0].sum() <= keys and held[1].sum() <= values and held.sum() == len(replay._places)
+    assert not (replay._resident & ~held).any()
+
+
+@given(st.integers(0, 1 << 30))
+def test_promotion_takes_the_fewest_blocks_that_are_enough(seed: int) -> None:
+    shares = np.random.default_rng(seed).gamma(0.5, 0.4, (2, 7, 1)).astype(np.float32)
+    needed = promoted(shares)
+    left = shares[~needed].sum()
+    assert left <= TARGET + 1e-5
+    assert not needed.any() or left + shares[needed].min() > TARGET - 1e-5
+    assert not needed.any() or shares[needed].min() >= shares[~needed].max(initial=0.0)
+
+
+def test_regimes_are_what_they_say() -> None:
+    topics, needles = switching(3, steps=80, m=256), drifting(3, steps=80, m=256)
+    for steps in (topics, needles):
+        assert steps.needed.any((1, 2, 3, 4)).all() and steps.needed.mean() < 0.2
+    alike = [(topics.needed[t] & topics.needed[t + 1]).sum() / topics.needed[t].sum() for t in range(79)]
+    assert np.median(alike) > 0.5 and min(alike) < 0.3, "topics last, and end at once"
+
+
+def test_the_committed_trace_can_be_replayed() -> None:
+    steps = recorded(bench.TRACES[0])
+    assert steps.shares.shape == (24, 2, 2, 20, 2) and steps.blocks[0] == 18 and steps.blocks[-1] == 20 and steps.record_bytes == 2048
+    bench.check(steps, Replay(steps, "predictive", bench.capacity(steps, 0.5)).run())
+    with pytest.raises(ValueError, match="holds no layer-NNN"):
+        recorded(Path(__file__).parent)
+
+
+def test_a_replay_that_loses_a_need_is_not_reported() -> None:
+    steps = repeated(4, [1])
+    outcome = Replay(steps, "reactive", (2, 2)).run()
+    outcome.hits -= 1
+    with pytest.raises(RuntimeError, match="do not add up"):
+        bench.check(steps, outcome)

@@ -1,0 +1,61 @@
+"""What a policy is shown and what it answers.
+
+Legend: m full blocks of a call, C rows of a block table, Hkv KV heads, n records; kind 0 keys, 1 values.
+"""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+NONE = -1  # in `copy_id`: no copy, and one may be made
+
+
+class Snapshot(NamedTuple):
+    """One answered call, of one layer of one session.
+
+    `ids` int64 [m]: its full blocks in the table. `key_reads`, `value_reads` bool [m, Hkv]: originals that the answer needed, wherever they
+    were read; those of `exact_heads` [Hkv] say nothing, for such a head reads all. `blocks` int32 and `scores` float32 [2, Hkv, c]: the
+    candidates, blocks near needing their originals, as indices into `ids` and with their shares of what the bound may be; -1 ends a shorter
+    list. The columns
+    [2, C, Hkv] are the table's: `copy_id`, and three that are the policy's own to write: `worth` float64, larger is better to keep;
+    `share` float32 and `seen` float64, the last share of the budget and when it was. Zero where nothing is known. `now`: steps, a fraction
+    for each layer; at least 1.
+    """
+
+    ids: NDArray[np.int64]
+    key_reads: NDArray[np.bool_]
+    value_reads: NDArray[np.bool_]
+    exact_heads: NDArray[np.bool_]
+    blocks: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    copy_id: NDArray[np.int64]
+    worth: NDArray[np.float64]
+    share: NDArray[np.float32]
+    seen: NDArray[np.float64]
+    now: float
+
+
+class Choice(NamedTuple):
+    """Records worth a copy, best first: int64 [n, 3] of (kind, block id, head), and what each is worth, float64 [n]."""
+
+    records: NDArray[np.int64]
+    worths: NDArray[np.float64]
+
+
+NOTHING = Choice(np.empty((0, 3), np.int64), np.empty(0))
+
+
+class Policy(Protocol):
+    """Writes the worth of records, and says which of those without a copy deserve one. Copies of less worth make room."""
+
+    name: str
+    wants_candidates: bool
+
+    def choose(self, snapshot: Snapshot) -> Choice:
+        """What to copy after this call."""
+        ...
+
+    def rescale(self, now: float) -> float:
+        """A factor that all worths ever written must be multiplied by before anything else is done; mostly 1."""
+        ...
