@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_calls import CONFIG, RECORD_BYTES, Bench
+from engine_calls import CONFIG, EXACT, RECORD_BYTES, Bench
 
 from tierd.commands import CloseSession, Fork
 from tierd.engine import EngineConfig
@@ -136,3 +136,33 @@ def test_the_status_accounts_for_every_original_by_session_and_layer() -> None:
     assert name not in str(status["tiering"]), "names are secrets"
     bench.run(CloseSession(child, worker="w"))
     assert [session["session"] for session in bench.engine.status()["tiering"]["sessions"]] == [1]
+
+
+def test_copies_wait_for_their_share_of_the_link() -> None:
+    """Three records may be saved up, and a millisecond earns three more, if calls read nothing meanwhile."""
+    bench = Bench(replace(CONFIG, link_bytes_per_s=30e3 * RECORD_BYTES, prefetch_link_share=0.1))
+    name = bench.opened(tokens=64)
+    bench.run(bench.attend(name), bench.attend(name))
+    assert bench.engine.counters.prefetched == 3
+    bench.clock.advance(0.1)
+    bench.run(bench.attend(name))
+    assert 3 < bench.engine.counters.prefetched <= 9
+
+
+def test_a_copy_that_was_read_is_not_wasted_when_its_session_ends() -> None:
+    bench = Bench()
+    read, unread = bench.opened(tokens=64), bench.opened(tokens=64)
+    for name in (read, unread, read):
+        bench.run(bench.attend(name))
+    bench.run(CloseSession(read, worker="w"))
+    assert bench.engine.counters.wasted == 0
+    bench.run(CloseSession(unread, worker="w"))
+    assert (bench.engine.counters.wasted, bench.engine.counters.wasted_bytes) == (RECORDS, RECORDS * RECORD_BYTES)
+
+
+def test_an_exact_head_is_not_late() -> None:
+    bench, _ = slowed(arrives_while_waiting=False)
+    name = bench.opened(tokens=64)
+    bench.run(bench.attend(name))
+    ((row,),) = bench.run(bench.attend(name, tolerance=EXACT))
+    assert row.late_records == 0 and bench.engine.residency.num_in_flight == RECORDS
