@@ -95,7 +95,7 @@ def held_bytes(cache: Any) -> dict[str, int]:
     the device of the model) and "originals" (on the host)."""
     if isinstance(cache, TierdCache):
         used = {name: pool["used_bytes"] for name, pool in cache._store.options.tier.status()["pools"].items()}
-        return {"hot": used["hot"] + used["scratch"], "originals": used["originals"]}
+        return {"hot": used["hot"] + used["scratch_keys"] + used["scratch_values"], "originals": used["originals"]}
     held: dict[str, int] = {}
     for layer in cache.layers:
         for value in vars(layer).values():
