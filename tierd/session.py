@@ -36,13 +36,15 @@ class Quantiser(Protocol):
 
 @dataclass
 class LayerState:
-    """`ids`: the blocks in order, a tail last if `length` is not a multiple of B. Group arrays are [G, Hkv]."""
+    """`ids`: the blocks in order, a tail last if `length` is not a multiple of B. Group arrays are [G, Hkv]. `calls`: attends
+    answered."""
 
     group_value_norms: NDArray[np.float32]
     group_error_norms: NDArray[np.float32]
     length: int = 0
     ids: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     places: Places = field(default_factory=Places)
+    calls: int = 0
 
 
 @dataclass(frozen=True)
