@@ -46,6 +46,7 @@ class ScratchCache:
         self._shelves = tuple(Shelf(pool.total_bytes) for pool in residency.arenas.scratch)
         self._asked: dict[int, _Asked] = {}
         self._active: dict[str, float] = {}  # when each session called last
+        self._families: set[str] = set()  # theirs
         self._now = FIRST_STEP
         self._began_s = clock.now()
         self.ledger = Ledger(self._began_s)
@@ -124,6 +125,7 @@ class ScratchCache:
             self._active[work.session.session_id] = self._now
         for name in [name for name, then in self._active.items() if then < self._now - ACTIVE_STEPS or name not in self._sessions]:
             del self._active[name]
+        self._families = {self._sessions[name].family for name in self._active}
         self._now += sum(1.0 / len(work.session.layers) for work in works) / max(1, len(self._active))
         factor = self._policy.rescale(self._now)
         if factor != 1.0:
@@ -199,21 +201,21 @@ class ScratchCache:
     def _begin(self, work: Work, kind: int, block: int, head: int, worth: float) -> ScratchCopy | None:
         """Reserve scratch for one record, evicting if that helps; None: there is no room for anything of so little worth."""
         table, name = work.session.table, work.session.session_id
-        copy = self._reserve(table, kind, block, head) or self._make_room(name, table, kind, block, head, worth)
+        copy = self._reserve(table, kind, block, head) or self._make_room(work.session.family, table, kind, block, head, worth)
         if copy is None:
             return None
         self._asked[copy.copy_id] = _Asked(name, len(work.session.layers), work.row.layer)
-        self._shelves[kind].put(copy.copy_id, name, copy.nbytes, worth)
+        self._shelves[kind].put(copy.copy_id, work.session.family, copy.nbytes, worth)
         self._turns.start(name)
         self._link.spend(name, copy.nbytes)
         self._counters.prefetch_bytes += copy.nbytes
         self._note(work, prefetched=1, prefetch_bytes=copy.nbytes)
         return copy
 
-    def _make_room(self, name: str, table: BlockTable, kind: int, block: int, head: int, worth: float) -> ScratchCopy | None:
+    def _make_room(self, family: str, table: BlockTable, kind: int, block: int, head: int, worth: float) -> ScratchCopy | None:
         pool = self._residency.arenas.scratch[kind]
         missing = pool.size_of(table.layout.original_record_bytes) - pool.free_bytes
-        evictions = self._shelves[kind].choose(name, max(missing, 1), worth, self._active, self._worth_of)
+        evictions = self._shelves[kind].choose(family, max(missing, 1), worth, self._families, self._worth_of)
         for copy_id in evictions:
             self._residency.evict(copy_id)
         self._counters.evicted += len(evictions)
