@@ -135,6 +135,16 @@ def test_room_is_made_from_the_least_worth_and_nobody_loses_a_fair_share_to_gree
     assert len(shelf) == 24 and shelf.choose("a", 99, bid, active, worth.__getitem__) == []
 
 
+@given(st.integers(1, 20), st.integers(0, 9))
+def test_room_is_made_in_a_region_that_does_not_hold_a_whole_number_of_records(records: int, rest: int) -> None:
+    shelf = Shelf(capacity_bytes=10 * records + rest)
+    for copy_id in range(records):
+        shelf.put(copy_id, "a", 10, 1.0 + copy_id)
+    missing = 10 - rest
+    assert shelf.choose("a", missing, 9.0, ["a"], lambda copy_id: 1.0 + copy_id) == [0]
+    assert shelf.choose("a", missing, 1.0, ["a"], lambda copy_id: 1.0 + copy_id) == []
+
+
 @given(SEEDS, st.floats(0.0, 1.0))
 def test_copies_never_take_more_than_their_share_of_the_link(seed: int, share: float) -> None:
     rng = np.random.default_rng(seed)

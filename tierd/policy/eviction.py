@@ -76,7 +76,9 @@ class Shelf:
         while freed < nbytes:
             others = [name for name in left if name != owner and (name not in active or left[name] > fair)]
             entitled = left.get(owner, 0) + nbytes <= fair
-            who = search.of_the_largest(others, left) if entitled else search.of_least_worth([*others, owner], worth)
+            who = search.of_the_largest(others, left) if entitled else None
+            if who is None:  # also below a fair share: what is left of a region, in pieces or less than a record, is nobody's
+                who = search.of_least_worth([*others, owner], worth)
             if who is None:
                 break
             size = self._copies[search.take(who)][1]
