@@ -70,3 +70,9 @@ def test_needles_come_and_go() -> None:
     assert q.shape == (20, 2, 4, 64) and norms.max() > 2 * np.median(norms[norms < norms.mean()])
     near, far = (np.mean(np.sum(q[lag:] * q[: len(q) - lag], -1) / (norms[lag:] * norms[: len(q) - lag])) for lag in (1, 10))
     assert near > 0.5 > far, "the next step looks at nearly the same, the tenth does not"
+
+
+@pytest.mark.gpu
+def test_it_runs_over_the_cuda_backend(cuda: None) -> None:
+    trace = Trace(Shape(layers=1, tokens=256, q_heads=2, kv_heads=1, head_dim=64, steps=bench.PROFILED + 4), seed=4)
+    assert bench.measure(trace, Setting("reactive", "reactive", 0.5), "cuda")["needed_per_step"] > 0
