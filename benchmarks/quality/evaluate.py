@@ -27,7 +27,7 @@ from variants import ALL, PACKAGES, Variant, attending, connection, layout_of, n
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
 
-IDENTITY = ("contexts", "tasks", "variants", "examples", "batch", "windows", "seed", "catastrophic")  # what makes a ledger another run's
+IDENTITY = ("text", "examples", "batch", "seed", "catastrophic")  # what makes a ledger another run's, and is not in its parts' keys
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -37,14 +37,14 @@ def main(arguments: list[str]) -> int:
     if options.catastrophic:
         head_dim = layout_of(checkpoint.model.config.get_text_config(decoder=True), checkpoint.model.dtype).head_dim
         rescale_value_channels(checkpoint.model, channels=range(0, head_dim, GROUP))
-    identity = {name: getattr(options, name) for name in IDENTITY}
+    identity = {name: str(getattr(options, name)) for name in IDENTITY}
     identity |= {"model": checkpoint.name, "dtype": str(checkpoint.model.dtype)}
     ledger = Ledger(options.ledger, identity, options.minutes, options.share)
     longest = max(options.contexts) + max(tasks.new_tokens(name) for name in options.tasks)
     with connection(checkpoint.model, longest, options.batch) as tier:
         finished = all([ledger.part(key, compute, group) for group, key, compute in parts(options, checkpoint, tier)])
     if options.share != WHOLE:
-        print(f"{len(ledger.records)} parts, {'all' if finished else 'not all'} of this share done")
+        print(f"{'all' if finished else 'not all'} parts of this share done")
         return 0 if finished else 3
     rows = summarise(ledger.records)
     name = "quality_catastrophic" if options.catastrophic else "quality_evaluate"

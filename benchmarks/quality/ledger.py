@@ -36,9 +36,9 @@ WHOLE = Share(1, 1)
 class Ledger:
     """A file of JSON lines: first what the run is (`identity`), then one line a part, by `key`.
 
-    A process that does a share of the run writes a file of its own beside `path`; one that does the whole finds those of earlier shares
-    there, and their parts done. Raises ValueError where a file is of a run with another identity. A last line without its newline was cut
-    off while it was written; that part is done again.
+    A process that does a share of the run writes a file of its own beside `path`. Parts that any of these files has are done. Raises
+    ValueError where one is of a run with another identity. A last line without its newline was cut off while it was written; that part is
+    done again.
     """
 
     def __init__(
@@ -49,12 +49,11 @@ class Ledger:
         self._end = None if minutes is None else clock() + 60.0 * minutes
         self._done: dict[str, Record] = {}
         identity = json.loads(json.dumps(identity))
-        if share == WHOLE:
-            for part in sorted(path.parent.glob(f"{path.stem}-*of*{path.suffix}")):
-                self._read(part, identity)
+        for file in (path, *sorted(path.parent.glob(f"{path.stem}-*of*{path.suffix}"))):
+            if file.exists() and file != own:
+                self._read(file, identity)
         if own.exists():
-            whole = self._read(own, identity)
-            os.truncate(own, whole)
+            os.truncate(own, self._read(own, identity))
         else:
             own.parent.mkdir(parents=True, exist_ok=True)
             self._append({"identity": identity})
