@@ -26,8 +26,11 @@ MADE_BY = {
 }  # fmt: skip
 HEADLINE = (
     "violations", "head_steps", "niah_delta_8k_rtol5", "ruler_delta_8k_rtol5", "critical_failures_rtol2", "ppl_delta_rtol5",
-    "bytes_vs_paper_rtol5", "naive_catastrophic_accuracy", "certified_catastrophic_accuracy", "dense_catastrophic_accuracy",
+    "bytes_vs_paper_rtol5", "naive_catastrophic_accuracy", "certified_catastrophic_accuracy", "certified_rtol5_catastrophic_accuracy",
+    "dense_catastrophic_accuracy",
 )  # fmt: skip
+# Vbar is what the rescaled channels make of it: 2 % recovers what 5 % does not quite.
+CATASTROPHIC = {"naive": "naive", "certified": "rtol2", "certified_rtol5": "rtol5", "dense": "dense"}
 
 
 class Unreportable(Exception):
@@ -77,8 +80,8 @@ def headline(results: Results) -> dict[str, float]:
     judged = [row for part in ("evaluate", "catastrophic", "violations") for row in results.rows(part) if "head_steps" in row]
     found: dict[str, Any] = {name: sum(row[name] for row in judged) for name in ("violations", "head_steps")}
     found |= {name: value for name, value in results.parts["evaluate"]["headline"].items() if name not in found}
-    found |= {f"{name}_catastrophic_accuracy": results.parts["catastrophic"]["headline"].get(f"{name}_accuracy") for name in
-              ("naive", "certified", "dense")}  # fmt: skip
+    shares = results.parts["catastrophic"]["headline"]
+    found |= {f"{name}_catastrophic_accuracy": shares.get(f"{variant}_accuracy") for name, variant in CATASTROPHIC.items()}
     found["bytes_vs_paper_rtol5"] = results.parts["tightness"]["headline"]["bytes_vs_paper_rtol5"]
     missing = [name for name in HEADLINE if found.get(name) is None]
     if missing:

@@ -71,13 +71,14 @@ def headline(rows: list[Row]) -> dict[str, float]:
         found["niah_delta_8k_rtol5"] = needles[0]["delta"]
     if ruler:
         found["ruler_delta_8k_rtol5"] = float(np.mean([row["delta"] for row in ruler]))
-    if of("task", "rtol2"):
-        found["critical_failures_rtol2"] = sum(row["critical_failures"] for row in of("task", "rtol2"))
+    for variant in ("rtol2", "exact"):
+        if of("task", variant):
+            found[f"critical_failures_{variant}"] = sum(row["critical_failures"] for row in of("task", variant))
     if of("perplexity", "rtol5"):
         found["ppl_delta_rtol5"] = max((row["delta"] for row in of("perplexity", "rtol5")), key=abs)
-    for variant, name in (("dense", "dense"), ("naive", "naive"), ("rtol5", "certified")):
+    for variant in ("dense", "naive", "rtol2", "rtol5"):
         if of("task", variant):
-            found[f"{name}_accuracy"] = float(np.mean([row["variant_score"] for row in of("task", variant)]))
+            found[f"{variant}_accuracy"] = float(np.mean([row["variant_score"] for row in of("task", variant)]))
     judged = [row for row in rows if "violations" in row]
     if judged:
         found["violations"], found["head_steps"] = (sum(row[name] for row in judged) for name in ("violations", "head_steps"))
