@@ -29,7 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
 
 RTOLS = (0.01, 0.02, 0.05, 0.10)
-POLICIES: dict[str, Policy] = {"budget": Budget(), "coverage": Coverage()}
+# Most of what "coverage" reads goes to heads whose chosen blocks cannot be certified as a set; without that check only the budget counts.
+UNCHECKED = "coverage, no boundary check"
+POLICIES: dict[str, Policy] = {"budget": Budget(), "coverage": Coverage(), UNCHECKED: Coverage(boundary_check=False)}
 ANY = 1e9  # a tolerance that everything meets at rung 0
 NORM_SHARE = 0.05
 POINTS_MAX = 600  # of the figure
@@ -161,8 +163,8 @@ def headline(rows: list[Row]) -> dict[str, float]:
     norms = {"norm_below_rtol5_share": float(np.mean([row["share"] for row in rows if row["kind"] == "norm"]))}
     best = max(1.0, host["budget"])
     return {
-        "bytes_vs_paper_rtol5": host["coverage"] / best, "bytes_vs_paper_formulas_rtol5": host["paper's formulas"] / best,
-        **medians, **norms,
+        "bytes_vs_paper_rtol5": host["coverage"] / best, "bytes_vs_paper_unchecked_rtol5": host[UNCHECKED] / best,
+        "bytes_vs_paper_formulas_rtol5": host["paper's formulas"] / best, **medians, **norms,
     }  # fmt: skip
 
 
