@@ -2,8 +2,8 @@
 
     python benchmarks/quality/report.py --machine nvidia-h100-80gb-hbm3 --machine amd-epyc-2-cores
 
-Each part is taken from the first machine that has it. Ends with an error, and writes nothing, where a part is missing or where any
-certificate was found to be wrong.
+Each part is taken from the first machine that has it; certificates that were held against exact attention count on all of them. Ends with
+an error, and writes nothing, where a part is missing or where any certificate was found to be wrong.
 """
 
 import argparse
@@ -39,10 +39,12 @@ class Unreportable(Exception):
 
 @dataclass(frozen=True)
 class Results:
-    """The parts' JSON by name, and the files that they were read from."""
+    """The parts' JSON by name, and the files that they were read from. `judged`: all that "violations" was read from; its rows say
+    "file" and "machine"."""
 
     parts: dict[str, dict[str, Any]]
     files: dict[str, Path]
+    judged: list[Path]
 
     def rows(self, part: str, kind: str | None = None) -> list[dict[str, Any]]:
         """Rows of a part, all or those of a kind."""
@@ -50,8 +52,8 @@ class Results:
 
 
 def read(folder: Path, machines: list[str]) -> Results:
-    """Every part from the first machine that has it. Raises Unreportable naming the command that makes what is missing, or the part
-    with a wrong certificate."""
+    """Every part from the first machine that has it, "violations" from all of them. Raises Unreportable naming the command that makes what
+    is missing, or the part with a wrong certificate."""
     parts, files = {}, {}
     for part, script in MADE_BY.items():
         candidates = [folder / f"quality_{part}__{machine}.json" for machine in machines]
@@ -59,9 +61,15 @@ def read(folder: Path, machines: list[str]) -> Results:
         if found is None:
             raise Unreportable(f"none of {', '.join(path.name for path in candidates)} is in {folder}; {script} makes it")
         parts[part], files[part] = json.loads(found.read_text()), found
-    results = Results(parts, files)
+    judged = {path: json.loads(path.read_text()) for name in machines if (path := folder / f"quality_violations__{name}.json").is_file()}
+    parts["violations"]["rows"] = [row | _origin(path, said) for path, said in judged.items() for row in said["rows"]]
+    results = Results(parts, files, list(judged))
     check(results)
     return results
+
+
+def _origin(path: Path, said: dict[str, Any]) -> dict[str, str]:
+    return {"file": path.name, "machine": sections.place(said["environment"])}
 
 
 def check(results: Results) -> None:
@@ -70,7 +78,8 @@ def check(results: Results) -> None:
         for row in results.rows(part):
             for name in ("violations", "broken", "over_budget"):
                 if row.get(name, 0):
-                    raise Unreportable(f"{results.files[part].name} counts {row[name]} {name} of {row.get('variant')}: nothing is reported")
+                    file = row.get("file", results.files[part].name)
+                    raise Unreportable(f"{file} counts {row[name]} {name} of {row.get('variant')}: nothing is reported")
     if not any(row.get("head_steps") for row in results.rows("violations")):
         raise Unreportable(f"{results.files['violations'].name} judged no head-step")
 
@@ -96,6 +105,8 @@ def write(results: Results, machine: str, folder: Path) -> Path:
     text = sections.document(results, top, drawn)
     environment = {part: results.parts[part]["environment"] for part in results.parts}
     sources = [{"part": part, "file": path.name, "headline": results.parts[part]["headline"]} for part, path in results.files.items()]
+    others = ((path.name, json.loads(path.read_text())["headline"]) for path in results.judged if path not in results.files.values())
+    sources += [{"part": "violations", "file": name, "headline": said} for name, said in others]
     target = results.files["violations"].parent / f"quality__{machine}.json"
     target.write_text(json.dumps({"environment": environment, "headline": top, "rows": sources}, indent=1) + "\n")
     path = folder / "REPORT.md"

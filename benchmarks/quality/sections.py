@@ -21,9 +21,15 @@ failures are those that no certificate could spare."""
 CATASTROPHIC = """\
 The same model with value channels rescaled, which leaves its dense output as it is (`catastrophic.py`).
 `certified_catastrophic_accuracy` is that of a tolerance of 2 %."""
+JUDGED = """\
+The backend is the CUDA one where the machine is a GPU, else the CPU one. Errors are measured against attention in float64."""
+BOUNDS = """\
+At rung 0, nothing promoted or skipped; medians over steps where nothing else is said. The paper's formulas bound what quantisation does;
+the error also has the rounding of the output to the model's type, which is why it can be above them."""
 TRAFFIC = """\
 All layers together, with no original cached on the device. `paper's formulas` promotes the fewest blocks with which the paper's own bound
-is within the tolerance. `coverage` is its policy; heads that miss the tolerance or one of its checks are computed exactly."""
+is within the tolerance. `coverage` is its policy; heads that miss the tolerance or one of its checks are computed exactly, many of them for
+the boundary check, that the chosen blocks certainly outweigh all others; `coverage, no boundary check` goes without it."""
 
 
 def document(results: "Results", headline: dict[str, float], figures: dict[str, str]) -> str:
@@ -90,6 +96,7 @@ def catastrophic(results: "Results", figures: dict[str, str]) -> list[str]:
 
 def violations(results: "Results", figures: dict[str, str]) -> list[str]:
     columns: Columns = {
+        "machine": itemgetter("machine"),
         "variant": itemgetter("variant"),
         "head-steps": shown("head_steps"),
         "error above bound": itemgetter("violations"),
@@ -99,7 +106,8 @@ def violations(results: "Results", figures: dict[str, str]) -> list[str]:
         "largest error / bound": shown("worst"),
         "head-steps a second": lambda row: number(row["head_steps"] / row["seconds"]),
     }
-    return ["## Certificates against exact attention", source(results, "violations"), table(columns, results.rows("violations"))]
+    names = ", ".join(f"`benchmarks/results/{path.name}`" for path in results.judged)
+    return ["## Certificates against exact attention", names, JUDGED, table(columns, results.rows("violations"))]
 
 
 def tightness(results: "Results", figures: dict[str, str]) -> list[str]:
@@ -118,7 +126,7 @@ def tightness(results: "Results", figures: dict[str, str]) -> list[str]:
     norm = float(np.mean([row["share"] for row in rows("norm")]))
     return [
         "## How far bounds are from the truth", source(results, "tightness"), table(traces, rows("trace")),
-        "At rung 0, nothing promoted or skipped; medians over steps where nothing else is said:", table(ratios, rows("ratio")),
+        BOUNDS, table(ratios, rows("ratio")),
         figures["bounds"], "What each term is worth: the bound without it over the bound with all.", table(gains, rows("term")),
         table(costs, rows("microseconds")), f"5 % of Vbar exceeds the norm of the output in {norm:.1%} of the head-steps.",
     ]  # fmt: skip
@@ -158,8 +166,12 @@ def peers(results: "Results", figures: dict[str, str]) -> list[str]:
 def source(results: "Results", part: str) -> str:
     """Which file the section's numbers are in, and the machine."""
     environment = results.parts[part]["environment"]
-    where = environment.get("gpu", {}).get("name") or f"{environment['processor']}, {environment['cores']} cores"
-    return f"`benchmarks/results/{results.files[part].name}` ({where}, torch {environment['torch']})"
+    return f"`benchmarks/results/{results.files[part].name}` ({place(environment)}, torch {environment['torch']})"
+
+
+def place(environment: Row) -> str:
+    """The machine of a result: its GPU, or its processor and cores."""
+    return str(environment.get("gpu", {}).get("name") or f"{environment['processor']}, {environment['cores']} cores")
 
 
 def table(columns: Columns, rows: Iterable[Row]) -> str:

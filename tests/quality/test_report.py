@@ -93,6 +93,24 @@ def test_one_wrong_certificate_anywhere_and_nothing_is_reported(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"quality_{name}__{MACHINE}.json" for name in changed)
 
 
+def test_certificates_are_counted_on_every_machine(tmp_path: Path) -> None:
+    save(tmp_path)
+    results = report.read(tmp_path, [MACHINE])
+    other = tmp_path / "quality_violations__there.json"
+    row = JUDGED | {"variant": "rtol2", "head_steps": 77}
+    other.write_text(json.dumps({"environment": ENVIRONMENT | {"gpu": {"name": "G"}}, "headline": {"head_steps": 77}, "rows": [row]}))
+    both = report.read(tmp_path, [MACHINE, "there"])
+    assert report.headline(both)["head_steps"] == report.headline(results)["head_steps"] + 77
+    text = report.write(both, MACHINE, tmp_path).read_text()
+    assert f"`benchmarks/results/{other.name}`" in text and "| G | rtol2 | 77 |" in text and "| P, 2 cores | rtol1 | 1,000 |" in text
+    rows = json.loads((tmp_path / f"quality__{MACHINE}.json").read_text())["rows"]
+    assert [line["headline"] for line in rows if line["file"] == other.name] == [{"head_steps": 77}]
+    other.write_text(json.dumps({"environment": ENVIRONMENT, "headline": {}, "rows": [row | {"violations": 1}]}))
+    assert report.read(tmp_path, [MACHINE])
+    with pytest.raises(report.Unreportable, match=r"violations__there\.json counts 1 violations of rtol2"):
+        report.read(tmp_path, [MACHINE, "there"])
+
+
 def test_a_run_that_judged_nothing_proves_nothing(tmp_path: Path) -> None:
     save(tmp_path, parts() | {"violations": ({}, [])})
     with pytest.raises(report.Unreportable, match="judged no head-step"):
