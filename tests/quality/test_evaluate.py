@@ -118,7 +118,16 @@ def test_peers_are_measured_or_named_with_the_reason(checkpoint: Path, tmp_path:
     arguments = ["--model", str(checkpoint), "--contexts", "1200", "--tasks", "niah", "--examples", "1", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(peers.importlib.util, "find_spec", lambda name: None)  # quanto compiles for half a minute when first used
+        timed: list[bool] = []
+        inner = peers.complete
+
+        def complete(*arguments: Any) -> Any:
+            timed.append(len(arguments) == 5)
+            return inner(*arguments)
+
+        patch.setattr(peers, "complete", complete)
         assert peers.main([*arguments, "--ledger", str(tmp_path / "peers.jsonl")]) == 0
+    assert timed == [False, True] + [True] * len(peers.OURS), "dense, which is first, is answered once before it is timed"
     found = {row["peer"]: row for row in rows(results, "peers")[0]}
     assert found["QuantizedCache int4"]["missing"] == "optimum-quanto is not installed"
     assert found["offloaded"]["missing"] == "offloading needs a GPU"
