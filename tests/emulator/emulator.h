@@ -279,6 +279,10 @@ inline void copies_wait() {
   }
   __syncwarp();
 }
+inline void __threadfence() {}
+inline void store_settled(int *at, int x) { *at = x; }
+inline int load_settled(const int *at) { return *at; }
+inline void look_again_later() { fprintf(stderr, "a row was never settled\n"), __builtin_trap(); }
 inline void let_next_begin() {}
 inline void wait_for_previous() {}
 inline void bulk_stream(void *to, const void *from, u32 bytes, u64 *bar, u64) { bulk_copy(to, from, bytes, bar); }

@@ -19,6 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   while (share < LANES && share < groups.together) share <<= 1;
   const float2 ahead = group_norms(call, groups, warp * (LANES / share) + lane / share, heads, h);
   int *state = call.state + h * rows + index;
+  if (again && !wanted(call, h, rows, index, 1, 1 << OPEN)) return;
   wait_for_previous();
   if (exact_only) {
     if (threadIdx.x == 0) *state = DUE;
@@ -196,12 +197,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   const bool good = total <= budget && o < INFINITY;
   double *out = call.fields + h * rows + index;
   const i64 stride = (i64)heads * rows;
-  if (!again) {
-    const bool unranked = call.require_rank && !(out[RANKED * stride] > 0.);
-    *state = unranked ? DUE : good && !call.coverage ? CERTIFIED : OPEN;
-  } else {
-    *state = good ? CERTIFIED : DUE;
-  }
+  const bool unranked = !again && call.require_rank && !(out[RANKED * stride] > 0.);
+  const int found_state = unranked ? DUE : good && (again || !call.coverage) ? CERTIFIED : again ? DUE : OPEN;
   int *counts = call.counts + 2 * (h * rows + index);
   if (!again) {
     // Blocks that stay original make it infinite, until they are promoted.
@@ -215,8 +212,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
                                     skip * stretch * size, arithmetic * stretch * size, vbar * size, o * size, left_count};
   for (int k = 0; k < CANDIDATE; k++) out[k * stride] = fields[k];
   out[KEYS * stride] = counts[0], out[VALUES * stride] = counts[1];
-  if (again) return;
-  out[CANDIDATE * stride] = total * size, out[SCORE_TOP * stride] = 0.;
-  out[PAPER_KEY_BOUND * stride] = NAN;
-  if (!call.require_rank) out[RANKED * stride] = 0.;
+  if (!again) {
+    out[CANDIDATE * stride] = total * size, out[SCORE_TOP * stride] = 0.;
+    out[PAPER_KEY_BOUND * stride] = NAN;
+    if (!call.require_rank) out[RANKED * stride] = 0.;
+  }
+  store_settled(state, found_state);  // last: from here on kernels may go by it
 }

@@ -75,8 +75,9 @@ struct Call {
 };
 static_assert(sizeof(Call) == 384, "as in launch.py");
 
-// A row is open until finish has certified it, at first or after promotion; else it is due to be computed exactly.
-enum { OPEN, CERTIFIED, DUE, EXACT };
+// A row is open until finish has certified it, at first or after promotion; else it is due to be computed exactly. It is unsettled from the start
+// of the scores, before any later kernel can look at it, until rung 0 is over.
+enum { OPEN, CERTIFIED, DUE, EXACT, UNSETTLED };
 enum { BOUND, BUDGET, KEY_ERROR, VALUE_ERROR, SKIP_ERROR, ARITH_ERROR, VALUE_NORM, OUTPUT_NORM, SKIPPED, CANDIDATE, KEYS, VALUES, SCORE_TOP, RANKED,
        PAPER_KEY_BOUND, FIELDS };
 // What finish leaves for selection: largest score, mass, ||O||, the budget, and what promotion does not change of the numerator; in units. From
@@ -155,6 +156,16 @@ __device__ __forceinline__ float half_bits(u32 w, int upper) { return __half2flo
 constexpr u32 SKIPPED_BLOCK = 256;
 constexpr int PICK_PARTS = 16;
 
+// Whether rung 0 left a row of the tile in a state that this kernel is for, bits 1 << state: what most steps do not, and then there is nothing to
+// wait for. The kernels above rung 0 all begin while it still runs. For whole warps; calls that are exact from the start are never settled.
+__device__ __forceinline__ bool wanted(const Call &call, int h, int rows, int first, int count, u32 states) {
+  if (call.exact_only) return true;
+  const int row = first + threadIdx.x % count;
+  int state = CERTIFIED;
+  if (row < rows)
+    while ((state = load_settled(call.state + h * rows + row)) == UNSETTLED) look_again_later();
+  return __ballot_sync(~0u, states >> state & 1) != 0;
+}
 // Whether a row of the tile is in this state. For whole warps.
 __device__ __forceinline__ bool any_row(const Call &call, int h, int group, int tile, int state) {
   const int rows = group * call.n, row = tile * ROW_TILE + threadIdx.x % ROW_TILE;

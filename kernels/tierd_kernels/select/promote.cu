@@ -278,11 +278,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) promote(const Call *calls,
   __shared__ float limits[ROW_TILE], tops[ROW_TILE], after[ROW_TILE];
   let_next_begin();
   const Call &call = calls[blockIdx.z];
-  wait_for_previous();
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-  if (blockIdx.x >= heads * tiles || split >= call.splits || call.exact_only) return;
+  if (blockIdx.x >= heads * tiles) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x;
-  if (!any_row(call, h, group, tile, OPEN)) return;
+  if (!wanted(call, h, rows, tile * ROW_TILE, ROW_TILE, 1 << OPEN)) return;
+  wait_for_previous();
+  if (split >= call.splits || call.exact_only) return;
   const int first = split * call.per, count = min(call.per, call.full - first);
   float limit = INFINITY;  // a warp a row
   if (open_row(call, h, group, tile, warp) && !call.coverage) {
