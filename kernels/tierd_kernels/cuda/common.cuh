@@ -71,13 +71,14 @@ struct Call {
   float *candidate_scores;
   double rtol, atol, skip_share;                   // of the budget, for skipped blocks
   double tau_cov, key_bound_max, v_tol;            // of the coverage policy
-  int end[6];                                      // to whole lines
+  u32 *settled;                                    // [Hkv * rows]: see `Settling`
+  u32 *steps;                                      // how many steps have begun, of all that ever ran in this memory
+  int end[2];                                      // to whole lines
 };
 static_assert(sizeof(Call) == 384, "as in launch.py");
 
-// A row is open until finish has certified it, at first or after promotion; else it is due to be computed exactly. It is unsettled from the start
-// of the scores, before any later kernel can look at it, until rung 0 is over.
-enum { OPEN, CERTIFIED, DUE, EXACT, UNSETTLED };
+// A row is open until finish has certified it, at first or after promotion; else it is due to be computed exactly.
+enum { OPEN, CERTIFIED, DUE, EXACT };
 enum { BOUND, BUDGET, KEY_ERROR, VALUE_ERROR, SKIP_ERROR, ARITH_ERROR, VALUE_NORM, OUTPUT_NORM, SKIPPED, CANDIDATE, KEYS, VALUES, SCORE_TOP, RANKED,
        PAPER_KEY_BOUND, FIELDS };
 // What finish leaves for selection: largest score, mass, ||O||, the budget, and what promotion does not change of the numerator; in units. From
@@ -156,16 +157,40 @@ __device__ __forceinline__ float half_bits(u32 w, int upper) { return __half2flo
 constexpr u32 SKIPPED_BLOCK = 256;
 constexpr int PICK_PARTS = 16;
 
-// Whether rung 0 left a row of the tile in a state that this kernel is for, bits 1 << state: what most steps do not, and then there is nothing to
-// wait for. The kernels above rung 0 all begin while it still runs. For whole warps; calls that are exact from the start are never settled.
-__device__ __forceinline__ bool wanted(const Call &call, int h, int rows, int first, int count, u32 states) {
-  if (call.exact_only) return true;
-  const int row = first + threadIdx.x % count;
-  int state = CERTIFIED;
-  if (row < rows)
-    while ((state = load_settled(call.state + h * rows + row)) == UNSETTLED) look_again_later();
-  return __ballot_sync(~0u, states >> state & 1) != 0;
-}
+// What rung 0 left a row as: the number of its step, and the state. The score pass withdraws it, before any kernel above rung 0 of its step can look.
+constexpr u32 STATES = 4, UNSETTLED = STATES, SETTLED_BITS = 3;
+__device__ __forceinline__ u32 settled_as(u32 step, u32 state) { return step << SETTLED_BITS | state; }
+
+// For kernels above rung 0, which mostly find that no row needs them: they begin while rung 0 still runs, and end as soon as their rows are settled,
+// without waiting for one another.
+//
+// It cannot hang: a kernel begins when every thread block of the one ahead has begun (it begins with `let_next_begin`), or ended. So when a thread block
+// waits here, all of score, value and first finish are on a multiprocessor or over: none of them needs the room that this one takes, and they wait
+// for nothing that comes later.
+//
+// A kernel that ends without `wait_for_previous` may end before the one ahead of it has. Whoever reads what promotion or the exact rungs wrote has
+// waited, and each kernel whose writes those are has too, so that the whole chain is over; who only looks here has seen what the first finish wrote
+// before. But where nobody waits the step may be over while a thread block is still to look, and a later step may then write where it looks: hence
+// the numbers. It has read its own before it let the next kernel begin, thus before the step could be over; where the newest step is another, its
+// rows did not need it. Whatever else it needs for looking it has read by then too.
+struct Settling {
+  const u32 *at, *steps;
+  u32 step;
+  // Of row first + threadIdx.x % count of KV head h. To be made before `let_next_begin`. Calls that are exact from the start are never settled.
+  __device__ __forceinline__ Settling(const Call &call, int h, int rows, int first, int count) : steps(call.steps) {
+    at = call.exact_only ? nullptr : call.settled + h * rows + min(first + (int)threadIdx.x % count, rows - 1);
+    step = load_settled(steps);
+  }
+  // Whether a row was left in one of these states, bits 1 << state. For whole warps.
+  __device__ __forceinline__ bool left(u32 states) const {
+    if (!at) return true;
+    u32 found;
+    bool over = false;
+    while (((found = load_settled(at)) ^ settled_as(step, 0)) >= STATES && !(over = load_settled(steps) != step)) look_again_later();
+    return __ballot_sync(~0u, !over && states >> (found & (STATES - 1)) & 1) != 0;
+  }
+};
+
 // Whether a row of the tile is in this state. For whole warps.
 __device__ __forceinline__ bool any_row(const Call &call, int h, int group, int tile, int state) {
   const int rows = group * call.n, row = tile * ROW_TILE + threadIdx.x % ROW_TILE;

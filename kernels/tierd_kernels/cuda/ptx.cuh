@@ -58,11 +58,11 @@ __device__ __forceinline__ void copies_wait() {
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // What is written before is seen by whoever reads x with `load_settled`.
-__device__ __forceinline__ void store_settled(int *at, int x) {
+__device__ __forceinline__ void store_settled(u32 *at, u32 x) {
   asm volatile("fence.acq_rel.gpu;\n st.relaxed.gpu.b32 [%0], %1;" ::"l"(at), "r"(x) : "memory");
 }
-__device__ __forceinline__ int load_settled(const int *at) {
-  int x;
+__device__ __forceinline__ u32 load_settled(const u32 *at) {
+  u32 x;
   asm volatile("ld.acquire.gpu.b32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
   return x;
 }

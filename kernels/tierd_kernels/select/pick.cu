@@ -9,12 +9,13 @@
 constexpr int PICK_WARPS = 16, THREADS = PICK_WARPS * LANES, AT_ONCE = LANES;
 
 extern "C" __global__ void __launch_bounds__(THREADS) pick(const Call *calls, int heads, int group, int round) {
-  let_next_begin();
   const Call &call = calls[blockIdx.z];
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   if (blockIdx.x >= heads * tiles) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x, row = warp % ROW_TILE;
-  if (!wanted(call, h, rows, tile * ROW_TILE, ROW_TILE, 1 << OPEN)) return;
+  const Settling rung0(call, h, rows, tile * ROW_TILE, ROW_TILE);
+  let_next_begin();
+  if (!rung0.left(1 << OPEN)) return;
   wait_for_previous();
   if (call.exact_only || call.coverage) return;
   __shared__ __align__(16) float of_block[PICK_WARPS][AT_ONCE][8];
