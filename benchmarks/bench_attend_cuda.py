@@ -182,7 +182,7 @@ def own_buffers(memory: DeviceMemory) -> DeviceMemory:
     was captured with."""
     fresh = backend.reserve(0, 0, 0)
     other = DeviceMemory(*memory)
-    kept = ("hot_at", "scratch_at", "originals_at", "exponents", "stream", "workspace", "steps")
+    kept = ("hot_at", "scratch_at", "originals_at", "exponents", "stream", "workspace")
     other.__dict__.update(fresh.__dict__ | {name: memory.__dict__[name] for name in kept})
     return other
 

@@ -279,9 +279,6 @@ inline void copies_wait() {
   }
   __syncwarp();
 }
-inline void store_settled(u32 *at, u32 x) { *at = x; }
-inline u32 load_settled(const u32 *at) { return *at; }
-inline void look_again_later() { fprintf(stderr, "a row was never settled\n"), __builtin_trap(); }
 inline void let_next_begin() {}
 inline void wait_for_previous() {}
 inline void bulk_stream(void *to, const void *from, u32 bytes, u64 *bar, u64) { bulk_copy(to, from, bytes, bar); }

@@ -384,57 +384,6 @@ def test_a_kernel_that_may_begin_early_waits_for_the_one_ahead(monkeypatch: pyte
     for name in {"rank", "value", "finish", "pick", "cover", "promote", "dense", "dense_finish"}:
         body = source(layout, name)[0].split('extern "C"')[1]
         assert 0 < body.index("let_next_begin();") < body.index("wait_for_previous();"), name
-    for name in {"finish", "pick", "promote", "dense", "dense_finish"}:  # what ends as soon as rung 0 has settled its rows
-        body = source(layout, name)[0].split('extern "C"')[1]
-        order = [body.index(x) for x in ("const Settling rung0(", "let_next_begin();", "rung0.left(", "wait_for_previous();")]
-        assert order == sorted(order), name
-
-
-LOOK = """
-extern "C" __global__ void look(const Call *call, int rows, int first, int states, int *out) {
-  const Settling rung0(*call, 0, rows, first, ROW_TILE);
-  const bool left = rung0.left(states);
-  if (threadIdx.x == 0) *out = left;
-}
-"""
-
-
-@pytest.mark.parametrize(("newest", "settled", "first", "states", "left"), [
-    (9, (1, 1, 1, 1), 0, (0, 2), False), (9, (1, 0, 1, 1), 0, (0, 2), True), (9, (1, 1, 1, 2), 0, (0,), False),
-    (9, (1, 1, 1, 2), 0, (0, 2), True), (9, (1, 1, 1, 1, 0), 4, (0,), True), (9, (0, 1, 1, 1, 1), 4, (0,), False),
-])  # fmt: skip
-def test_rows_are_left_as_their_own_step_settled_them(
-    newest: int, settled: tuple[int, ...], first: int, states: tuple[int, ...], left: bool
-) -> None:
-    import cupy
-    from tierd_kernels.cuda.launch import CALL
-    from tierd_kernels.cuda.sources import source
-
-    text, options = source(LAYOUTS[0], "rank")
-    module = cupy.RawModule(code=text.split("// Ranking")[0] + LOOK, options=options, backend="nvrtc")
-    words = cupy.asarray(np.array([newest << 3 | x for x in settled], np.uint32))
-    steps, out, call = cupy.asarray(np.array([newest], np.uint32)), cupy.asarray(np.full(1, 7, np.int32)), np.zeros(1, CALL)
-    call["settled"], call["steps"] = int(words.data.ptr), int(steps.data.ptr)
-    on_device = cupy.asarray(call.view(np.uint8))
-    args = (on_device, np.int32(len(settled)), np.int32(first), np.int32(sum(1 << x for x in states)), out)
-    module.get_function("look")((1,), (32,), args)
-    assert bool(out.get()[0]) == left
-
-
-def test_a_row_that_a_later_step_has_taken_is_not_waited_for() -> None:
-    import cupy
-    from tierd_kernels.cuda.launch import CALL
-    from tierd_kernels.cuda.sources import source
-
-    text, options = source(LAYOUTS[0], "rank")
-    late = LOOK.replace("const bool left", "*call->steps += 1;\n  const bool left")  # between the two looks
-    module = cupy.RawModule(code=text.split("// Ranking")[0] + late, options=options, backend="nvrtc")
-    words, out, call = cupy.asarray(np.array([4], np.uint32)), cupy.asarray(np.full(1, 7, np.int32)), np.zeros(1, CALL)
-    steps = cupy.asarray(np.array([9], np.uint32))
-    call["settled"], call["steps"] = int(words.data.ptr), int(steps.data.ptr)
-    on_device = cupy.asarray(call.view(np.uint8))
-    module.get_function("look")((1,), (32,), (on_device, np.int32(1), np.int32(0), np.int32(1), out))
-    assert out.get()[0] == 0
 
 
 def test_a_context_that_grows_is_not_captured_at_each_step() -> None:

@@ -8,19 +8,17 @@ constexpr int PER_LANE = (D + LANES - 1) / LANES;  // channels of a lane: its ow
 constexpr int AHEAD = 4, AT_ONCE = AHEAD * FINISH_WARPS;  // splits of a warp, every 16th, and of the thread block, under way together
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *calls, int heads, int group, int again) {
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
   const int n = call.n, full = call.full, per = call.per, tokens = call.tokens, unit = call.unit, own_splits = call.splits, exact_only = call.exact_only;
   const int rows = group * n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   const int h = blockIdx.y, index = blockIdx.x, tile = index / ROW_TILE, row = index % ROW_TILE;
   if (index >= rows) return;
-  const Settling rung0(call, h, rows, index, 1);
-  let_next_begin();
   const Groups groups(call);
   int share = 1;  // lanes to a group
   while (share < LANES && share < groups.together) share <<= 1;
   const float2 ahead = group_norms(call, groups, warp * (LANES / share) + lane / share, heads, h);
   int *state = call.state + h * rows + index;
-  if (again && !rung0.left(1 << OPEN)) return;
   wait_for_previous();
   if (exact_only) {
     if (threadIdx.x == 0) *state = DUE;
@@ -198,9 +196,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   const bool good = total <= budget && o < INFINITY;
   double *out = call.fields + h * rows + index;
   const i64 stride = (i64)heads * rows;
-  const bool unranked = !again && call.require_rank && !(out[RANKED * stride] > 0.);
-  const int found_state = unranked ? DUE : good && (again || !call.coverage) ? CERTIFIED : again ? DUE : OPEN;
-  *state = found_state;
+  if (!again) {
+    const bool unranked = call.require_rank && !(out[RANKED * stride] > 0.);
+    *state = unranked ? DUE : good && !call.coverage ? CERTIFIED : OPEN;
+  } else {
+    *state = good ? CERTIFIED : DUE;
+  }
   int *counts = call.counts + 2 * (h * rows + index);
   if (!again) {
     // Blocks that stay original make it infinite, until they are promoted.
@@ -218,5 +219,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   out[CANDIDATE * stride] = total * size, out[SCORE_TOP * stride] = 0.;
   out[PAPER_KEY_BOUND * stride] = NAN;
   if (!call.require_rank) out[RANKED * stride] = 0.;
-  store_settled(call.settled + h * rows + index, settled_as(rung0.step, found_state));  // last: from here on kernels may go by it
 }

@@ -71,9 +71,7 @@ struct Call {
   float *candidate_scores;
   double rtol, atol, skip_share;                   // of the budget, for skipped blocks
   double tau_cov, key_bound_max, v_tol;            // of the coverage policy
-  u32 *settled;                                    // [Hkv * rows]: see `Settling`
-  u32 *steps;                                      // how many steps have begun, of all that ever ran in this memory
-  int end[2];                                      // to whole lines
+  int end[6];                                      // to whole lines
 };
 static_assert(sizeof(Call) == 384, "as in launch.py");
 
@@ -156,40 +154,6 @@ __device__ __forceinline__ float half_bits(u32 w, int upper) { return __half2flo
 // Bit of `marks`: the value pass left the block out. Parts of a tile's blocks that selection looks at side by side.
 constexpr u32 SKIPPED_BLOCK = 256;
 constexpr int PICK_PARTS = 16;
-
-// What rung 0 left a row as: the number of its step, and the state. The score pass withdraws it, before any kernel above rung 0 of its step can look.
-constexpr u32 STATES = 4, UNSETTLED = STATES, SETTLED_BITS = 3;
-__device__ __forceinline__ u32 settled_as(u32 step, u32 state) { return step << SETTLED_BITS | state; }
-
-// For kernels above rung 0, which mostly find that no row needs them: they begin while rung 0 still runs, and end as soon as their rows are settled,
-// without waiting for one another.
-//
-// It cannot hang: a kernel begins when every thread block of the one ahead has begun (it begins with `let_next_begin`), or ended. So when a thread block
-// waits here, all of score, value and first finish are on a multiprocessor or over: none of them needs the room that this one takes, and they wait
-// for nothing that comes later.
-//
-// A kernel that ends without `wait_for_previous` may end before the one ahead of it has. Whoever reads what promotion or the exact rungs wrote has
-// waited, and each kernel whose writes those are has too, so that the whole chain is over; who only looks here has seen what the first finish wrote
-// before. But where nobody waits the step may be over while a thread block is still to look, and a later step may then write where it looks: hence
-// the numbers. It has read its own before it let the next kernel begin, thus before the step could be over; where the newest step is another, its
-// rows did not need it. Whatever else it needs for looking it has read by then too.
-struct Settling {
-  const u32 *at, *steps;
-  u32 step;
-  // Of row first + threadIdx.x % count of KV head h. To be made before `let_next_begin`. Calls that are exact from the start are never settled.
-  __device__ __forceinline__ Settling(const Call &call, int h, int rows, int first, int count) : steps(call.steps) {
-    at = call.exact_only ? nullptr : call.settled + h * rows + min(first + (int)threadIdx.x % count, rows - 1);
-    step = load_settled(steps);
-  }
-  // Whether a row was left in one of these states, bits 1 << state. For whole warps.
-  __device__ __forceinline__ bool left(u32 states) const {
-    if (!at) return true;
-    u32 found;
-    bool over = false;
-    while (((found = load_settled(at)) ^ settled_as(step, 0)) >= STATES && !(over = load_settled(steps) != step)) look_again_later();
-    return __ballot_sync(~0u, !over && states >> (found & (STATES - 1)) & 1) != 0;
-  }
-};
 
 // Whether a row of the tile is in this state. For whole warps.
 __device__ __forceinline__ bool any_row(const Call &call, int h, int group, int tile, int state) {

@@ -51,11 +51,10 @@ POINTERS = (
     "group_values", "group_errors", "sums", "skips", "fields", "facts", "dots", "state", "counts", "picks", "dense", "canaries", "failures",
     "shares", "tickets", "candidate_blocks", "candidate_scores",
 )  # fmt: skip
-LATE_POINTERS = ("settled", "steps")
 REALS = ("rtol", "atol", "skip_share", "tau_cov", "key_bound_max", "v_tol")
 CALL = np.dtype([
     *((name, np.int32) for name in NUMBERS), ("scale", np.float64), *((name, np.uint64) for name in POINTERS),
-    *((name, np.float64) for name in REALS), *((name, np.uint64) for name in LATE_POINTERS), ("end", np.int32, (2,)),
+    *((name, np.float64) for name in REALS), ("end", np.int32, (6,)),
 ])  # fmt: skip
 assert CALL.itemsize == 384
 

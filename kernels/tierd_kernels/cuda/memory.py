@@ -75,8 +75,7 @@ class Staging:
 class DeviceMemory(Memory):
     """The arenas of one daemon: hot and scratch on the device, originals pinned; and what calls need besides. `exponents` int16: of the
     largest value norm of the block whose offset in hot, over BLOCK_BYTES_MIN, is the index. `*_at`: addresses. `answered`, `arrived`:
-    events behind the copies of a step's answers and of its candidates, which are the `late` of the last step. `steps`: uint32 [1] on the
-    device, which the kernels count."""
+    events behind the copies of a step's answers and of its candidates, which are the `late` of the last step."""
 
     hot_at: int
     scratch_at: int
@@ -84,7 +83,6 @@ class DeviceMemory(Memory):
     stream: Any
     copier: Any
     workspace: Any
-    steps: Any
     inputs: Staging
     outputs: Staging
     landing: NDArray[np.uint8]
@@ -113,7 +111,7 @@ def reserve(hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> DeviceM
 def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> DeviceMemory:
     try:
         hot, scratch, workspace = (cp.zeros(max(n, ALIGNMENT), cp.uint8) for n in (hot_bytes, scratch_bytes, WORKSPACE_BYTES))
-        steps, inputs, outputs = cp.zeros(1, cp.uint32), Staging(STAGING_BYTES), Staging(STAGING_BYTES)
+        inputs, outputs = Staging(STAGING_BYTES), Staging(STAGING_BYTES)
         stream, copier = cp.cuda.Stream(non_blocking=True), cp.cuda.Stream(non_blocking=True)
     except (cp.cuda.memory.OutOfMemoryError, *FAULTS) as error:
         raise DeviceUnavailable(
@@ -123,7 +121,6 @@ def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: 
     memory = DeviceMemory(hot, scratch, pinned(originals_bytes, f"originals_bytes {originals_bytes}"))
     memory.hot_at, memory.scratch_at, memory.originals_at = int(hot.data.ptr), int(scratch.data.ptr), int(memory.originals.ctypes.data)
     memory.stream, memory.copier = stream, copier
-    memory.steps = steps
     memory.workspace, memory.inputs, memory.outputs, memory.landing = workspace, inputs, outputs, pinned(LANDING_BYTES, "copies")
     memory.exponents = np.zeros(hot_bytes // BLOCK_BYTES_MIN + 1, np.int16)
     memory.processors, memory.graphs = int(device.attributes["MultiProcessorCount"]), Graphs()

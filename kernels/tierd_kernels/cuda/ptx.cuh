@@ -57,16 +57,6 @@ __device__ __forceinline__ void copies_wait() {
 // all that the one before has written. Only what no kernel of the step writes may be read before the wait.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-// What is written before is seen by whoever reads x with `load_settled`.
-__device__ __forceinline__ void store_settled(u32 *at, u32 x) {
-  asm volatile("fence.acq_rel.gpu;\n st.relaxed.gpu.b32 [%0], %1;" ::"l"(at), "r"(x) : "memory");
-}
-__device__ __forceinline__ u32 load_settled(const u32 *at) {
-  u32 x;
-  asm volatile("ld.acquire.gpu.b32 %0, [%1];" : "=r"(x) : "l"(at) : "memory");
-  return x;
-}
-__device__ __forceinline__ void look_again_later() { asm volatile("nanosleep.u32 40;"); }
 // What was initialised is seen by the copies that complete on it.
 __device__ __forceinline__ void barriers_ready() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");

@@ -107,7 +107,7 @@ def workspace_bytes(layout: Layout, group: int, part: Part, splits: int) -> int:
     split = 4 * ROW_TILE * (PARTIALS + SKIPS + layout.head_dim) + 8 * ROW_TILE * (DENSE_FACTS + layout.head_dim)
     picks = 8 * 2 * PICK_PARTS * ROW_TILE * LANES
     head = 8 * layout.num_kv_heads * part.full(layout)
-    return tiles * ((part.full(layout) + 1) * block + (splits + 1) * split + picks) + rows * 4 * (ROW_FACTS + splits + 4) + head + 17 * 256
+    return tiles * ((part.full(layout) + 1) * block + (splits + 1) * split + picks) + rows * 4 * (ROW_FACTS + splits + 3) + head + 16 * 256
 
 
 class Step:
@@ -142,14 +142,13 @@ class Step:
                 "partials": 4 * tiles[i] * (splits + 1) * PARTIALS * ROW_TILE, "sums": 4 * tiles[i] * (splits + 1) * ROW_TILE * d,
                 "skips": 4 * tiles[i] * (splits + 1) * SKIPS * ROW_TILE,
                 "dense": 8 * tiles[i] * (splits + 1) * ROW_TILE * (DENSE_FACTS + d), "facts": 4 * rows * ROW_FACTS,
-                "settled": 4 * rows, "dots": 4 * rows * (splits + 1), "marks": 4 * tiles[i] * full, "counts": 8 * rows,
+                "dots": 4 * rows * (splits + 1), "marks": 4 * tiles[i] * full, "counts": 8 * rows,
                 "picks": 8 * tiles[i] * 2 * PICK_PARTS * ROW_TILE * LANES, "shares": 8 * heads * full,
             }  # fmt: skip
             numbers = dict.fromkeys(CALL.names or (), 0) | {
                 "n": part.n, "tokens": part.tokens, "full": full, "splits": splits, "per": per, "groups": len(call.group_value_norms),
                 "relative_to_output": call.relative_to == "output", "exact_only": needs_exact(call), "scale": call.softmax_scale,
-                "rtol": call.rtol, "atol": call.atol, "unit": self._exponent(part, full), "steps": int(memory.steps.data.ptr),
-                **policy_numbers(call),
+                "rtol": call.rtol, "atol": call.atol, "unit": self._exponent(part, full), **policy_numbers(call),
                 **self._staged(part, full),
                 **{name: workspace_at + region.take(size) for name, size in sizes.items()},
             }  # fmt: skip

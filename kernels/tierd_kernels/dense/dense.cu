@@ -2,15 +2,13 @@
 // in shared memory, then values, so that nothing is scaled twice; `dense_finish` puts the splits together.
 extern "C" __global__ void __launch_bounds__(WARPS *LANES) dense(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
+  wait_for_previous();
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, split = blockIdx.y;
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE;
   if (blockIdx.x >= heads * tiles) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = h * tiles + tile;
-  const Settling rung0(call, h, rows, tile * ROW_TILE, ROW_TILE);
-  let_next_begin();
-  if (!rung0.left(1 << OPEN | 1 << DUE)) return;
-  wait_for_previous();
   const int first = split * call.per, last = split == call.splits ? (call.tokens + BLOCK - 1) / BLOCK : min(first + call.per, call.full);
   const int begin = split == call.splits ? call.full : first, count = (last - begin) * BLOCK;
   if (split > call.splits || begin >= last || !any_row(call, h, group, tile, DUE)) return;

@@ -14,14 +14,12 @@ __device__ double block_sum(double x) {
 }
 
 extern "C" __global__ void __launch_bounds__((D + LANES - 1) / LANES *LANES) dense_finish(const Call *calls, int heads, int group) {
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
+  wait_for_previous();
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, h = blockIdx.y, index = blockIdx.x, c = threadIdx.x;
   if (index >= rows) return;
   int *state = call.state + h * rows + index;
-  const Settling rung0(call, h, rows, index, 1);
-  let_next_begin();
-  if (!rung0.left(1 << OPEN | 1 << DUE)) return;
-  wait_for_previous();
   if (*state != DUE) return;
   const int base = h * tiles + index / ROW_TILE, begin = call.full ? 0 : call.splits;
   const int end = call.splits + (call.tokens > call.full * BLOCK);

@@ -197,23 +197,14 @@ __device__ __noinline__ void score_tail(const Call *at_call, int heads, int grou
 
 extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) score(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
+  let_next_begin();
   const Call &call = calls[blockIdx.z];
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4, limb = r & 1;
   const int n = call.n, full = call.full, per = call.per, splits = call.splits, exact_only = call.exact_only, unit_exponent = call.unit;
   const float softmax_scale = (float)(call.scale * 1.4426950408889634);
   const int tiles = (group * n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
-  if (blockIdx.x + blockIdx.y + blockIdx.z == 0) {
-    if (threadIdx.x == 0) store_settled(call.steps, *call.steps + 1);
-    __syncthreads();
-  }
   if (blockIdx.x >= heads * tiles || split > splits || exact_only) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x - h * tiles;
-  if (split == splits) {  // one thread block a tile: the trailing block's
-    const int row = tile * ROW_TILE + threadIdx.x;
-    if (threadIdx.x < ROW_TILE && row < group * n) store_settled(call.settled + h * group * n + row, UNSETTLED);
-    __syncthreads();
-  }
-  let_next_begin();
   if (split == splits) {
     if (call.tokens > full * BLOCK) score_tail(calls + blockIdx.z, heads, group, h, tile, tiles, (float *)shared);
     return;

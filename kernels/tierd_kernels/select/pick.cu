@@ -9,15 +9,13 @@
 constexpr int PICK_WARPS = 16, THREADS = PICK_WARPS * LANES, AT_ONCE = LANES;
 
 extern "C" __global__ void __launch_bounds__(THREADS) pick(const Call *calls, int heads, int group, int round) {
-  const Call &call = calls[blockIdx.z];
-  const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-  if (blockIdx.x >= heads * tiles) return;
-  const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x, row = warp % ROW_TILE;
-  const Settling rung0(call, h, rows, tile * ROW_TILE, ROW_TILE);
   let_next_begin();
-  if (!rung0.left(1 << OPEN)) return;
+  const Call &call = calls[blockIdx.z];
   wait_for_previous();
-  if (call.exact_only || call.coverage) return;
+  const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  if (blockIdx.x >= heads * tiles || call.exact_only || call.coverage) return;
+  const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x, row = warp % ROW_TILE;
+  if (!any_row(call, h, group, tile, OPEN)) return;
   __shared__ __align__(16) float of_block[PICK_WARPS][AT_ONCE][8];
   __shared__ float of_warp[PICK_WARPS / ROW_TILE][ROW_TILE][LANES][2];
   float terms = 0.f, low = 0.f;

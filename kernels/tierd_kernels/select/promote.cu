@@ -276,15 +276,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) promote(const Call *calls,
   extern __shared__ __align__(128) unsigned char shared[];  // of each warp, a staged tile of keys; then the changes of the sums
   __shared__ Scratch room;
   __shared__ float limits[ROW_TILE], tops[ROW_TILE], after[ROW_TILE];
-  const Call &call = calls[blockIdx.z];
-  const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-  if (blockIdx.x >= heads * tiles) return;
-  const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x;
-  const Settling rung0(call, h, rows, tile * ROW_TILE, ROW_TILE);
   let_next_begin();
-  if (!rung0.left(1 << OPEN)) return;
+  const Call &call = calls[blockIdx.z];
   wait_for_previous();
-  if (split >= call.splits || call.exact_only) return;
+  const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  if (blockIdx.x >= heads * tiles || split >= call.splits || call.exact_only) return;
+  const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x;
+  if (!any_row(call, h, group, tile, OPEN)) return;
   const int first = split * call.per, count = min(call.per, call.full - first);
   float limit = INFINITY;  // a warp a row
   if (open_row(call, h, group, tile, warp) && !call.coverage) {
