@@ -34,7 +34,7 @@ RESIDENT = 4  # thread blocks of a pass on one multiprocessor, of a head dimensi
 # not for a fifth (131,072 tokens: 142 us where it was 1 KB too small, 152 where some multiprocessors took five and others three, else 137).
 SCORE_SPARE = 2048
 STATISTIC_FLOATS, PARTIALS, SUMMED, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 44, 19, 17, 4, 2048, 2048
-ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS = 6, 6, 16, 512
+ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS, PICK_BINS = 7, 6, 32, 256, 64
 CANDIDATE_PARTS, CANDIDATE_THREADS = 16, 512
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
 

@@ -53,9 +53,9 @@ __device__ __forceinline__ int decide(const Call &call, int h, int rows, int gro
   for (int i = 0; i < ROUNDS; i++) {
     const int b = (threadIdx.x + i * THREADS) / ROW_TILE;
     u32 mark = 0;
-    if (b < count && !call.coverage && limits[row] < INFINITY) {
+    if (b < count && limits[row] < INFINITY) {
       const Shares s = shares(call, base, first + b, row, own);
-      const bool key = !(s.key <= limits[row]), value = !(s.value <= limits[row]);
+      const bool key = weight(s.key, own.target) >= limits[row], value = weight(s.value, own.target) >= limits[row];
       keys += key, values += value, mark = (key ? 1u : 0u) << row | (value ? 16u : 0u) << row;
     }
 #pragma unroll
@@ -284,14 +284,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) promote(const Call *calls,
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x;
   if (!any_row(call, h, group, tile, OPEN)) return;
   const int first = split * call.per, count = min(call.per, call.full - first);
-  float limit = INFINITY;  // a warp a row
-  if (open_row(call, h, group, tile, warp) && !call.coverage) {
-    const RowState own(call, h, rows, tile * ROW_TILE + warp);
-    limit = threshold(call, base, warp, own, 2, lane);
-  }
-  if (lane == 0) {
-    const int index = tile * ROW_TILE + warp;
-    limits[warp] = limit, tops[warp] = index < rows ? call.facts[(i64)(h * rows + index) * ROW_FACTS + ROW_TOP] : 0.f;
+  if (threadIdx.x < ROW_TILE) {
+    const int index = tile * ROW_TILE + threadIdx.x;
+    const float *facts = call.facts + (i64)(h * rows + min(index, rows - 1)) * ROW_FACTS;
+    // Of a row that is not open nothing has chosen this.
+    const bool open = index < rows && !call.coverage && call.state[h * rows + index] == OPEN;
+    limits[threadIdx.x] = open ? facts[ROW_LIMIT] : INFINITY, tops[threadIdx.x] = index < rows ? facts[ROW_TOP] : 0.f;
   }
   if (threadIdx.x < WARPS * ROW_TILE) room.extra[threadIdx.x / ROW_TILE][threadIdx.x % ROW_TILE] = 0.f;
   __syncthreads();
