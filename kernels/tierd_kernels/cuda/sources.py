@@ -59,8 +59,9 @@ def shared_bytes(layout: Layout, kernel: str) -> int:
         return WARPS * staged + 4 * STATISTIC_FLOATS * SPLIT_TOKENS_MAX // layout.block_size
     if kernel == "finish":  # the row's partials and skips
         return 4 * SPLITS_MAX * (SUMMED + SKIPS)
-    if kernel == "promote":  # of a warp, a tile of original keys and its changes of the sums
-        return WARPS * (TILE * (layout.head_dim * layout.itemsize + 16) + 4 * ROW_TILE * layout.head_dim)
+    if kernel == "promote":  # of a warp, tiles of original keys, original and coded values, weights, norms; notes; its changes of the sums
+        staged = TILE * (2 * layout.head_dim * layout.itemsize + 16) + record.value_bytes + 4 * TILE_WEIGHT_FLOATS + 4 * TILE + 64
+        return WARPS * (staged + 4 * ROW_TILE * layout.head_dim)
     if kernel == "canary":  # a record of keys in FP32
         return 4 * rows
     if kernel == "dense":  # the scores of a split; a record in FP32
