@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from tierd_kernels import host
 from tierd_kernels.call import Call, Result
 from tierd_kernels.layout import Layout, Memory
+from tierd_kernels.select.candidates import Candidates
 from tierd_proto.coding import CERTIFICATE_COLUMNS
 
 from tierd.config import load
@@ -54,7 +55,7 @@ def _zero(layout: Layout, call: Call) -> Result:
     certificate: dict[str, NDArray[Any]] = {name: np.zeros(shape, dtype) for name, dtype in CERTIFICATE_COLUMNS.items()}
     certificate["exact"] = np.ones(shape, np.bool_)
     unread = np.zeros(full, np.bool_)
-    return Result(np.zeros_like(call.q), certificate, unread, unread, np.zeros((2, *full), np.float32), [])
+    return Result(np.zeros_like(call.q), certificate, unread, unread, lambda: Candidates.none(layout.num_kv_heads), [])
 
 
 async def serve(target: str, engine: str) -> None:

@@ -68,11 +68,32 @@ def test_regimes_are_what_they_say() -> None:
     assert np.median(alike) > 0.5 and min(alike) < 0.3, "topics last, and end at once"
 
 
+@pytest.mark.parametrize("name", bench.HELD_OUT)
+def test_held_out_regimes_ask_for_some_and_not_for_all(name: str) -> None:
+    steps = bench.HELD_OUT[name](seed=5, steps=40, m=128)
+    assert 0.001 < steps.needed.mean() < 0.5 and np.isfinite(steps.shares).all() and (steps.shares >= 0).all()
+    bench.check(steps, Replay(steps, "predictive", bench.capacity(steps, 1 / 8)).run())
+
+
+def test_the_headline_keeps_apart_what_was_fitted_what_was_not_and_what_is_real() -> None:
+    def row(steps: str, policy: str, us: float, **more: object) -> dict[str, object]:
+        size = {"scratch_share": 1 / 8, "key_share": 0.5}
+        return {"steps": steps, "policy": policy, **size, "exposed_us_per_step": us, "wasted_share": us, **more}
+
+    kinds = {"a": {}, "b": {"held_out": True}, "c": {"tokens": 8192}, "d": {"tokens": 300}}
+    rows = [row(name, "reactive", 10.0, **more) for name, more in kinds.items()]
+    rows += [row(name, "predictive", us, **more) for us, (name, more) in zip((2.0, 3.0, 4.0, 9.0), kinds.items(), strict=True)]
+    assert bench.headline(rows, 7.0) == {
+        "exposed_transfer_vs_reactive": 0.2, "exposed_transfer_vs_reactive_held_out": 0.3, "exposed_transfer_vs_reactive_recorded": 0.4,
+        "wasted_prefetch_share": 2.0, "policy_us_per_step": 7.0,
+    }  # fmt: skip
+
+
 def test_the_committed_trace_can_be_replayed() -> None:
     steps = recorded(bench.TRACES[0])
     assert steps.shares.shape == (24, 2, 2, 20, 2) and steps.blocks[0] == 18 and steps.blocks[-1] == 20 and steps.record_bytes == 2048
     bench.check(steps, Replay(steps, "predictive", bench.capacity(steps, 0.5)).run())
-    with pytest.raises(ValueError, match="holds no layer-NNN"):
+    with pytest.raises(ValueError, match=r"holds no trace\.json"):
         recorded(Path(__file__).parent)
 
 

@@ -5,10 +5,16 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tierd_kernels.policy import Budget
+
+from tierd.commands import Append, Attend, Geometry, OpenSession, Row, Tolerance
+from tierd.engine import Engine, EngineConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import bench_transport as bench
+from bench_transport_daemon import NullKernels
 from bench_transport_worker import PARTS, Load, check, drive, exchange, session_under, work
 
 
@@ -98,3 +104,19 @@ class _Messages(queue.Queue[str]):
     def close(self) -> None: ...
 
     def join_thread(self) -> None: ...
+
+
+def test_an_engine_that_does_nothing_has_no_fault_to_log_behind_its_answers() -> None:
+    engine = Engine(EngineConfig(hot_bytes=1 << 20, originals_bytes=1 << 20, scratch_bytes=1 << 20), kernels=NullKernels())
+    kv = np.zeros((1, 40, 64), np.float32)
+
+    def run(command: object) -> object:
+        future = engine.submit(command)  # type: ignore[arg-type]
+        engine.run_once()  # raises what goes wrong behind an answer
+        return future.result(timeout=0)
+
+    session = str(run(OpenSession(Geometry(1, 1, 1, 64, "float32"), Tolerance(0.1), Budget(), 64, worker="w")))
+    run(Append(session, 0, kv, kv, worker="w"))
+    for _ in range(2):
+        run(Attend([Row(session, 0, kv[:, :1])], worker="w"))
+    assert engine.counters.launches == 2

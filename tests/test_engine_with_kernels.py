@@ -13,7 +13,9 @@ from tierd_kernels.policy import Budget
 from tierd.commands import Append, Attend, CloseWorker, Fork, Geometry, Lengths, OpenSession, Row, RowResult, Tolerance, Truncate
 from tierd.engine import Engine, EngineConfig
 from tierd.errors import CapacityExceeded, CertificateUnavailable, InvalidArgument
+from tierd.policy.weighing import weigh
 from tierd.residency import CopyState
+from tierd.warm import warm_policy
 
 CONFIG = EngineConfig(hot_bytes=4 << 20, originals_bytes=8 << 20, scratch_bytes=1 << 20, canary_share=0.05)
 Start = Callable[..., Engine]
@@ -137,3 +139,15 @@ def test_corrupt_codes_are_found_and_rebuilt(start: Start) -> None:
     (again,) = run(engine, Attend([Row(session, 0, q)], worker="w"))
     check(k, v, q, again, 0.1)
     assert not again.certificate["exact"].all()
+
+
+def test_no_call_waits_for_the_policy_to_be_compiled(start: Start) -> None:
+    """What is compiled at the daemon's start is what each backend's calls need, with copies and without."""
+    warm_policy()
+    ready = list(weigh.signatures)  # type: ignore[attr-defined]
+    rng, engine = np.random.default_rng(2), start()
+    session = opened(engine)
+    run(engine, Append(session, 0, numbers(rng, 2, 70), numbers(rng, 2, 70), worker="w"))
+    for n in (1, 1, 1, 3):
+        run(engine, Attend([Row(session, 0, numbers(rng, 4, n), tolerance=Tolerance(1e-3))], worker="w"))
+    assert engine.counters.prefetched and weigh.signatures == ready  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ from tierd.engine import Engine
 from tierd.errors import InvalidArgument, Unavailable
 from tierd.listen import CannotListen
 from tierd.server import Daemon
-from tierd.warm import warm_up
+from tierd.warm import warm_policy, warm_up
 
 
 class CommandFailed(Exception):
@@ -81,8 +81,7 @@ async def _run_daemon(settings: Settings) -> None:
     engine = Engine(settings.engine())
     daemon = Daemon(settings, engine)
     target = daemon.bind()
-    if engine.backend == "cpu":  # of others, those of a layout are compiled when its first session opens
-        await asyncio.to_thread(warm_up)
+    await asyncio.to_thread(warm_up if engine.backend == "cpu" else warm_policy)
     await daemon.start()
     if daemon.metrics_port is not None:
         print(f"metrics on http://127.0.0.1:{daemon.metrics_port}/metrics", flush=True)

@@ -36,7 +36,7 @@ class EngineConfig:
     lease_s: float = 0.0  # a session without a call for this long is closed; 0: never
     scratch_key_share: float = 0.5  # of scratch_bytes; values get the rest
     tiering_policy: str = "predictive"
-    prefetch_candidates_max: int = 64  # of each layer, KV head and kind, that the policy looks at after a call
+    prefetch_candidates_max: int = 32  # of each layer, KV head and kind, that the policy looks at after a call
     prefetch_link_share: float = 0.5  # of the host link
     prefetch_wait_us_max: float = 20.0  # a gather of 64 blocks of 4 KB takes 14 us on an H200
     link_bytes_per_s: float = 50e9  # a gather of random 4 KB blocks from pinned memory, PCIe 5
@@ -62,7 +62,7 @@ class Settings(BaseSettings):
     lease_s: float = Field(0.0, ge=0.0, le=DAY_S, description="close a session unused for this long, seconds (0: never)")
     scratch_key_share: float = Field(0.5, ge=0.0, le=1.0, description="share of the scratch cache that holds keys; values get the rest")
     tiering_policy: Literal["none", "reactive", "predictive"] = Field("predictive", description="what gets a copy in scratch, what goes")
-    prefetch_candidates_max: int = Field(64, ge=1, le=4096, description="blocks a layer, KV head and kind that the policy looks at")
+    prefetch_candidates_max: int = Field(32, ge=1, le=4096, description="blocks a layer, KV head and kind that the policy looks at")
     prefetch_link_share: float = Field(0.5, ge=0.0, le=1.0, description="most of the host link that copies ahead of need may take")
     prefetch_wait_us_max: float = Field(20.0, ge=0.0, le=1e6, description="how long a call waits for copies under way, microseconds")
     link_bytes_per_s: float = Field(50e9, gt=0.0, allow_inf_nan=False, description="what the host link carries, bytes a second")

@@ -36,13 +36,15 @@ class Quantiser(Protocol):
 
 @dataclass
 class LayerState:
-    """`ids`: the blocks in order, a tail last if `length` is not a multiple of B. Group arrays are [G, Hkv]."""
+    """`ids`: the blocks in order, a tail last if `length` is not a multiple of B. Group arrays are [G, Hkv]. `calls`: attends
+    answered."""
 
     group_value_norms: NDArray[np.float32]
     group_error_norms: NDArray[np.float32]
     length: int = 0
     ids: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     places: Places = field(default_factory=Places)
+    calls: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,11 @@ class Session:
 
     def __init__(
         self, session_id: str, worker: str, geometry: Geometry, tolerance: Tolerance, policy: Budget | Coverage, max_tokens: int,
-        residency: Residency, kernels: Quantiser,
+        residency: Residency, kernels: Quantiser, family: str = "",
     ) -> None:  # fmt: skip
+        """`family`: of the session that this one is a fork of."""
         self.session_id = session_id
+        self.family = family or session_id
         self.worker = worker
         self.geometry = geometry
         self.tolerance = tolerance
@@ -149,6 +153,7 @@ class Session:
             self.max_tokens,
             self._residency,
             self._kernels,
+            self.family,
         )
         block_size = self.layout.block_size
         tailed = [i for i, state in enumerate(self.layers) if state.length % block_size]

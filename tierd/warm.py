@@ -11,15 +11,22 @@ from tierd_kernels.policy import Budget
 
 from tierd.commands import EXACT, Append, Attend, Command, Geometry, OpenSession, Row, Tolerance
 from tierd.engine import Engine, EngineConfig
+from tierd.policy.weighing import prepare
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
 NUM_TOKENS = 17  # a full block, so that it is quantised, and a tail
 
 
+def warm_policy() -> None:
+    """What chooses copies, on the host whatever the backend. (CUDA kernels of a layout are compiled when its first session opens.)"""
+    prepare()
+
+
 def warm_up() -> None:
-    """Run every kernel once for each type of originals, in an engine that is thrown away."""
+    """Run the policy, and every kernel once for each type of originals, in an engine that is thrown away."""
     log.info("loading the kernels; the first time after an installation they are compiled")
+    warm_policy()
     engine = Engine(EngineConfig(hot_bytes=MIB, originals_bytes=MIB, scratch_bytes=MIB, canary_share=1.0))
     for dtype, raw in NUMPY_DTYPE.items():
         kv = np.zeros((1, NUM_TOKENS, 64), raw)

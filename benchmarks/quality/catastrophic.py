@@ -10,8 +10,9 @@ error, half a step, is up to factor / 30 of the large channel's former size each
 are untouched: each key channel has a scale of its own. One channel in each group takes the whole value apart, one channel alone an
 eighth of a head of 128.
 
-A certificate bounds the error in the norm of the values as they are stored, where the large channels count most; how small a tolerance
-recovers the output is to be measured, and is reported for every tolerance.
+A certificate bounds the error in the norm of the values as they are stored, where the large channels count most: the larger the factor, the
+smaller the tolerance that recovers the output. At 256, 5 % of Vbar is more than the other channels hold, and 2 % is still enough. Results
+are reported for every tolerance.
 """
 
 import math
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-FACTOR = 64.0
+FACTOR = 128.0  # naive answers half of the examples; at 64 all needles are still found, at 256 none
 CHANNELS = tuple(range(0, 128, 16))  # one in each of INT4's groups of a head of 128
 
 

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vocabulary import END, VOCABULARY
 
 warnings.filterwarnings("ignore", ".past_key_values. is deprecated", FutureWarning)  # the only name that transformers 5.23 knows
+SMALL = Path(__file__).parent / "byte-llama"  # what TRAINING.md made
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -18,7 +18,7 @@ import checkpoints
 import running
 import tasks
 from catastrophic import rescale_value_channels
-from ledger import Ledger
+from ledger import WHOLE, Ledger, Share
 from naive import GROUP
 from summarise import headline, summarise
 from tierd_client import Tier
@@ -27,7 +27,7 @@ from variants import ALL, PACKAGES, Variant, attending, connection, layout_of, n
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
 
-IDENTITY = ("contexts", "tasks", "variants", "examples", "batch", "windows", "seed", "catastrophic")  # what makes a ledger another run's
+IDENTITY = ("text", "examples", "batch", "seed", "catastrophic")  # what makes a ledger another run's, and is not in its parts' keys
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -37,11 +37,15 @@ def main(arguments: list[str]) -> int:
     if options.catastrophic:
         head_dim = layout_of(checkpoint.model.config.get_text_config(decoder=True), checkpoint.model.dtype).head_dim
         rescale_value_channels(checkpoint.model, channels=range(0, head_dim, GROUP))
-    identity = {name: getattr(options, name) for name in IDENTITY}
-    ledger = Ledger(options.ledger, {"model": checkpoint.name, "dtype": str(checkpoint.model.dtype)} | identity, options.minutes)
+    identity = {name: str(getattr(options, name)) for name in IDENTITY}
+    identity |= {"model": checkpoint.name, "dtype": str(checkpoint.model.dtype)}
+    ledger = Ledger(options.ledger, identity, options.minutes, options.share)
     longest = max(options.contexts) + max(tasks.new_tokens(name) for name in options.tasks)
     with connection(checkpoint.model, longest, options.batch) as tier:
-        finished = all([ledger.part(key, compute) for key, compute in parts(options, checkpoint, tier)])
+        finished = all([ledger.part(key, compute, group) for group, key, compute in parts(options, checkpoint, tier)])
+    if options.share != WHOLE:
+        print(f"{'all' if finished else 'not all'} parts of this share done")
+        return 0 if finished else 3
     rows = summarise(ledger.records)
     name = "quality_catastrophic" if options.catastrophic else "quality_evaluate"
     path = write_results(name, headline(rows), rows, PACKAGES)
@@ -51,7 +55,7 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
+    parser.add_argument("--model", type=Path, default=checkpoints.SMALL, help="folder of a checkpoint (default: the small model here)")
     parser.add_argument("--text", type=Path, help="PG-19: a text file or a folder of .txt (default: the standard library's source)")
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192], help="tokens")
     parser.add_argument("--tasks", nargs="+", default=list(tasks.NAMES), choices=tasks.NAMES)
@@ -63,21 +67,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="start no part after this long")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", choices=tuple(checkpoints.DTYPES))
+    parser.add_argument("--share", type=Share.parse, default=WHOLE, help="of several processes, for instance 2/4; one without it sums up")
     parser.add_argument("--catastrophic", action="store_true", help="rescale value channels first")
     parser.add_argument("--ledger", type=Path, default=Path("quality.jsonl"), help="where parts are written as they are done")
     return parser.parse_args(arguments)
 
 
-def parts(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, tier: Tier) -> Iterator[tuple[str, Any]]:
-    """Key and computation of every part: contexts in their order, then text, then examples a batch at a time, all variants of one after
-    another, so that a run that is cut off has whole comparisons."""
-    variants = named(options.variants)
+def parts(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, tier: Tier) -> Iterator[tuple[int, str, Any]]:
+    """Group, key and computation of every part: contexts in their order, then text, then examples a batch at a time, all variants of one
+    after another, so that a run that is cut off has whole comparisons. What is compared with one another is of one group."""
+    variants, group = named(options.variants), 0
     for tokens in options.contexts:
         text = checkpoints.windows(checkpoint, options.text, tokens, options.windows) if options.windows else []
         for index, window in enumerate(text):
+            group += 1
             for variant in variants:
                 yield (
-                    f"perplexity/{tokens}/{index}/{variant.name}",
+                    group, f"perplexity/{tokens}/{index}/{variant.name}",
                     lambda v=variant, w=window, t=tokens, i=index: {
                         "kind": "perplexity", "tokens": t, "window": i, "variant": v.name,
                         **running.negative_log_likelihood(checkpoint, v, tier, w),
@@ -86,9 +92,10 @@ def parts(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, tier:
         for first in range(0, options.examples, options.batch):
             numbers = range(first, min(first + options.batch, options.examples))
             for task in options.tasks:
+                group += 1
                 for variant in variants:
                     key = f"{task}/{tokens}/{first}/{variant.name}"
-                    yield key, lambda v=variant, t=task, n=tokens, i=numbers: answer(checkpoint, v, tier, t, n, i, options.seed)
+                    yield group, key, lambda v=variant, t=task, n=tokens, i=numbers: answer(checkpoint, v, tier, t, n, i, options.seed)
 
 
 def answer(

@@ -153,7 +153,7 @@ def rows_of(records: list[dict[str, Any]], checkpoint: checkpoints.Checkpoint) -
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
+    parser.add_argument("--model", type=Path, default=checkpoints.SMALL, help="folder of a checkpoint (default: the small model here)")
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192], help="tokens")
     parser.add_argument("--tasks", nargs="+", default=["niah", "niah_multiquery", "vt"], choices=tasks.NAMES)
     parser.add_argument("--examples", type=int, default=20, help="of each task and context")

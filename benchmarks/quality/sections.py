@@ -61,6 +61,11 @@ def scores(rows: Iterable[Row]) -> str:
 
 
 def perplexity(results: "Results", figures: dict[str, str]) -> list[str]:
+    return ["## Perplexity", source(results, "evaluate"), perplexities(results.rows("evaluate", "perplexity"))]
+
+
+def perplexities(rows: Iterable[Row]) -> str:
+    """Beside dense, one line a context and variant."""
     columns: Columns = {
         "tokens": itemgetter("tokens"),
         "variant": itemgetter("variant"),
@@ -71,13 +76,12 @@ def perplexity(results: "Results", figures: dict[str, str]) -> list[str]:
         "head-steps judged": shown("head_steps"),
         "largest error / bound": shown("worst"),
     }
-    rows = sorted(results.rows("evaluate", "perplexity"), key=itemgetter("tokens"))
-    return ["## Perplexity", source(results, "evaluate"), table(columns, rows)]
+    return table(columns, sorted(rows, key=itemgetter("tokens")))
 
 
 def catastrophic(results: "Results", figures: dict[str, str]) -> list[str]:
-    rows = results.rows("catastrophic", "task")
-    return ["## Where naive quantisation fails", source(results, "catastrophic"), CATASTROPHIC, scores(rows)]
+    rows, text = results.rows("catastrophic", "task"), perplexities(results.rows("catastrophic", "perplexity"))
+    return ["## Where naive quantisation fails", source(results, "catastrophic"), CATASTROPHIC, scores(rows), text]
 
 
 def violations(results: "Results", figures: dict[str, str]) -> list[str]:

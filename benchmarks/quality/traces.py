@@ -141,7 +141,7 @@ def _layer_file(path: Path, layer: int) -> Path:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
+    parser.add_argument("--model", type=Path, default=checkpoints.SMALL, help="folder of a checkpoint (default: the small model here)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the trace")
     parser.add_argument("--context", type=int, default=8192, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=256)

@@ -49,6 +49,7 @@ ALL = (
     Variant("naive", "naive"),
     Variant("coverage", "coverage", NO_BUDGET),
     *(Variant(f"rtol{percent}", "budget", percent / 100) for percent in (1, 2, 5, 10)),
+    Variant("exact", "budget", 0.0),
 )
 BY_NAME = {variant.name: variant for variant in ALL}
 

@@ -16,7 +16,7 @@ from typing import Any
 import checkpoints
 import tasks
 import torch
-from ledger import Ledger
+from ledger import WHOLE, Ledger, Share
 from running import negative_log_likelihood
 from truth import Verdict
 from variants import ALL, PACKAGES, connection
@@ -24,23 +24,29 @@ from variants import ALL, PACKAGES, connection
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
 
-CERTIFIED = [variant for variant in ALL if variant.certified]
+CERTIFIED = [variant for variant in ALL if variant.certified and variant.rtol]  # "exact" has rounding alone to bound
 
 
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     checkpoint = checkpoints.load(options.model, options.device, options.dtype)
     identity = {"model": checkpoint.name, "dtype": str(checkpoint.model.dtype), "context": options.context, "seed": options.seed}
-    ledger = Ledger(options.ledger, identity, options.minutes)
+    ledger = Ledger(options.ledger, identity, options.minutes, options.share)
     with connection(checkpoint.model, options.context) as tier:
         for index, window in enumerate(inputs(checkpoint, options)):
+            if head_steps(ledger, options.share) >= options.head_steps // options.share.count:
+                break
             for variant in CERTIFIED:
                 ledger.part(
                     f"{index}/{variant.name}",
                     lambda v=variant, w=window: {"variant": v.name, **negative_log_likelihood(checkpoint, v, tier, w)},  # type: ignore[misc]
+                    index,
                 )
-            if ledger.out_of_time or head_steps(ledger) >= options.head_steps:
+            if ledger.out_of_time:
                 break
+    if options.share != WHOLE:
+        print(f"{head_steps(ledger, options.share)} head-steps in this share")
+        return 0
     rows = summarise(ledger.records)
     headline = {name: sum(row[name] for row in rows) for name in ("head_steps", "violations", "broken", "loose_budgets")}
     path = write_results("quality_violations", headline, rows, PACKAGES)
@@ -50,12 +56,13 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="folder of a checkpoint")
+    parser.add_argument("--model", type=Path, default=checkpoints.SMALL, help="folder of a checkpoint (default: the small model here)")
     parser.add_argument("--text", type=Path, help="a text file or a folder of .txt (default: the standard library's source)")
     parser.add_argument("--context", type=int, default=4096, help="tokens of one text or prompt, at most")
     parser.add_argument("--head-steps", type=int, default=10_000_000, help="stop once so many are judged")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="start no part after this long")
+    parser.add_argument("--share", type=Share.parse, default=WHOLE, help="of several processes, for instance 2/4; one without it sums up")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", choices=tuple(checkpoints.DTYPES))
     parser.add_argument("--ledger", type=Path, default=Path("violations.jsonl"), help="where parts are written as they are done")
@@ -73,9 +80,9 @@ def inputs(checkpoint: checkpoints.Checkpoint, options: argparse.Namespace) -> I
             yield torch.tensor([checkpoint.tokenizer.encode(example.prompt)], device=checkpoint.device)
 
 
-def head_steps(ledger: Ledger) -> int:
-    """Judged so far."""
-    return sum(record["verdict"]["head_steps"] for record in ledger.records)
+def head_steps(ledger: Ledger, share: Share) -> int:
+    """Judged so far of the inputs that are the share's."""
+    return sum(record["verdict"]["head_steps"] for record in ledger.records if share.has(int(record["key"].split("/")[0])))
 
 
 def summarise(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -3,15 +3,17 @@
 Legend: T steps, m blocks, Hkv KV heads, kind 0 keys and 1 values.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from safetensors import safe_open
 
 TARGET = 0.9  # what promotion brings a bound down to, as a share of the budget
+ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
 RECORD_BYTES = 4096  # 16 tokens of 128 channels in FP16
 
 
@@ -25,6 +27,7 @@ class Steps:
     needed: NDArray[np.bool_]
     blocks: NDArray[np.int64]
     record_bytes: int = RECORD_BYTES
+    block_size: int = 16
 
     @property
     def layers(self) -> int:
@@ -38,16 +41,21 @@ class Steps:
 
 def recorded(folder: Path) -> Steps:
     """A trace of `benchmarks/quality/traces.py`. Raises ValueError for a folder that holds none."""
-    files = sorted(folder.glob("layer-*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} holds no layer-NNN.safetensors; benchmarks/quality/traces.py records them")
-    layers = [load_file(file) for file in files]
-    shares = np.stack([layer["contributions"] for layer in layers], axis=1).astype(np.float32)
-    needed = np.stack([layer["needed"] for layer in layers], axis=1).astype(bool)
-    steps, (_, tokens, width) = len(shares), layers[0]["keys"].shape
-    block_size = -(-tokens // shares.shape[3]) if tokens % shares.shape[3] == 0 else 16
+    if not (folder / "trace.json").is_file():
+        raise ValueError(f"{folder} holds no trace.json; benchmarks/quality/traces.py records traces")
+    block_size = int(json.loads((folder / "trace.json").read_text())["block_size"])
+    shares, needed, shapes = [], [], []
+    for file in sorted(folder.glob("layer-*.safetensors")):
+        with safe_open(file, framework="numpy") as layer:  # keys may be bfloat16, which numpy lacks: only their shape is looked at
+            shares.append(layer.get_tensor("contributions"))
+            needed.append(layer.get_tensor("needed"))
+            keys = layer.get_slice("keys")
+            shapes.append((keys.get_shape(), ITEM_BYTES[keys.get_dtype()]))
+    (_, tokens, width), item_bytes = shapes[0]
+    steps = len(shares[0])
     blocks = (tokens - steps + 1 + np.arange(steps)) // block_size
-    return Steps(f"recorded: {folder.name}", shares, needed, blocks, block_size * width * layers[0]["keys"].itemsize)
+    made = np.stack(shares, axis=1).astype(np.float32), np.stack(needed, axis=1).astype(bool)
+    return Steps(f"recorded: {folder.name}", *made, blocks, block_size * width * item_bytes, block_size)
 
 
 def promoted(shares: NDArray[np.float32]) -> NDArray[np.bool_]:
@@ -84,7 +92,30 @@ def switching(seed: int, steps: int = 256, layers: int = 4, m: int = 1024, heads
     return _made("topic switches", shares)
 
 
+def passages(seed: int, steps: int = 256, layers: int = 4, m: int = 1024, heads: int = 4) -> Steps:
+    """Attention reads: a passage of sixteen blocks moves on through the text and at times jumps; layers and heads look at most of it."""
+    rng = np.random.default_rng(seed)
+    shares = _floor(rng, steps, layers, m, heads)
+    start = 0.0
+    for t in range(steps):
+        start = float(rng.uniform(0, m - 32)) if rng.random() < 0.03 else min(start + 0.25, m - 32)
+        passage = slice(int(start), int(start) + 16)
+        shape = shares[t, :, :, passage].shape
+        shares[t, :, :, passage] += (rng.gamma(2.0, 0.03, shape) * (rng.random(shape) < 0.7)).astype(np.float32)
+    return _made("moving passages", shares)
+
+
+def popular(seed: int, steps: int = 256, layers: int = 4, m: int = 1024, heads: int = 4) -> Steps:
+    """No story: every step draws anew, and blocks differ in how often they are drawn, by Zipf's law."""
+    rng = np.random.default_rng(seed)
+    shares = _floor(rng, steps, layers, m, heads)
+    chance = np.minimum(1.0, 4.0 / rng.permuted(np.broadcast_to(np.arange(1.0, m + 1)[:, None], (layers, 2, m, heads)), axis=2))
+    drawn = rng.random(shares.shape) < chance
+    return _made("popular blocks", shares + np.where(drawn, rng.gamma(4.0, 0.02, shares.shape), 0.0).astype(np.float32))
+
+
 REGIMES: dict[str, Callable[[int], Steps]] = {"drifting": drifting, "switching": switching}
+HELD_OUT: dict[str, Callable[[int], Steps]] = {"passages": passages, "popular": popular}  # no policy was fitted to them
 
 
 def _floor(rng: np.random.Generator, steps: int, layers: int, m: int, heads: int) -> NDArray[np.float32]:

@@ -13,13 +13,15 @@ import numpy as np
 from decode_steps import Steps, each
 from tierd_kernels.select.candidates import largest
 
-from tierd.policy import NONE, Shelf, Snapshot, named
+from tierd.config import EngineConfig
+from tierd.notes import NOTE
+from tierd.policy import FIRST_STEP, NONE, Shelf, Snapshot, named
 
 LINK_BYTES_PER_US = 55e3
 GATHER_US = 14.0 - 64 * 4096 / LINK_BYTES_PER_US
 COMPUTE_US = 40.0  # a layer's share of a decode step of an 8B model in FP16 at 4.3 TB/s is more: this is the hard case
 SHARE = 0.5
-CANDIDATES_MAX = 64
+CANDIDATES_MAX = EngineConfig.prefetch_candidates_max
 
 
 @dataclass
@@ -56,13 +58,14 @@ class Replay:
         self._steps, self._policy, self._slots = steps, named(policy), slots
         _, layers, _, m, heads = steps.shares.shape
         shape = (2, layers * m, heads)
-        self._copy_id = np.full(shape, NONE, np.int64)
+        self._notes = np.zeros(shape, NOTE)
+        self._copy_id = self._notes["copy_id"]
+        self._copy_id[:] = NONE
         self._resident, self._used = np.zeros(shape, bool), np.zeros(shape, bool)
-        self._worth, self._share, self._seen = np.zeros(shape), np.zeros(shape, np.float32), np.zeros(shape)
         self._shelves = Shelf(slots[0]), Shelf(slots[1])
         self._places: dict[int, tuple[int, int, int]] = {}
         self._under_way: deque[tuple[int, float]] = deque()  # (copy id, microseconds of link still needed)
-        self._now, self._next_id = 1.0, 0
+        self._now, self._next_id = FIRST_STEP, 0
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -90,13 +93,15 @@ class Replay:
         self._now += 1.0 / self._steps.layers
         factor = self._policy.rescale(self._now)
         if factor != 1.0:
-            self._worth *= factor
+            self._notes["worth"] *= factor
             for shelf in self._shelves:
                 shelf.reorder(factor)
+        if not self._policy.looks_at(t + layer, count):
+            return
         near, scores = largest(self._steps.shares[t, layer, :, :blocks], CANDIDATES_MAX)
         exact = np.zeros(needed.shape[2], bool)
         choice = self._policy.choose(
-            Snapshot(ids, needed[0], needed[1], exact, near, scores, self._copy_id, self._worth, self._share, self._seen, self._now)
+            Snapshot(ids, needed[0], needed[1], exact, near, scores, self._notes, self._now)
         )
         for (kind, block, head), worth in zip(choice.records.tolist(), choice.worths.tolist(), strict=True):
             self._copy(kind, block, head, worth)
@@ -135,7 +140,7 @@ class Replay:
 
     def _worth_of(self, copy_id: int) -> float | None:
         place = self._places[copy_id]
-        return float(self._worth[place]) if self._resident[place] else None
+        return float(self._notes["worth"][place]) if self._resident[place] else None
 
     def _drop(self, copy_id: int) -> None:
         place = self._places.pop(copy_id)

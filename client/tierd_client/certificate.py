@@ -60,7 +60,11 @@ class Certificate:
 
 @dataclass(frozen=True, eq=False)
 class Result(Generic[Tensor]):
-    """`output`: of the shape, type, library and device of q."""
+    """`output`: of the shape, type, library and device of q. The last two are about speed, not about the answer."""
 
     output: Tensor
     certificate: Certificate
+    late_records: int = 0
+    """Originals (keys or values of one block and KV head) read from host memory although a copy was on its way to the device."""
+    prefetch_wait_s: float = 0.0
+    """Seconds that the call waited for such copies; those that it is batched with waited with it."""

@@ -81,7 +81,7 @@ class Row:
         if output.shape != self.raw.shape or output.dtype != self.raw.dtype:
             raise coding.CodingError(f"output is {output.dtype}{output.shape}; q was {self.raw.dtype}{self.raw.shape}")
         certificate = Certificate(**coding.decode_certificate(reply.certificate, tuple(self.q.shape[:-1])))
-        return Result(like(output, self.q), certificate)
+        return Result(like(output, self.q), certificate, reply.late_records, reply.prefetch_wait_s)
 
 
 def handshake() -> pb.HandshakeRequest:

@@ -179,6 +179,16 @@ def test_nothing_listens(connecting: Connect, fake: FakeDaemon) -> None:
         connecting(f"{fake.target}-not")
 
 
+def test_a_result_says_what_of_its_originals_came_late(fake: FakeDaemon) -> None:
+    with connect(fake.target) as tier, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(opened(tier).attend, layer=0, q=q(1))
+        reply = answer(fake.requests.get(timeout=ARRIVAL_S))
+        reply.attend.rows[0].late_records, reply.attend.rows[0].prefetch_wait_s = 3, 2e-5
+        fake.say(reply)
+        result = waiting.result(ARRIVAL_S)
+        assert (result.late_records, result.prefetch_wait_s) == (3, 2e-5)
+
+
 @pytest.mark.parametrize("break_it", ["no rows", "shape", "certificate", "dtype"])
 def test_an_answer_that_cannot_be_read_is_no_answer(connecting: Connect, fake: FakeDaemon, break_it: str) -> None:
     def broken(request: pb.DecodeRequest) -> pb.DecodeReply:

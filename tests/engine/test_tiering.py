@@ -166,3 +166,29 @@ def test_an_exact_head_is_not_late() -> None:
     bench.run(bench.attend(name))
     ((row,),) = bench.run(bench.attend(name, tolerance=EXACT))
     assert row.late_records == 0 and bench.engine.residency.num_in_flight == RECORDS
+
+
+def test_a_fork_does_not_push_out_what_it_shares_with_its_parent() -> None:
+    """Scratch is full of the parent's copies, of keys and of values; the fork has as many originals of its own, which it needs no more."""
+    bench = Bench(replace(CONFIG, scratch_bytes=RECORDS * RECORD_BYTES))
+    name = bench.opened(tokens=64)
+    (child,) = bench.run(Fork(name, worker="w"))
+    bench.run(bench.append(child, 64), bench.attend(name))
+    shared = {copy.block for copy in bench.engine.residency.copies()}
+    for _ in range(8):
+        bench.run(bench.attend(child))
+    assert {copy.block for copy in bench.engine.residency.copies()} == shared and bench.engine.counters.evicted == 0
+    assert bench.engine.counters.hits == 8 * RECORDS, "the fork has found its parent's copies"
+
+
+def test_a_session_gains_no_share_of_scratch_by_forks() -> None:
+    bench = Bench(replace(CONFIG, scratch_bytes=RECORDS * RECORD_BYTES))
+    name, stranger = bench.opened(tokens=64), bench.opened(tokens=64)
+    forks = [bench.run(Fork(name, worker="w"))[0] for _ in range(3)]
+    bench.run(*(bench.append(fork, 64) for fork in forks))
+    for _ in range(4):
+        for who in (name, *forks, stranger):
+            bench.run(bench.attend(who))
+    session = bench.engine.sessions.by_id[stranger]
+    held = [copy for copy in bench.engine.residency.copies() if copy.block in session.full_ids(0)]
+    assert len(held) == RECORDS // 2

@@ -45,10 +45,10 @@ def test_an_evaluation_cut_again_and_again_comes_to_the_same(
     whole = rows(results, "evaluate")
     inner, done = Ledger.part, []
 
-    def five_at_most(self: Ledger, key: str, compute: Any) -> bool:
+    def five_at_most(self: Ledger, key: str, compute: Any, group: int = 0) -> bool:
         if key not in self._done and len(self._done) - done[-1] >= 5:
             return False
-        return inner(self, key, compute)
+        return inner(self, key, compute, group)
 
     monkeypatch.setattr(Ledger, "part", five_at_most)
     ended = []
@@ -62,6 +62,10 @@ def test_an_evaluation_cut_again_and_again_comes_to_the_same(
     assert len(kinds) == len(set(kinds)) == 3 + 2 * 3
     assert all(row["examples"] == 3 and len(row["scores"]) == 3 for row in whole[0] if row["kind"] == "task")
     assert whole[1]["violations"] == 0 and whole[1]["head_steps"] == (1200 - 1 - 256) * 2 * 4
+    for share in ("1/2", "2/2"):
+        assert evaluate.main([*arguments, "--ledger", str(tmp_path / "shared.jsonl"), "--share", share]) == 0
+    assert evaluate.main([*arguments, "--ledger", str(tmp_path / "shared.jsonl"), "--minutes", "0"]) == 0
+    assert rows(results, "evaluate")[1] == whole[1]
 
 
 def test_the_rescaled_model_is_another_evaluation(checkpoint: Path, tmp_path: Path, results: Path) -> None:

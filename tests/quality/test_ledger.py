@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ledger import Ledger
+from ledger import Ledger, Share
 
 IDENTITY = {"model": "m", "contexts": [1, 2]}
 
@@ -15,7 +15,7 @@ IDENTITY = {"model": "m", "contexts": [1, 2]}
 def run(path: Path, parts: int, calls: list[int], **options: Any) -> list[dict[str, Any]]:
     ledger = Ledger(path, IDENTITY, **options)
     for part in range(parts):
-        ledger.part(str(part), lambda part=part: calls.append(part) or {"square": part * part})
+        ledger.part(str(part), lambda part=part: calls.append(part) or {"square": part * part}, part)
     return [{"key": r["key"], "square": r["square"]} for r in ledger.records]
 
 
@@ -46,3 +46,27 @@ def test_parts_of_another_run_are_not_taken_for_this_ones(tmp_path: Path) -> Non
     Ledger(tmp_path / "run.jsonl", IDENTITY)
     with pytest.raises(ValueError, match=r"another run.*name another file"):
         Ledger(tmp_path / "run.jsonl", IDENTITY | {"model": "other"})
+
+
+@given(parts=st.integers(0, 12), count=st.integers(1, 5), missing=st.integers(0, 5))
+def test_shares_do_every_part_once_and_the_whole_only_what_they_left(tmp_path_factory: Any, parts: int, count: int, missing: int) -> None:
+    path, calls = tmp_path_factory.mktemp("ledger") / "run.jsonl", list[int]()
+    for index in range(1, count + 1):
+        if index != missing:
+            run(path, parts, calls, share=Share(index, count))
+    assert len(calls) == len(set(calls)), "two shares did the same part"
+    whole = run(path, parts, calls)
+    assert sorted(calls) == list(range(parts))
+    assert sorted(int(part["key"]) for part in whole) == list(range(parts))
+
+
+def test_a_share_of_another_run_is_not_taken_for_this_ones(tmp_path: Path) -> None:
+    Ledger(tmp_path / "run.jsonl", IDENTITY | {"model": "other"}, share=Share(2, 3))
+    with pytest.raises(ValueError, match=r"run-2of3.*another run"):
+        Ledger(tmp_path / "run.jsonl", IDENTITY)
+
+
+@pytest.mark.parametrize("text", ["", "1", "0/2", "3/2", "1/0", "-1/2", "a/b", "1/2/3"])
+def test_a_share_is_one_of_n(text: str) -> None:
+    with pytest.raises(ValueError, match="allowed: 1/n to n/n"):
+        Share.parse(text)

@@ -40,7 +40,7 @@ def parts() -> dict[str, tuple[dict[str, float], list[dict[str, Any]]]]:
     peer = {"peer": "dense", "tokens": 8192, "device_bytes": 2**20, "host_bytes": 0, "p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0} | COMPARED
     return {
         "evaluate": (evaluated, [*tasks, text, depth]),
-        "catastrophic": (accuracies, tasks),
+        "catastrophic": (accuracies, [*tasks, text]),
         "violations": ({}, [JUDGED | {"variant": "rtol1"}]),
         "tightness": ({"bytes_vs_paper_rtol5": 12.5}, tight),
         "peers": ({}, [peer, {"peer": "offloaded", "tokens": 8192, "missing": "there is no GPU"}]),
@@ -61,10 +61,10 @@ def test_every_number_of_the_report_is_in_a_result(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert text.count("](figures/") == 4
     assert "Not run: offloaded at 8192 tokens, because there is no GPU." in text
-    assert "| `head_steps` | 2,000 |" in text and "25.0% of the head-steps" in text and "| 12.5 |" in text
+    assert "| `head_steps` | 3,000 |" in text and "25.0% of the head-steps" in text and "| 12.5 |" in text
     top = json.loads((tmp_path / f"quality__{MACHINE}.json").read_text())["headline"]
     assert top == {
-        "violations": 0, "head_steps": 2000, "niah_delta_8k_rtol5": -0.25, "ruler_delta_8k_rtol5": 0.0, "critical_failures_rtol2": 3,
+        "violations": 0, "head_steps": 3000, "niah_delta_8k_rtol5": -0.25, "ruler_delta_8k_rtol5": 0.0, "critical_failures_rtol2": 3,
         "ppl_delta_rtol5": 0.0, "bytes_vs_paper_rtol5": 12.5, "naive_catastrophic_accuracy": 0.125,
         "certified_catastrophic_accuracy": 0.875, "dense_catastrophic_accuracy": 0.9,
     }  # fmt: skip

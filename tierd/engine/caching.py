@@ -14,7 +14,7 @@ from tierd.engine.counters import Counters
 from tierd.engine.ledger import Ledger
 from tierd.errors import CapacityExceeded
 from tierd.migrator import CopyOrder, Migrator
-from tierd.policy import Choice, LinkBudget, Shelf, Snapshot, Turns, named
+from tierd.policy import FIRST_STEP, Choice, LinkBudget, Shelf, Snapshot, Turns, named
 from tierd.residency import KEY, VALUE, BlockTable, CopyState, Residency, ScratchCopy
 from tierd.session import Session
 
@@ -46,7 +46,8 @@ class ScratchCache:
         self._shelves = tuple(Shelf(pool.total_bytes) for pool in residency.arenas.scratch)
         self._asked: dict[int, _Asked] = {}
         self._active: dict[str, float] = {}  # when each session called last
-        self._now = 1.0  # steps
+        self._families: set[str] = set()  # theirs
+        self._now = FIRST_STEP
         self._began_s = clock.now()
         self.ledger = Ledger(self._began_s)
         residency.on_gone(self._gone)
@@ -95,9 +96,11 @@ class ScratchCache:
         self._advance(works)
         choices = []
         for work in works:
-            if work.read_originals:
-                self._count(work)
-            choices.append((work, self._policy.choose(self._snapshot(work))))
+            misses = self._count(work) if work.read_originals else 0
+            state = work.session.layers[work.row.layer]
+            state.calls += 1
+            if self._policy.looks_at(state.calls + work.row.layer, misses):
+                choices.append((work, self._policy.choose(self._snapshot(work))))
         self._link.refill(self._clock.now(), self._active)
         orders = self._start(choices)
         if orders:  # or the copier would be woken by every call, to contend with the caller that has its answer now
@@ -122,15 +125,17 @@ class ScratchCache:
             self._active[work.session.session_id] = self._now
         for name in [name for name, then in self._active.items() if then < self._now - ACTIVE_STEPS or name not in self._sessions]:
             del self._active[name]
+        self._families = {self._sessions[name].family for name in self._active}
         self._now += sum(1.0 / len(work.session.layers) for work in works) / max(1, len(self._active))
         factor = self._policy.rescale(self._now)
         if factor != 1.0:
             for table in self._residency.tables.values():
-                table.worth *= factor
+                table.notes["worth"] *= factor
             for shelf in self._shelves:
                 shelf.reorder(factor)
 
-    def _count(self, work: Work) -> None:
+    def _count(self, work: Work) -> int:
+        """Returns how many originals were read from the host."""
         table, nbytes = work.session.table, work.session.layout.original_record_bytes
         missed = work.host_reads
         hit = work.reads & ~missed
@@ -144,6 +149,7 @@ class ScratchCache:
         self._counters.demand_bytes += misses * nbytes
         self._link.read(misses * nbytes)
         self._note(work, hits=hits, misses=misses, late=work.late_records, demand_bytes=misses * nbytes)
+        return misses
 
     def _note(self, work: Work, **amounts: int) -> None:
         session = work.session
@@ -156,8 +162,7 @@ class ScratchCache:
         blocks, scores = result.candidates()
         # The table's columns of now, not the call's: a batch may hold several sessions that share blocks.
         return Snapshot(
-            work.ids, result.key_reads, result.value_reads, work.exact_heads, blocks, scores, table.copy_id, table.worth, table.share,
-            table.seen, self._now,
+            work.ids, result.key_reads, result.value_reads, work.exact_heads, blocks, scores, table.notes, self._now,
         )  # fmt: skip
 
     def _start(self, choices: list[tuple[Work, Choice]]) -> list[CopyOrder]:
@@ -196,21 +201,21 @@ class ScratchCache:
     def _begin(self, work: Work, kind: int, block: int, head: int, worth: float) -> ScratchCopy | None:
         """Reserve scratch for one record, evicting if that helps; None: there is no room for anything of so little worth."""
         table, name = work.session.table, work.session.session_id
-        copy = self._reserve(table, kind, block, head) or self._make_room(name, table, kind, block, head, worth)
+        copy = self._reserve(table, kind, block, head) or self._make_room(work.session.family, table, kind, block, head, worth)
         if copy is None:
             return None
         self._asked[copy.copy_id] = _Asked(name, len(work.session.layers), work.row.layer)
-        self._shelves[kind].put(copy.copy_id, name, copy.nbytes, worth)
+        self._shelves[kind].put(copy.copy_id, work.session.family, copy.nbytes, worth)
         self._turns.start(name)
         self._link.spend(name, copy.nbytes)
         self._counters.prefetch_bytes += copy.nbytes
         self._note(work, prefetched=1, prefetch_bytes=copy.nbytes)
         return copy
 
-    def _make_room(self, name: str, table: BlockTable, kind: int, block: int, head: int, worth: float) -> ScratchCopy | None:
+    def _make_room(self, family: str, table: BlockTable, kind: int, block: int, head: int, worth: float) -> ScratchCopy | None:
         pool = self._residency.arenas.scratch[kind]
         missing = pool.size_of(table.layout.original_record_bytes) - pool.free_bytes
-        evictions = self._shelves[kind].choose(name, max(missing, 1), worth, self._active, self._worth_of)
+        evictions = self._shelves[kind].choose(family, max(missing, 1), worth, self._families, self._worth_of)
         for copy_id in evictions:
             self._residency.evict(copy_id)
         self._counters.evicted += len(evictions)
@@ -225,7 +230,7 @@ class ScratchCache:
 
     def _worth_of(self, copy_id: int) -> float | None:
         copy = self._residency.copy(copy_id)
-        return None if copy is None or copy.pinned else float(copy.table.worth[copy.kind, copy.block, copy.head])
+        return None if copy is None or copy.pinned else float(copy.table.notes["worth"][copy.kind, copy.block, copy.head])
 
     def _gone(self, copy: ScratchCopy, used: bool) -> None:
         """A copy's bytes are free again."""

@@ -19,11 +19,12 @@ class _Owned:
 
 
 class Shelf:
-    """Who owns which copies of one region of scratch. Every copy has one owner, also if several sessions read it.
+    """Who owns which copies of one region of scratch. An owner is a session with all its forks: they read the same copies, and would push
+    them out for one another if each had a share of its own. Every copy has one owner.
 
-    A session that is active has a fair share: the region divided by the number of active sessions. Below it, room is made for it from
+    An owner that is active has a fair share: the region divided by the number of active owners. Below it, room is made for it from
     whoever has most above theirs, whatever that is worth; so nobody starves. Above it, a record only displaces copies of less worth,
-    which are its own, an idle session's, or above another's share.
+    which are its own, an idle owner's, or above another's share.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
@@ -66,7 +67,7 @@ class Shelf:
     def choose(self, owner: str, nbytes: int, worth: float, active: Collection[str], worth_of: WorthOf) -> list[int]:
         """Ids of copies that together hold `nbytes`, to make room for a record of `owner` and this `worth`; none if there are not enough.
 
-        Nothing is dropped here. `active`: sessions that have a fair share; `owner` is one anyway.
+        Nothing is dropped here. `active`: owners that have a fair share; `owner` is one anyway.
         """
         search = _Search(self._owned, self._copies, worth_of)
         fair = self.capacity_bytes / len({owner, *active})
@@ -75,7 +76,9 @@ class Shelf:
         while freed < nbytes:
             others = [name for name in left if name != owner and (name not in active or left[name] > fair)]
             entitled = left.get(owner, 0) + nbytes <= fair
-            who = search.of_the_largest(others, left) if entitled else search.of_least_worth([*others, owner], worth)
+            who = search.of_the_largest(others, left) if entitled else None
+            if who is None:  # also below a fair share: what is left of a region, in pieces or less than a record, is nobody's
+                who = search.of_least_worth([*others, owner], worth)
             if who is None:
                 break
             size = self._copies[search.take(who)][1]

@@ -11,6 +11,9 @@ class Nothing:
     name = "none"
     wants_candidates = False
 
+    def looks_at(self, turn: int, misses: int) -> bool:
+        return False
+
     def choose(self, snapshot: Snapshot) -> Choice:
         return NOTHING
 
@@ -24,14 +27,17 @@ class Reactive:
     name = "reactive"
     wants_candidates = False
 
+    def looks_at(self, turn: int, misses: int) -> bool:
+        return True
+
     def choose(self, snapshot: Snapshot) -> Choice:
         found = []
         for kind, reads in enumerate((snapshot.key_reads, snapshot.value_reads)):
             block, head = np.divmod(np.flatnonzero(reads), reads.shape[1])
             useful = ~snapshot.exact_heads[head]
             ids, head = snapshot.ids[block[useful]], head[useful]
-            snapshot.worth[kind, ids, head] = snapshot.now
-            missing = snapshot.copy_id[kind, ids, head] == NONE
+            snapshot.notes["worth"][kind, ids, head] = snapshot.now
+            missing = snapshot.notes["copy_id"][kind, ids, head] == NONE
             found.append(np.stack([np.full(int(missing.sum()), kind), ids[missing], head[missing]], axis=1))
         records = np.concatenate(found)
         return Choice(records, np.full(len(records), snapshot.now))

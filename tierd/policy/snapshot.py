@@ -3,12 +3,13 @@
 Legend: m full blocks of a call, C rows of a block table, Hkv KV heads, n records; kind 0 keys, 1 values.
 """
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 NONE = -1  # in `copy_id`: no copy, and one may be made
+FIRST_STEP = 4.0  # a note that is all zeros is never a recent one
 
 
 class Snapshot(NamedTuple):
@@ -17,10 +18,8 @@ class Snapshot(NamedTuple):
     `ids` int64 [m]: its full blocks in the table. `key_reads`, `value_reads` bool [m, Hkv]: originals that the answer needed, wherever they
     were read; those of `exact_heads` [Hkv] say nothing, for such a head reads all. `blocks` int32 and `scores` float32 [2, Hkv, c]: the
     candidates, blocks near needing their originals, as indices into `ids` and with their shares of what the bound may be; -1 ends a shorter
-    list. The columns
-    [2, C, Hkv] are the table's: `copy_id`, and three that are the policy's own to write: `worth` float64, larger is better to keep;
-    `share` float32 and `seen` float64, the last share of the budget and when it was. Zero where nothing is known. `now`: steps, a fraction
-    for each layer; at least 1.
+    list. `notes` [2, C, Hkv], of `tierd/notes.py`, are the table's: all but `copy_id` is the policy's own to write, and zero where nothing
+    is known. `now`: steps, a fraction for each layer; at least FIRST_STEP.
     """
 
     ids: NDArray[np.int64]
@@ -29,15 +28,13 @@ class Snapshot(NamedTuple):
     exact_heads: NDArray[np.bool_]
     blocks: NDArray[np.int32]
     scores: NDArray[np.float32]
-    copy_id: NDArray[np.int64]
-    worth: NDArray[np.float64]
-    share: NDArray[np.float32]
-    seen: NDArray[np.float64]
+    notes: NDArray[Any]
     now: float
 
 
 class Choice(NamedTuple):
-    """Records worth a copy, best first: int64 [n, 3] of (kind, block id, head), and what each is worth, float64 [n]."""
+    """Records worth a copy, best first (to a sixteenth of a need): int64 [n, 3] of (kind, block id, head), and what each is worth,
+    float64 [n]."""
 
     records: NDArray[np.int64]
     worths: NDArray[np.float64]
@@ -51,6 +48,11 @@ class Policy(Protocol):
 
     name: str
     wants_candidates: bool
+
+    def looks_at(self, turn: int, misses: int) -> bool:
+        """Whether it is to be shown a call that read `misses` originals from the host. `turn`: rises by one with each call of a layer, and
+        differs between neighbouring layers."""
+        ...
 
     def choose(self, snapshot: Snapshot) -> Choice:
         """What to copy after this call."""

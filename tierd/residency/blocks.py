@@ -10,10 +10,12 @@ from tierd_kernels.layout import NUMPY_DTYPE, Layout
 
 from tierd.commands import Raw
 from tierd.errors import CertificateUnavailable
+from tierd.notes import NOTE
 from tierd.pools import Arenas
 
 KEY, VALUE = 0, 1
 NO_COPY, BARRED = -1, -2
+EMPTY_NOTE = np.array((NO_COPY, 0.0, 0.0, 0.0), NOTE)[()]
 Ids = NDArray[np.int64]
 
 
@@ -23,7 +25,7 @@ class BlockTable:
     `hot_offset` [id] is -1 while the block is a tail. `location` [kind, id, Hkv] is what kernels read: a byte offset in
     scratch, or `~offset` in originals. `copy_id` [kind, id, Hkv] is NO_COPY where none exists or is under way, and BARRED where making
     one failed for good. `used` [kind, id, Hkv]: the copy was read. `in_flight` and `resident` [id] count its copies under way and in
-    scratch. `worth`, `share` and `seen` [kind, id, Hkv] are the policy's notes, kept here because they end with the block.
+    scratch. `notes` [kind, id, Hkv]: `copy_id` and what the policy remembers (`tierd/notes.py`).
     `hot_block_bytes` is the size of a hot slot, which the backend chooses.
     """
 
@@ -40,12 +42,14 @@ class BlockTable:
         self.location = np.zeros((2, 0, heads), dtype=np.int64)
         self.checksum = np.zeros((2, 0, heads), dtype=np.uint64)
         self.in_flight = np.zeros(0, dtype=np.int32)
-        self.copy_id = np.full((2, 0, heads), NO_COPY, dtype=np.int64)
         self.used = np.zeros((2, 0, heads), dtype=np.bool_)
-        self.worth = np.zeros((2, 0, heads), dtype=np.float64)
-        self.share = np.zeros((2, 0, heads), dtype=np.float32)
-        self.seen = np.zeros((2, 0, heads), dtype=np.float64)
+        self.notes = np.zeros((2, 0, heads), dtype=NOTE)
         self._free_ids: list[int] = []
+
+    @property
+    def copy_id(self) -> NDArray[np.int64]:
+        """A view of the notes' field."""
+        return self.notes["copy_id"]
 
     @property
     def num_live(self) -> int:
@@ -62,8 +66,7 @@ class BlockTable:
         self.original_offset[ids] = offsets
         self.hot_offset[ids] = -1
         self.references[ids] = 1
-        self.copy_id[:, ids] = NO_COPY
-        self.worth[:, ids] = self.share[:, ids] = self.seen[:, ids] = 0
+        self.notes[:, ids] = EMPTY_NOTE
         for kind in (KEY, VALUE):
             self.location[kind, ids] = ~self.record_offsets(kind, ids)
         return ids
@@ -142,8 +145,8 @@ class BlockTable:
                 name,
                 np.concatenate([column, np.full(extra, -1 if "off" in name else 0, column.dtype)]),
             )
-        for name in ("location", "checksum", "copy_id", "used", "worth", "share", "seen"):
+        for name in ("location", "checksum", "used", "notes"):
             column = getattr(self, name)
-            fill = np.full((2, extra, column.shape[2]), NO_COPY if name == "copy_id" else 0, column.dtype)
+            fill = np.full((2, extra, column.shape[2]), EMPTY_NOTE if name == "notes" else 0, column.dtype)
             setattr(self, name, np.concatenate([column, fill], axis=1))
         self._free_ids.extend(range(old + extra - 1, old - 1, -1))
