@@ -3,9 +3,10 @@
 Everything runs in CUDA graphs over several caches in turn, more than the L2 holds, as the layers of a model would. Dense opponents are
 SDPA by flash attention and by cuDNN; ratios are to the faster. "rung 0" are the three kernels of a step that needs no more, "naive" the
 same without what only the certificate needs, "step" is the whole ladder, whose upper kernels return at once where no row needs them;
-"promoted" is the step at the tolerance at which that share of the blocks is promoted, keys and values counted alike. Outputs are held
-against float64 attention first: a bound below the true error ends the run without a report. Times are of one step of one layer, or of all
-eight sessions where batch is 8.
+"promoted" is the step at the tolerance at which that share of a row's blocks is promoted, keys and values counted alike; "read" is the
+share of all records that some row of their KV head needed: nearly four times as many on random caches, whose rows seldom need the same.
+Outputs are held against float64 attention first: a bound below the true error ends the run without a report. Times are of one step of one
+layer, or of all eight sessions where batch is 8.
 
     python benchmarks/bench_attend_cuda.py
 """
@@ -223,6 +224,7 @@ def certified(layout: Layout, groups: list[list[Session]]) -> dict[str, tuple[Ti
         facts = {
             "error_over_bound": check(answer, *sessions[0]), "bound_over_vbar": float(np.median(fields["bound"] / fields["value_norm"])),
             "promoted": float(np.mean(fields["promoted_key_blocks"] + fields["promoted_value_blocks"])) / blocks,
+            "read": 0.0 if answer.marks is None else float(np.mean([answer.marks & 15 > 0, answer.marks & 240 > 0])),
             "exact": float(np.mean(answer.states != backend.CERTIFIED)), "rtol": calls[0].rtol, "quantised_bytes": quantised,
         }  # fmt: skip
         found[name] = graph.times(), facts

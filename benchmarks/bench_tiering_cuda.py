@@ -33,7 +33,7 @@ from tierd.warm import warm_policy
 FULL = Shape(layers=4, tokens=131072, q_heads=32, kv_heads=8, head_dim=128, steps=136)
 SMOKE = Shape(layers=2, tokens=2048, q_heads=4, kv_heads=2, head_dim=64, steps=40)
 HEADLINE_SHARE = 1 / 8
-RESIDENT = Setting("resident", "predictive", 1.0, replayed=True)
+RESIDENT = Setting("resident", "reactive", 1.0, replayed=True)  # which fetches all that was read, if nothing keeps it from it
 SETTINGS = (
     RESIDENT,
     Setting("predictive", "predictive", HEADLINE_SHARE),

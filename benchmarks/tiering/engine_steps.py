@@ -40,10 +40,10 @@ class Driven:
         s = self._shape = trace.shape
         self._trace = trace
         originals = s.originals_bytes
-        link_share = 1.0 if setting.replayed else EngineConfig.prefetch_link_share
+        unhindered: dict[str, Any] = {"prefetch_link_share": 1.0, "link_bytes_per_s": 1e12, "migrations_max": 1 << 16}
         self.engine = Engine(EngineConfig(
             backend=backend, hot_bytes=originals, originals_bytes=originals, scratch_bytes=round(originals * setting.share),
-            tiering_policy=setting.policy, prefetch_link_share=link_share,
+            tiering_policy=setting.policy, **(unhindered if setting.replayed else {}),
         ))  # fmt: skip
         self.engine.start()
         geometry = EngineGeometry(s.layers, s.q_heads, s.kv_heads, s.head_dim, "float16")

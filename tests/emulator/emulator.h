@@ -189,6 +189,7 @@ inline u32 __ballot_sync(u32, bool x) {
 }
 inline void __threadfence() {}
 inline u32 atomicOr(u32 *p, u32 x) { u32 old = *p; *p |= x; return old; }
+inline u32 atomicAdd(u32 *p, u32 x) { u32 old = *p; *p += x; return old; }
 inline int atomicAdd(int *p, int x) { int old = *p; *p += x; return old; }
 
 inline int min(int a, int b) { return a < b ? a : b; }

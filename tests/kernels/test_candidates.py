@@ -84,28 +84,17 @@ class Left:
         tiles = -(-self.rows // 4)
         self.statistics = self._read("statistics", (heads, tiles, self.full + 1, 44), np.float32)[:, :, : self.full].astype(np.float64)
         self.marks = self._read("marks", (heads, tiles, self.full), np.uint32)
-        self.facts = self._read("facts", (heads, self.rows, 6), np.float32).astype(np.float64)
-        self.picks = self._read("picks", (heads, tiles, 2, 16, 4, 32, 2), np.float32)
+        self.facts = self._read("facts", (heads, self.rows, 7), np.float32).astype(np.float64)
 
     def _read(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         size, at = int(np.prod(shape)) * np.dtype(dtype).itemsize, self.call[name] - int(self.memory.workspace.data.ptr)
         return np.asarray(self.memory.workspace[at : at + size].get()).view(dtype).reshape(shape)
 
-    def threshold(self, h: int, row: int, budget: float, fixed: float) -> float:
-        """Above which the row promoted: octaves from 2^10 down, then 32nds of one up (select/threshold.cuh)."""
-        best, sums = TARGET * budget * 2.0**10, self.picks[h, row // 4, :, :, row % 4].sum(axis=1)  # [2, 32, 2]
-        for k in range(2):
-            fits = (sums[k, :, 0] + fixed) * (1 + 3e-5) * (1 + 1 / 1024) <= TARGET * budget * (1 - sums[k, :, 1] * (1 + 1 / 16384))
-            if fits.any():
-                first = int(np.argmax(fits))
-                best *= 2.0**-first if k == 0 else 2.0 ** ((31 - first) / 32)
-        return best
-
     def shares(self, h: int, row: int) -> NDArray[np.float64]:
         """Of keys and of values, [2, full], relative to what selection aims at (bound/bound.cuh, `block_terms`)."""
         tile, own = row // 4, row % 4
         x = [self.statistics[h, tile, :, k * 4 + own] for k in range(STATISTICS)]
-        top, mass, norm, budget, fixed, _ = self.facts[h, row]
+        top, mass, norm, budget, _, _, limit = self.facts[h, row]
         mark = self.marks[h, tile]
         with np.errstate(all="ignore"):
             here = np.exp2(x[TOP] - top) / mass
@@ -118,7 +107,7 @@ class Left:
         out = np.where((x[SUM] <= 0) | (mark & 256 != 0), 0.0, np.stack([key, value])) / (TARGET * budget)
         out = np.nan_to_num(np.minimum(out, 3e38), nan=0.0)
         if not self.call["exact_only"] and (mark >> own & 17).any():
-            score = 1.0 if self.call["coverage"] else self.threshold(h, row, budget, fixed) / (TARGET * budget)
+            score = 1.0 if self.call["coverage"] else limit  # from which on the row promoted
             for kind in range(2):
                 out[kind] = np.where(mark >> own >> 4 * kind & 1, np.maximum(out[kind], score), out[kind])
         return np.asarray(out)

@@ -78,7 +78,8 @@ class BlockTable:
     def seal(self, ids: Ids) -> None:
         """Record checksums of full blocks' originals as they are now."""
         for kind in (KEY, VALUE):
-            self.checksum[kind, ids] = [[self._digest(o) for o in row] for row in self.record_offsets(kind, ids)]
+            starts = self.record_offsets(kind, ids)
+            self.checksum[kind, ids] = self._digests(starts.ravel().tolist()).reshape(starts.shape)
 
     def take_hot(self, block: int) -> None:
         """Make a full block a tail again: its hot slot is freed, its originals stay."""
@@ -109,14 +110,14 @@ class BlockTable:
         record = kind * self.layout.num_kv_heads + head
         return int(self.original_offset[block]) + record * self.layout.original_record_bytes
 
-    def is_sound(self, kind: int, block: int, head: int) -> bool:
-        """Whether a full block's original record still has the checksum that it had when it filled."""
-        return self._digest(self.record_offset(kind, block, head)) == int(self.checksum[kind, block, head])
-
     def corrupt_records(self, kind: int, ids: Ids, read: NDArray[np.bool_]) -> list[tuple[int, int]]:
         """(block id, head) of every record with `read` [m, Hkv] set that fails its checksum."""
-        pairs = np.argwhere(read).tolist()
-        return [(int(ids[i]), head) for i, head in pairs if not self.is_sound(kind, int(ids[i]), head)]
+        index, head = np.nonzero(read)
+        blocks = ids[index]
+        starts = self.original_offset[blocks] + (kind * self.layout.num_kv_heads + head) * self.layout.original_record_bytes
+        found = self._digests(starts.tolist())
+        bad = found != self.checksum[kind, blocks, head]
+        return list(zip(blocks[bad].tolist(), head[bad].tolist(), strict=True))
 
     def require_sound(self, block: int) -> None:
         """Raises CertificateUnavailable if any original of a full block is corrupt."""
@@ -127,9 +128,11 @@ class BlockTable:
                     f"the original {name} of block {block}, KV head {bad[0][1]}, fail their checksum"
                 )
 
-    def _digest(self, offset: int) -> int:
-        end = offset + self.layout.original_record_bytes
-        return int(xxhash.xxh3_64_intdigest(self.arenas.memory.originals[offset:end].data))
+    def _digests(self, starts: list[int]) -> NDArray[np.uint64]:
+        """Of the records that begin there, as they are now."""
+        raw, nbytes = self.arenas.memory.originals.data, self.layout.original_record_bytes
+        # Through a memoryview: slicing the array takes longer than to hash 4 KB, 1.5 us a record instead of 0.7.
+        return np.array([xxhash.xxh3_64_intdigest(raw[start : start + nbytes]) for start in starts], np.uint64)
 
     def record_offsets(self, kind: int, ids: Ids) -> NDArray[np.int64]:
         heads = np.arange(self.layout.num_kv_heads, dtype=np.int64) + kind * self.layout.num_kv_heads

@@ -61,12 +61,12 @@ struct Call {
   float *facts, *dots;                             // [Hkv * rows][ROW_FACTS]; o_G . O of each split, [Hkv * rows][splits + 1]
   int *state;                                      // [Hkv * rows]
   int *counts;                                     // [Hkv * rows][2]: promoted keys, values
-  float *picks;                                    // [tiles][2 rounds][PICK_PARTS][ROW_TILE][LANES][2]: see select/pick.cu
+  float *picks;                                    // [tiles][parts][2][ROW_TILE][BINS], at most PICK_PARTS parts: see select/pick.cu
   double *dense;                                   // [tiles][splits + 1][ROW_TILE][DENSE_FACTS + D]
   const int *canaries;                             // [num_canaries] full blocks
   unsigned char *failures;                         // [num_canaries][Hkv]
   float *shares;                                   // [Hkv][2][full]: see select/candidates.cu
-  int *tickets;                                    // [Hkv], zero between launches
+  int *tickets;                                    // [Hkv], then [tiles], zero between launches
   int *candidate_blocks;                           // [2][Hkv][candidates_max]
   float *candidate_scores;
   double rtol, atol, skip_share;                   // of the budget, for skipped blocks
@@ -80,8 +80,8 @@ enum { OPEN, CERTIFIED, DUE, EXACT };
 enum { BOUND, BUDGET, KEY_ERROR, VALUE_ERROR, SKIP_ERROR, ARITH_ERROR, VALUE_NORM, OUTPUT_NORM, SKIPPED, CANDIDATE, KEYS, VALUES, SCORE_TOP, RANKED,
        PAPER_KEY_BOUND, FIELDS };
 // What finish leaves for selection: largest score, mass, ||O||, the budget, and what promotion does not change of the numerator; in units. From
-// selection: whether the trailing block is one of those that cover the mass.
-enum { ROW_TOP, ROW_MASS, ROW_NORM, ROW_BUDGET, ROW_FIXED, ROW_TAIL, ROW_FACTS };
+// selection: whether the trailing block is one of those that cover the mass; the weight from which on its blocks are promoted, infinite where none is.
+enum { ROW_TOP, ROW_MASS, ROW_NORM, ROW_BUDGET, ROW_FIXED, ROW_TAIL, ROW_LIMIT, ROW_FACTS };
 // Of a split, exactly: largest score, sum of weights, of weights times norms, largest |score|, squares of the largest norms.
 enum { DENSE_TOP, DENSE_MASS, DENSE_NORM, DENSE_SCORE, DENSE_KEY, DENSE_VALUE, DENSE_FACTS };
 
@@ -151,9 +151,9 @@ __device__ __forceinline__ __half2 as_half2(u32 x) { return *(__half2 *)&x; }
 
 __device__ __forceinline__ float half_bits(u32 w, int upper) { return __half2float(__ushort_as_half((unsigned short)(upper ? w >> 16 : w))); }
 
-// Bit of `marks`: the value pass left the block out. Parts of a tile's blocks that selection looks at side by side.
+// Bit of `marks`: the value pass left the block out. Parts of a tile's blocks that selection looks at side by side, at most.
 constexpr u32 SKIPPED_BLOCK = 256;
-constexpr int PICK_PARTS = 16;
+constexpr int PICK_PARTS = 32;
 
 // Whether a row of the tile is in this state. For whole warps.
 __device__ __forceinline__ bool any_row(const Call &call, int h, int group, int tile, int state) {

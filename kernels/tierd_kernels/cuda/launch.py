@@ -144,8 +144,7 @@ class Kernels:
             self._over("canary", (grid.canaries, self.layout.num_kv_heads, grid.calls), WARPS * LANES, calls, grid, stream, first=True)
         if program.certifies:
             self.certify(calls, grid, program.ranks, stream)
-            for parts in (0, 1):  # octaves, then parts of one
-                self._over("pick", (grid.tiles, PICK_PARTS, grid.calls), PICK_THREADS, calls, grid, stream, parts)
+            self._over("pick", (grid.tiles, min(PICK_PARTS, grid.splits), grid.calls), PICK_THREADS, calls, grid, stream)
             if program.covers:
                 self._rows("cover", COVER_THREADS, calls, grid, stream)
             self._passes("promote", calls, grid, stream)

@@ -34,7 +34,7 @@ RESIDENT = 4  # thread blocks of a pass on one multiprocessor, of a head dimensi
 # not for a fifth (131,072 tokens: 142 us where it was 1 KB too small, 152 where some multiprocessors took five and others three, else 137).
 SCORE_SPARE = 2048
 STATISTIC_FLOATS, PARTIALS, SUMMED, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 44, 19, 17, 4, 2048, 2048
-ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS = 6, 6, 16, 512
+ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS, PICK_BINS = 7, 6, 32, 256, 64
 CANDIDATE_PARTS, CANDIDATE_THREADS = 16, 512
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
 
@@ -59,8 +59,9 @@ def shared_bytes(layout: Layout, kernel: str) -> int:
         return WARPS * staged + 4 * STATISTIC_FLOATS * SPLIT_TOKENS_MAX // layout.block_size
     if kernel == "finish":  # the row's partials and skips
         return 4 * SPLITS_MAX * (SUMMED + SKIPS)
-    if kernel == "promote":  # of a warp, a tile of original keys and its changes of the sums
-        return WARPS * (TILE * (layout.head_dim * layout.itemsize + 16) + 4 * ROW_TILE * layout.head_dim)
+    if kernel == "promote":  # of a warp, tiles of original keys, original and coded values, weights, norms; notes; its changes of the sums
+        staged = TILE * (2 * layout.head_dim * layout.itemsize + 16) + record.value_bytes + 4 * TILE_WEIGHT_FLOATS + 4 * TILE + 64
+        return WARPS * (staged + 4 * ROW_TILE * layout.head_dim)
     if kernel == "canary":  # a record of keys in FP32
         return 4 * rows
     if kernel == "dense":  # the scores of a split; a record in FP32

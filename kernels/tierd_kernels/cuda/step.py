@@ -22,8 +22,8 @@ from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, Region
 from tierd_kernels.cuda.record import TILE
 from tierd_kernels.cuda.sources import (
     DENSE_FACTS,
-    LANES,
     PARTIALS,
+    PICK_BINS,
     PICK_PARTS,
     ROW_FACTS,
     ROW_TILE,
@@ -99,13 +99,18 @@ def policy_numbers(call: Call) -> dict[str, float]:
     return {"skip_share": policy.skip_share if call.relative_to == "values" else 0.0, "require_rank": float(policy.require_rank)}
 
 
+def picks_bytes(splits: int) -> int:
+    """Of a tile: what selection adds up of its parts, which are no more than splits and a trailing block."""
+    return 4 * 2 * min(PICK_PARTS, splits + 1) * ROW_TILE * PICK_BINS
+
+
 def workspace_bytes(layout: Layout, group: int, part: Part, splits: int) -> int:
     """An upper bound on what `Step` takes of the workspace for a part."""
     rows = layout.num_kv_heads * group * part.n
     tiles = layout.num_kv_heads * -(-group * part.n // ROW_TILE)
     block = 4 * (layout.block_size // TILE * TILE_WEIGHT_FLOATS + STATISTIC_FLOATS + 1)
     split = 4 * ROW_TILE * (PARTIALS + SKIPS + layout.head_dim) + 8 * ROW_TILE * (DENSE_FACTS + layout.head_dim)
-    picks = 8 * 2 * PICK_PARTS * ROW_TILE * LANES
+    picks = picks_bytes(splits)
     head = 8 * layout.num_kv_heads * part.full(layout)
     return tiles * ((part.full(layout) + 1) * block + (splits + 1) * split + picks) + rows * 4 * (ROW_FACTS + splits + 3) + head + 16 * 256
 
@@ -143,7 +148,7 @@ class Step:
                 "skips": 4 * tiles[i] * (splits + 1) * SKIPS * ROW_TILE,
                 "dense": 8 * tiles[i] * (splits + 1) * ROW_TILE * (DENSE_FACTS + d), "facts": 4 * rows * ROW_FACTS,
                 "dots": 4 * rows * (splits + 1), "marks": 4 * tiles[i] * full, "counts": 8 * rows,
-                "picks": 8 * tiles[i] * 2 * PICK_PARTS * ROW_TILE * LANES, "shares": 8 * heads * full,
+                "picks": tiles[i] * picks_bytes(splits), "shares": 8 * heads * full,
             }  # fmt: skip
             numbers = dict.fromkeys(CALL.names or (), 0) | {
                 "n": part.n, "tokens": part.tokens, "full": full, "splits": splits, "per": per, "groups": len(call.group_value_norms),
@@ -172,7 +177,8 @@ class Step:
         canaries = canaries[canaries < full]
         arrays = {
             "q": q, "hot": call.hot_offsets[:full], "original": call.original_offsets[:blocks], "group_values": call.group_value_norms,
-            "group_errors": call.group_error_norms, "canaries": canaries.astype(np.int32), "tickets": np.zeros(heads, np.int32),
+            "group_errors": call.group_error_norms, "canaries": canaries.astype(np.int32),
+            "tickets": np.zeros(heads * (1 + -(-self.group * part.n // ROW_TILE)), np.int32),
         }  # fmt: skip
         if call.key_locations is not None and call.value_locations is not None:  # 1 MB at 131,072 tokens of 8 KV heads
             arrays |= {"key_at": call.key_locations[:full], "value_at": call.value_locations[:full]}

@@ -9,23 +9,20 @@
 // threshold is found by counting, a digit of the float's bits a pass: positive floats are ordered as integers. Of equal scores at the threshold
 // the first blocks are taken. Sums are of integers, and maxima depend on no order: the same bits each time, whoever is last.
 constexpr int CANDIDATE_PARTS = 16, CANDIDATE_WARPS = 16, THREADS = CANDIDATE_WARPS * LANES;
-constexpr int DIGITS = 4, DIGIT_BITS = 8, BINS = 1 << DIGIT_BITS;  // of 32 bits, the sign's zero
+constexpr int DIGITS = 4, DIGIT_BITS = 8, DIGIT_VALUES = 1 << DIGIT_BITS;  // of 32 bits, the sign's zero
 constexpr float SHARE_MAX = 3e38f;                                 // an infinite share is a large one
 
 struct Limits { float score[ROW_TILE][2]; };  // of promoted keys and values
 
 // What each row of a tile promoted scores. Warp `row` its own; for all threads.
-__device__ __forceinline__ void promoted_scores(const Call &call, int h, int rows, int tile, int base, Limits &to) {
+__device__ __forceinline__ void promoted_scores(const Call &call, int h, int rows, int tile, Limits &to) {
   const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, index = tile * ROW_TILE + row;
   __syncthreads();
   if (row < ROW_TILE) {
     float score = 0.f;
     // Without promotions there may be no threshold: the row was not open to selection.
     const bool promoted = index < rows && (call.counts[2 * (h * rows + index)] | call.counts[2 * (h * rows + index) + 1]);
-    if (promoted) {
-      const RowState own(call, h, rows, index);
-      score = call.coverage ? 1.f : fminf(threshold(call, base, row, own, 2, lane) / own.target, SHARE_MAX);
-    }
+    if (promoted) score = call.coverage ? 1.f : fminf(call.facts[(i64)(h * rows + index) * ROW_FACTS + ROW_LIMIT], SHARE_MAX);
     if (lane < 2) to.score[row][lane] = score;
   }
   __syncthreads();
@@ -37,7 +34,7 @@ __device__ __forceinline__ void reduce_rows(const Call &call, int h, int rows, i
   const int row = threadIdx.x % ROW_TILE;
   for (int tile = 0; tile < tiles; tile++) {
     const int base = h * tiles + tile, index = tile * ROW_TILE + row;
-    promoted_scores(call, h, rows, tile, base, limits);
+    promoted_scores(call, h, rows, tile, limits);
     const RowState own(call, h, rows, min(index, rows - 1));
     for (int start = first; start < last; start += THREADS / ROW_TILE) {
       const int b = start + threadIdx.x / ROW_TILE;
@@ -64,22 +61,22 @@ struct Cut { u32 bits; int ties; };  // taken: what lies above `bits`, and the f
 
 // Above which bits at most `most` shares lie. Shares are read past the first cache, where another multiprocessor's are not seen.
 __device__ __forceinline__ Cut cut_at(const volatile float *shares, int full, int most) {
-  __shared__ int counts[BINS], digit, above;
+  __shared__ int counts[DIGIT_VALUES], digit, above;
   const int lane = threadIdx.x % LANES;
   Cut cut = {0, most};
   for (int pass = DIGITS - 1; pass >= 0; pass--) {
     __syncthreads();
-    if (threadIdx.x < BINS) counts[threadIdx.x] = 0;
+    if (threadIdx.x < DIGIT_VALUES) counts[threadIdx.x] = 0;
     if (threadIdx.x == 0) digit = -1;
     __syncthreads();
     for (int b = threadIdx.x; b < full; b += THREADS) {
       const u32 bits = __float_as_uint(shares[b]);
-      if (bits && (u64)bits >> (pass + 1) * DIGIT_BITS == cut.bits) atomicAdd(&counts[bits >> pass * DIGIT_BITS & (BINS - 1)], 1);
+      if (bits && (u64)bits >> (pass + 1) * DIGIT_BITS == cut.bits) atomicAdd(&counts[bits >> pass * DIGIT_BITS & (DIGIT_VALUES - 1)], 1);
     }
     __syncthreads();
     if (threadIdx.x < LANES) {  // a lane has neighbouring bins, and looks for the one in which the count is reached from above
       int own = 0;
-      for (int i = 0; i < BINS / LANES; i++) own += counts[lane * (BINS / LANES) + i];
+      for (int i = 0; i < DIGIT_VALUES / LANES; i++) own += counts[lane * (DIGIT_VALUES / LANES) + i];
       int higher = own;
       for (int step = 1; step < LANES; step <<= 1) {
         const int next = __shfl_sync(~0u, higher, (lane + step) % LANES);
@@ -87,7 +84,7 @@ __device__ __forceinline__ Cut cut_at(const volatile float *shares, int full, in
       }
       higher -= own;
       if (higher < cut.ties && cut.ties <= higher + own) {
-        int bin = (lane + 1) * (BINS / LANES) - 1;
+        int bin = (lane + 1) * (DIGIT_VALUES / LANES) - 1;
         while (higher + counts[bin] < cut.ties) higher += counts[bin--];
         digit = bin, above = higher;
       }

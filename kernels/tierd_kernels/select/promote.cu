@@ -6,6 +6,9 @@
 // taken back has been rounded once already, which the split's ERROR remembers.
 constexpr int THREADS = WARPS * LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
 constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM + 16;  // of a staged key: rows begin four banks apart
+// What a warp stages of a block, of a tile of tokens each: original keys, original and coded values, weights as they were, norms; and the notes.
+constexpr int VALUES_STAGED_AT = TILE * ROW_BYTES, CODES_STAGED_AT = VALUES_STAGED_AT + TILE * D * ITEM, WEIGHTS_STAGED_AT = CODES_STAGED_AT + VALUE_BYTES;
+constexpr int NORMS_STAGED_AT = WEIGHTS_STAGED_AT + 4 * WEIGHT_FLOATS, NOTES_STAGED_AT = NORMS_STAGED_AT + 4 * TILE, STAGED_BYTES = NOTES_STAGED_AT + 64;
 constexpr int CHANNELS = 4 /* `Four` */, STEPS = (D + CHANNELS * LANES - 1) / (CHANNELS * LANES);  // of a value, a lane's neighbouring ones
 // Eight sums of HALF / 8 fused products each, and what joins them; q is scaled, its norm is at least 1/2.
 constexpr float KEY_ROUNDINGS = (HALF / 8 + 8) * U32F * (1.f + 1e-4f);
@@ -19,20 +22,29 @@ struct __align__(16) Scratch {
   int list[SPLIT_BLOCKS], found[ROUNDS][WARPS];
 };
 
-// q of the tile's rows, scaled by powers of two into [-1, 1], and the scales that undo it, in binary units and, as sizes, natural ones. A warp a row.
-__device__ __forceinline__ void scaled_queries(const Call &call, int h, int group, int tile, Scratch &to) {
-  const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
-  const Row query = query_row(call, h, group, tile * ROW_TILE + row);
-  float top = 0.f, norm = 0.f;
-  for (int i = lane; i < D; i += LANES) {
-    to.q[row][i] = query.real ? as_float(call.q, query.at + i) : 0.f;
-    top = fmaxf(top, fabsf(to.q[row][i]));
+constexpr int PER_LANE = (D + LANES - 1) / LANES;
+// A row's query: a warp's, a lane has every 32nd channel.
+__device__ __forceinline__ void read_query(const Call &call, int h, int group, int index, float (&q)[PER_LANE]) {
+  const Row query = query_row(call, h, group, index);
+#pragma unroll
+  for (int i = 0; i < PER_LANE; i++) {
+    const int channel = i * LANES + threadIdx.x % LANES;
+    q[i] = query.real && channel < D ? as_float(call.q, query.at + channel) : 0.f;
   }
+}
+// The same, scaled by a power of two into [-1, 1], and the scales that undo it, in binary units and, as sizes, natural ones. A warp a row.
+__device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[PER_LANE], Scratch &to) {
+  const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
+  float top = 0.f, norm = 0.f;
+#pragma unroll
+  for (int i = 0; i < PER_LANE; i++) top = fmaxf(top, fabsf(q[i]));
   top = warp_max(top);
   const int e = exponent_above(top);
-  for (int i = lane; i < D; i += LANES) {
-    to.q[row][i] = downscale(to.q[row][i], e);
-    norm = fmaf(to.q[row][i], to.q[row][i], norm);
+#pragma unroll
+  for (int i = 0; i < PER_LANE; i++) {
+    const float x = downscale(q[i], e);
+    if (i * LANES + lane < D) to.q[row][i * LANES + lane] = x;
+    norm = fmaf(x, x, norm);
   }
   norm = warp_sum(norm);
   if (lane) return;
@@ -53,9 +65,9 @@ __device__ __forceinline__ int decide(const Call &call, int h, int rows, int gro
   for (int i = 0; i < ROUNDS; i++) {
     const int b = (threadIdx.x + i * THREADS) / ROW_TILE;
     u32 mark = 0;
-    if (b < count && !call.coverage && limits[row] < INFINITY) {
+    if (b < count && limits[row] < INFINITY) {
       const Shares s = shares(call, base, first + b, row, own);
-      const bool key = !(s.key <= limits[row]), value = !(s.value <= limits[row]);
+      const bool key = weight(s.key, own.target) >= limits[row], value = weight(s.value, own.target) >= limits[row];
       keys += key, values += value, mark = (key ? 1u : 0u) << row | (value ? 16u : 0u) << row;
     }
 #pragma unroll
@@ -87,15 +99,29 @@ __device__ __forceinline__ int decide(const Call &call, int h, int rows, int gro
   return before;
 }
 
-// Scores, in binary units, of a tile of sixteen tokens of an original record for the four rows: a lane has token lane % 16.
-__device__ __forceinline__ void score_originals(const unsigned char *keys, unsigned char *stage, const Scratch &with, int lane, float (&s)[ROW_TILE]) {
-  __syncwarp();
-#pragma unroll
-  for (int i = 0; i < TILE * D * ITEM / 16 / LANES; i++) {
-    const int at = (i * LANES + lane) * 16;
-    *(uint4 *)(stage + at / (D * ITEM) * ROW_BYTES + at % (D * ITEM)) = *(const uint4 *)(keys + at);
-  }
-  __syncwarp();
+// Where the records of a block lie, and its weights.
+struct Place { const unsigned char *record, *keys, *values; const float *weights; };
+
+// Copies to a warp's stage; `copies_wait` waits.
+__device__ __forceinline__ void stage_bytes(u32 to, const void *from, int count, int lane, u64 policy) {
+#pragma unroll 1
+  for (int at = lane * 16; at < count; at += LANES * 16) copy16(to + at, (const unsigned char *)from + at, policy);
+}
+__device__ __forceinline__ void stage_keys(u32 stage, const Place &of, int t, int lane, u64 policy) {
+  const unsigned char *keys = of.keys + t * TILE * D * ITEM;
+#pragma unroll 4
+  for (int at = lane * 16; at < TILE * D * ITEM; at += LANES * 16) copy16(stage + at / (D * ITEM) * ROW_BYTES + at % (D * ITEM), keys + at, policy);
+}
+// All else of a tile; original values where some row needs them.
+__device__ __forceinline__ void stage_values(u32 stage, const Place &of, int t, bool originals, int lane, u64 policy) {
+  if (originals) stage_bytes(stage + VALUES_STAGED_AT, of.values + t * TILE * D * ITEM, TILE * D * ITEM, lane, policy);
+  stage_bytes(stage + CODES_STAGED_AT, of.record + SCORE_BYTES + t * VALUE_BYTES, VALUE_BYTES, lane, policy);
+  stage_bytes(stage + WEIGHTS_STAGED_AT, of.weights + t * WEIGHT_FLOATS, 4 * WEIGHT_FLOATS, lane, policy);
+  stage_bytes(stage + NORMS_STAGED_AT, of.record + NORMS_AT + 4 * t * TILE, 4 * TILE, lane, policy);
+}
+
+// Scores, in binary units, of the staged tile of sixteen tokens of an original record for the four rows: a lane has token lane % 16.
+__device__ __forceinline__ void score_originals(const unsigned char *stage, const Scratch &with, int lane, float (&s)[ROW_TILE]) {
   const unsigned char *own = stage + lane % TILE * ROW_BYTES + lane / TILE * HALF * ITEM;
   const int begin = lane / TILE * HALF;
   float sums[ROW_TILE][8];
@@ -123,16 +149,18 @@ __device__ __forceinline__ void score_originals(const unsigned char *keys, unsig
   }
 }
 
-// One block: its statistics anew, and by how much the split's sums change, which is added to `change` [ROW_TILE][D]. A warp's.
-__device__ __forceinline__ void promote_block(const Call &call, int heads, int h, int group, int tile, int base, int block, u32 mark, const float (&tops)[ROW_TILE],
-                                              unsigned char *stage, Scratch &room, float *change) {
+// One block: its statistics anew, and by how much the split's sums change, which is added to `change` [ROW_TILE][D]. A warp's. All that it reads
+// is under way together: one part after the other waited four times for memory.
+__device__ __forceinline__ void promote_block(const Call &call, int h, int group, int tile, int block, u32 mark, const Place &at, float *statistics,
+                                              const float (&tops)[ROW_TILE], unsigned char *stage, Scratch &room, float *change) {
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, token = lane % TILE, pair = lane / TILE * 2;
-  const i64 place = (i64)base * (call.full + 1) + block;
-  const float *weights = call.weights + place * TILES * WEIGHT_FLOATS, unit = unit_factor(call.unit);
-  float *statistics = call.statistics + place * STATISTIC_FLOATS;
-  const unsigned char *record = call.pool + call.hot[block] + (i64)h * RECORD_BYTES;
-  const float *notes = (const float *)(record + NOTES_AT);
-  const unsigned char *keys = located(call, 0, heads, h, block);
+  const float unit = unit_factor(call.unit), *weights = (const float *)(stage + WEIGHTS_STAGED_AT), *notes = (const float *)(stage + NOTES_STAGED_AT);
+  const u64 policy = stream_policy();
+  __syncwarp();  // the block before is done with the stage
+  if (mark & 15) stage_keys(shared_at(stage), at, 0, lane, policy);
+  stage_values(shared_at(stage), at, 0, mark & 240, lane, policy);
+  stage_bytes(shared_at(stage) + NOTES_STAGED_AT, at.record + NOTES_AT, 64, lane, policy);
+  copies_wait();
 
   float s[TILES][ROW_TILE], largest[ROW_TILE], magnitude[ROW_TILE];
   bool wrong = false;
@@ -141,7 +169,12 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
   if (mark & 15) {
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
-      score_originals(keys + t * TILE * D * ITEM, stage, room, lane, s[t]);
+      if (t) {
+        __syncwarp();
+        stage_keys(shared_at(stage), at, t, lane, policy);
+        copies_wait();
+      }
+      score_originals(stage, room, lane, s[t]);
 #pragma unroll
       for (int row = 0; row < ROW_TILE; row++) {
         const bool seen = block * BLOCK + t * TILE + token < query_row(call, h, group, tile * ROW_TILE + row).seen;
@@ -153,7 +186,6 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
     }
   }
   wrong = __ballot_sync(~0u, wrong) != 0;
-  const unsigned char *values = located(call, 1, heads, h, block);
   RowSums sums[2];  // of this half's pair of rows
   float extra[2] = {0.f, 0.f}, of_block[STEPS][ROW_TILE][CHANNELS];
 #pragma unroll
@@ -178,14 +210,19 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
   }
 #pragma unroll 1
   for (int t = 0; t < TILES; t++) {
-    const u32 both = ((const u32 *)(record + NORMS_AT))[t * TILE + token];
-    const float nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR), stored = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
+    if (t) {
+      __syncwarp();
+      stage_values(shared_at(stage), at, t, mark & 240, lane, policy);
+      copies_wait();
+    }
+    const u32 both = ((const u32 *)(stage + NORMS_STAGED_AT))[token];
     const bool raw = ((const u32 *)notes)[VALUES_RAW];
+    const float nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR), stored = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
     __syncwarp();
 #pragma unroll
     for (int k = 0; k < 2; k++) {
       const bool key = mark >> (pair + k) & 1, value = mark >> (pair + k) & 16;
-      const float was = weights[t * WEIGHT_FLOATS + (pair + k) * TILE + token];
+      const float was = weights[(pair + k) * TILE + token];
       float own = score[0][k];
 #pragma unroll
       for (int i = 1; i < TILES; i++) own = t == i ? score[i][k] : own;
@@ -200,21 +237,13 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
       room.weight[warp][token][ROW_TILE + pair + k] = touched ? was * factor_was[k] : 0.f;
     }
     __syncwarp();
-    const unsigned char *part = record + SCORE_BYTES + t * VALUE_BYTES;
+    const unsigned char *part = stage + CODES_STAGED_AT, *values = stage + VALUES_STAGED_AT;
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
       const int channel = (step * LANES + lane) * CHANNELS;
       if (channel >= D) continue;
-#pragma unroll 2
+#pragma unroll 1
       for (int c = 0; c < 4; c++) {
-        Four originals[4];
-        if (mark & 240) {
-#pragma unroll
-          for (int j = 0; j < 4; j++) {
-            const i64 at = (i64)(t * TILE + 2 * c + j % 2 + j / 2 * 8) * D + channel;
-            originals[j] = four_of(values, at);
-          }
-        }
         const uint4 scales = *(const uint4 *)(part + VALUE_SCALES_AT + (channel / GROUP * 4 + c) * 16);
         const __half *pairs = (const __half *)&scales;
         u32 words[CHANNELS];
@@ -223,6 +252,8 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
 #pragma unroll
         for (int j = 0; j < 4; j++) {
           const int i = 2 * c + j % 2 + j / 2 * 8;
+          Four original = {};
+          if (mark & 240) original = four_of(values, i * D + channel);
           const float4 is = *(const float4 *)room.weight[warp][i], was = *(const float4 *)(room.weight[warp][i] + ROW_TILE);
           const float news[ROW_TILE] = {is.x, is.y, is.z, is.w}, olds[ROW_TILE] = {was.x, was.y, was.z, was.w};
 #pragma unroll
@@ -231,7 +262,7 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
             const float stored = __half2float(__hfma(__uint2half_rn(code), pairs[j], pairs[4 + j]));
 #pragma unroll
             for (int row = 0; row < ROW_TILE; row++) {
-              const float used = mark >> (4 + row) & 1 ? as_float(&originals[j], k) : stored;
+              const float used = mark >> (4 + row) & 1 ? as_float(&original, k) : stored;
               of_block[step][row][k] = fmaf(news[row], used, fmaf(-olds[row], stored, of_block[step][row][k]));
             }
           }
@@ -272,8 +303,8 @@ __device__ __forceinline__ void promote_block(const Call &call, int heads, int h
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) promote(const Call *calls, int heads, int group) {
-  extern __shared__ __align__(128) unsigned char shared[];  // of each warp, a staged tile of keys; then the changes of the sums
+extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && 128 % D == 0 ? 4 : 1) promote(const Call *calls, int heads, int group) {
+  extern __shared__ __align__(128) unsigned char shared[];  // of each warp, what it stages of a block; then the changes of the sums
   __shared__ Scratch room;
   __shared__ float limits[ROW_TILE], tops[ROW_TILE], after[ROW_TILE];
   let_next_begin();
@@ -284,26 +315,36 @@ extern "C" __global__ void __launch_bounds__(THREADS) promote(const Call *calls,
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x;
   if (!any_row(call, h, group, tile, OPEN)) return;
   const int first = split * call.per, count = min(call.per, call.full - first);
-  float limit = INFINITY;  // a warp a row
-  if (open_row(call, h, group, tile, warp) && !call.coverage) {
-    const RowState own(call, h, rows, tile * ROW_TILE + warp);
-    limit = threshold(call, base, warp, own, 2, lane);
+  if (threadIdx.x < ROW_TILE) {
+    const int index = tile * ROW_TILE + threadIdx.x;
+    const float *facts = call.facts + (i64)(h * rows + min(index, rows - 1)) * ROW_FACTS;
+    // Of a row that is not open nothing has chosen this.
+    const bool open = index < rows && !call.coverage && call.state[h * rows + index] == OPEN;
+    limits[threadIdx.x] = open ? facts[ROW_LIMIT] : INFINITY, tops[threadIdx.x] = index < rows ? facts[ROW_TOP] : 0.f;
   }
-  if (lane == 0) {
-    const int index = tile * ROW_TILE + warp;
-    limits[warp] = limit, tops[warp] = index < rows ? call.facts[(i64)(h * rows + index) * ROW_FACTS + ROW_TOP] : 0.f;
-  }
+  float q[PER_LANE];
+  read_query(call, h, group, tile * ROW_TILE + warp, q);
   if (threadIdx.x < WARPS * ROW_TILE) room.extra[threadIdx.x / ROW_TILE][threadIdx.x % ROW_TILE] = 0.f;
   __syncthreads();
   const int number = decide(call, h, rows, group, tile, base, first, count, limits, room);
   if (!number) return;
-  scaled_queries(call, h, group, tile, room);
-  float *changes = (float *)(shared + WARPS * TILE * ROW_BYTES);
+  const int own = warp + lane * WARPS;  // in the list, of this warp's lane-th block
+  const i64 before = (i64)base * (call.full + 1) + first;
+  const unsigned char *record = nullptr, *keys = nullptr, *values = nullptr;
+  if (own < number) {
+    const int block = first + room.list[own];
+    record = call.pool + call.hot[block] + (i64)h * RECORD_BYTES, keys = located(call, 0, heads, h, block), values = located(call, 1, heads, h, block);
+  }
+  scaled_query(call, q, room);
+  float *changes = (float *)(shared + WARPS * STAGED_BYTES);
   for (int i = threadIdx.x; i < WARPS * ROW_TILE * D; i += THREADS) changes[i] = 0.f;
   __syncthreads();
-  for (int i = warp; i < number; i += WARPS) {
-    const int b = room.list[i];
-    promote_block(call, heads, h, group, tile, base, first + b, room.marks[b], tops, shared + warp * TILE * ROW_BYTES, room, changes + warp * ROW_TILE * D);
+  for (int i = 0; warp + i * WARPS < number; i++) {
+    const int b = room.list[warp + i * WARPS];
+    auto of_lane = [&](const unsigned char *x) { return (const unsigned char *)__shfl_sync(~0u, (u64)x, i); };
+    const Place at = {of_lane(record), of_lane(keys), of_lane(values), call.weights + (before + b) * TILES * WEIGHT_FLOATS};
+    float *statistics = call.statistics + (before + b) * STATISTIC_FLOATS;
+    promote_block(call, h, group, tile, first + b, room.marks[b], at, statistics, tops, shared + warp * STAGED_BYTES, room, changes + warp * ROW_TILE * D);
   }
   __syncthreads();
   float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
@@ -313,7 +354,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) promote(const Call *calls,
     for (int w = 0; w < WARPS; w++) x += changes[w * ROW_TILE * D + i];
     sums[i] += x;
   }
-  const float *of_split = call.statistics + ((i64)base * (call.full + 1) + first) * STATISTIC_FLOATS;
+  const float *of_split = call.statistics + before * STATISTIC_FLOATS;
   float largest = -INFINITY;
   for (int b = lane; b < count; b += LANES) largest = fmaxf(largest, of_split[b * STATISTIC_FLOATS + TOP * ROW_TILE + warp]);
   largest = warp_max(largest);

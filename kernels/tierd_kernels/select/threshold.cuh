@@ -1,20 +1,20 @@
-// What selection knows of a row and of a block's shares of its bound, and the threshold that its launches have found so far.
-constexpr float TARGET = 0.85f;    // of the budget
-constexpr int OCTAVES_ABOVE = 10;  // of the largest threshold, over the target: a share of T1 may be far above what T2 or T3 make of it
+// What selection knows of a row and of a block's shares of its bound, and the scale of its thresholds.
+constexpr float TARGET = 0.85f;  // of the budget
+// Thresholds, in targets: upper edges of bins that are a quarter of an octave wide, and from FINE on two octaves. Blocks of less than the lowest
+// have, all together, at most a thirty-second of the target.
+constexpr int BINS = 64, FINE = 56, FINE_SHIFT = 21, COARSE_SHIFT = FINE_SHIFT + 3, ROOM_BELOW = 6;
 
 struct RowState {
   float top, mass, output, target, fixed;
+  bool joins;  // open, and there is something that promotion could do
   __device__ __forceinline__ RowState(const Call &call, int h, int rows, int index) {
-    const float *facts = call.facts + (i64)(h * rows + index) * ROW_FACTS;
+    const int at = h * rows + min(index, rows - 1);
+    const float *facts = call.facts + (i64)at * ROW_FACTS;
     top = facts[ROW_TOP], mass = facts[ROW_MASS], output = facts[ROW_NORM], target = TARGET * facts[ROW_BUDGET], fixed = facts[ROW_FIXED];
+    joins = index < rows && call.state[at] == OPEN && target > 0.f && fixed * ((1.f + THETA) * SAFETY) <= target;
   }
 };
 struct Shares { float key, value; Terms terms; };
-
-__device__ __forceinline__ bool open_row(const Call &call, int h, int group, int tile, int row) {
-  const int rows = group * call.n, index = tile * ROW_TILE + row;
-  return index < rows && call.state[h * rows + index] == OPEN;
-}
 
 // Of full block b; what was skipped can have no share less.
 __device__ __forceinline__ Shares shares(const Call &call, int base, int b, int row, const RowState &own) {
@@ -30,29 +30,25 @@ __device__ __forceinline__ Shares shares(const Call &call, int base, int b, int 
   return s;
 }
 
-__device__ __forceinline__ float *picks(const Call &call, int base, int round, int part) {
-  return call.picks + (((i64)base * 2 + round) * PICK_PARTS + part) * ROW_TILE * LANES * 2;
+// A share of the row's target: what thresholds are held against.
+__device__ __forceinline__ float weight(float share, float target) {
+  const float x = share / target;
+  return x < INFINITY ? x : INFINITY;  // a NaN too
 }
 
-// The threshold that this lane tries in a round, 0 or 1; of round 2, what was found. Infinite where no promotion would do. For a whole warp.
-__device__ __forceinline__ float threshold(const Call &call, int base, int row, const RowState &own, int round, int lane) {
-  if (!(own.target > 0.f)) return INFINITY;
-  float best = own.target * exp2f(OCTAVES_ABOVE);
-  for (int r = 0; r < round; r++) {
-    float terms = 0.f, low = 0.f;
-    for (int part = 0; part < PICK_PARTS; part++) {
-      const float *p = picks(call, base, r, part) + (row * LANES + lane) * 2;
-      terms += p[0], low += p[1];
-    }
-    const float denominator = 1.f - low * LOW_ROUNDING;
-    const bool fits = denominator > 1e-4f && (terms + own.fixed) * ((1.f + THETA) * SAFETY) / denominator <= own.target;
-    const u32 fitting = __ballot_sync(~0u, fits);
-    if (r == 0) {
-      if (!fitting) return INFINITY;
-      best *= exp2f(-(float)(__ffs(fitting) - 1));
-    } else if (fitting) {
-      best *= exp2f((31 - (__ffs(fitting) - 1)) / 32.f);
-    }
+// By a float's bits: its exponent, and two bits more.
+struct Bins {
+  u32 lowest;
+  __device__ __forceinline__ explicit Bins(int blocks) : lowest((127 - ((exponent_above((float)blocks) + ROOM_BELOW) | 1)) << (23 - FINE_SHIFT)) {}
+  // The first bin whose edge is above x; BINS where none is.
+  __device__ __forceinline__ int of(float x) const {
+    const u32 bits = __float_as_uint(x);
+    if (bits >> FINE_SHIFT < lowest) return 0;
+    const u32 fine = (bits >> FINE_SHIFT) - lowest, coarse = FINE + (bits >> COARSE_SHIFT) - ((lowest + FINE) >> (COARSE_SHIFT - FINE_SHIFT));
+    return fine < FINE ? fine : min(coarse, (u32)BINS);
   }
-  return round == 0 ? best * exp2f(-(float)lane) : round == 1 ? best * exp2f((31 - lane) / 32.f) : best;
-}
+  __device__ __forceinline__ float edge(int bin) const {
+    if (bin < FINE) return __uint_as_float((lowest + bin + 1) << FINE_SHIFT);
+    return __uint_as_float((((lowest + FINE) >> (COARSE_SHIFT - FINE_SHIFT)) + bin - FINE + 1) << COARSE_SHIFT);
+  }
+};
