@@ -9,7 +9,6 @@ from engine_calls import CONFIG, EXACT, RECORD_BYTES, Bench
 
 from tierd.commands import CloseSession, Fork
 from tierd.engine import EngineConfig
-from tierd.engine.caching import GIVE_WAY
 from tierd.migrator import CopyDone, Migrator
 from tierd.residency import CopyState
 
@@ -148,25 +147,6 @@ def test_copies_wait_for_their_share_of_the_link() -> None:
     bench.clock.advance(0.1)
     bench.run(bench.attend(name))
     assert 3 < bench.engine.counters.prefetched <= 9
-
-
-def test_beginning_copies_gives_way_to_a_call_that_comes_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench()
-    name = bench.opened(tokens=64)
-    begin, answers = bench.engine.residency.begin_copy, list[Any]()
-
-    def comes(*arguments: Any) -> Any:
-        if not answers:
-            answers.append(bench.engine.submit(bench.attend(name)))
-        return begin(*arguments)
-
-    monkeypatch.setattr(bench.engine.residency, "begin_copy", comes)
-    bench.run(bench.attend(name))
-    counters = bench.engine.counters
-    assert (counters.prefetched, counters.misses) == (GIVE_WAY, RECORDS) and not answers[0].done()
-    bench.run()
-    assert answers[0].done() and (counters.hits, counters.misses) == (GIVE_WAY, 2 * RECORDS - GIVE_WAY)
-    assert counters.prefetched == RECORDS, "with nobody waiting the rest has begun"
 
 
 def test_a_copy_that_was_read_is_not_wasted_when_its_session_ends() -> None:

@@ -1,8 +1,7 @@
 """Carries out the scratch cache's policy after a batch: counts hits, starts copies, evicts, and takes in finished copies."""
 
 import logging
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,6 @@ from tierd.residency import KEY, VALUE, BlockTable, CopyState, Residency, Scratc
 from tierd.session import Session
 
 log = logging.getLogger(__name__)
-GIVE_WAY = 8  # after so many copies begun, 20 to 30 us each, it is looked whether a call waits
 ACTIVE_STEPS = 16.0  # who has not called for so long has no fair share: eight half-lives of the predictive policy's worths
 
 
@@ -34,14 +32,14 @@ class _Asked:
 
 
 class ScratchCache:
-    """Owned by the engine's thread. `sessions`: those that are open. `waiting`: whether a command waits for that thread."""
+    """Owned by the engine's thread. `sessions`: those that are open."""
 
     def __init__(
         self, config: EngineConfig, residency: Residency, migrator: Migrator, counters: Counters, sessions: Mapping[str, Session],
-        clock: Clock, waiting: Callable[[], bool],
+        clock: Clock,
     ) -> None:  # fmt: skip
         self._config, self._residency, self._migrator, self._counters = config, residency, migrator, counters
-        self._sessions, self._clock, self._waiting = sessions, clock, waiting
+        self._sessions, self._clock = sessions, clock
         self._policy = named(config.tiering_policy)
         self._link = LinkBudget(config.link_bytes_per_s, config.prefetch_link_share)
         self._turns = Turns(config.migrations_max)
@@ -168,16 +166,13 @@ class ScratchCache:
         )  # fmt: skip
 
     def _start(self, choices: list[tuple[Work, Choice]]) -> list[CopyOrder]:
-        """Begins copies, the best of each row in turn, until room, link or scratch is used up, or a call waits: what is left is chosen
-        again if it is still worth it, and no call is later for a copy that it does not need."""
+        """Begins copies, the best of each row in turn, until room, link or scratch is used up."""
         orders: list[CopyOrder] = []
         full: set[tuple[str, int]] = set()  # sessions and kinds for which no room can be made: what follows is worth less
         waiting = [(work, iter(zip(choice.records.tolist(), choice.worths.tolist(), strict=True))) for work, choice in choices]
         while waiting:
             going = []
             for work, wanted in waiting:
-                if orders and len(orders) % GIVE_WAY == 0 and self._must_give_way():
-                    return orders
                 record = next(wanted, None)
                 if record is None or not self._may_start(work, orders):
                     continue
@@ -193,10 +188,6 @@ class ScratchCache:
                     orders.append(CopyOrder(copy.copy_id, copy.source, copy.target, copy.nbytes))
             waiting = going
         return orders
-
-    def _must_give_way(self) -> bool:
-        time.sleep(0)  # or whoever has an answer now, or brings a call, would wait for the interpreter's lock
-        return self._waiting()
 
     def _may_start(self, work: Work, orders: list[CopyOrder]) -> bool:
         name = work.session.session_id

@@ -75,9 +75,7 @@ class Engine:
         self._leases = Leases(self._clock, config.lease_s or None)
         self.sessions = Sessions(config, self.residency, device, self._leases)
         self._migrator = Migrator(partial(device.copy_to_scratch, memory), max(1, config.migrations_max))
-        self._cache = ScratchCache(
-            config, self.residency, self._migrator, self.counters, self.sessions.by_id, self._clock, lambda: bool(self._queue)
-        )
+        self._cache = ScratchCache(config, self.residency, self._migrator, self.counters, self.sessions.by_id, self._clock)
         self._batch = Batch(
             self.residency, device, self.sessions.by_id, self.counters, config.canary_share, self._cache.candidates_max, seed
         )
