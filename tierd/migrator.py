@@ -4,7 +4,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -15,8 +15,7 @@ log = logging.getLogger(__name__)
 Copier = Callable[[NDArray[np.int64], NDArray[np.int64], int], NDArray[np.uint8]]
 
 
-@dataclass(frozen=True)
-class CopyOrder:
+class CopyOrder(NamedTuple):
     """Copy `nbytes` from `source` in the originals to `target` in scratch (byte offsets)."""
 
     copy_id: int
@@ -25,8 +24,7 @@ class CopyOrder:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class CopyDone:
+class CopyDone(NamedTuple):
     """The bytes that arrived hash (xxh3, 64 bit) to `digest`; None: the copy failed."""
 
     copy_id: int

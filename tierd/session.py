@@ -37,7 +37,7 @@ class Quantiser(Protocol):
 @dataclass
 class LayerState:
     """`ids`: the blocks in order, a tail last if `length` is not a multiple of B. Group arrays are [G, Hkv]. `calls`: attends
-    answered."""
+    answered. `offsets`: see `Session.offsets`; None until asked for again after `ids` or what is full has changed."""
 
     group_value_norms: NDArray[np.float32]
     group_error_norms: NDArray[np.float32]
@@ -45,6 +45,7 @@ class LayerState:
     ids: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     places: Places = field(default_factory=Places)
     calls: int = 0
+    offsets: tuple[Ids, Ids] | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,14 @@ class Session:
         state = self.layers[layer]
         return state.ids[: state.length // self.layout.block_size]
 
+    def offsets(self, layer: int) -> tuple[Ids, Ids]:
+        """Byte offsets of the layer's full blocks in hot, and of all its blocks in the originals; the same arrays from call to call, for
+        they change with every sixteenth token only. Not to be written."""
+        state = self.layers[layer]
+        if state.offsets is None:
+            state.offsets = self.table.hot_offset[self.full_ids(layer)], self.table.original_offset[state.ids]
+        return state.offsets
+
     def append(self, layer: int, k: Raw, v: Raw) -> Savepoint:
         """Store `k`, `v` [Hkv, n, d] behind what the layer has; full blocks are quantised.
 
@@ -98,10 +107,12 @@ class Session:
         saved = Savepoint(layer, state.length)
         end = state.length + k.shape[1]
         fresh = self.table.add_tails(-(-end // block_size) - len(state.ids))
-        state.ids = np.concatenate([state.ids, fresh])
+        if end // block_size != state.length // block_size or len(fresh):  # twice in a block's tokens
+            state.ids, state.offsets = np.concatenate([state.ids, fresh]), None
         try:
             filling = state.ids[state.length // block_size : end // block_size]
-            self.table.give_hot(filling)
+            if len(filling):
+                self.table.give_hot(filling)
             self._write(state, k, v)
             state.length = end
             if len(filling):
@@ -225,7 +236,7 @@ class Session:
     def _cut(self, state: LayerState, length: int) -> None:
         """Forget blocks and groups beyond `length`; the block that `length` falls into must already be a tail."""
         num_blocks = -(-length // self.layout.block_size)
-        gone, state.ids = state.ids[num_blocks:], state.ids[:num_blocks].copy()
+        gone, state.ids, state.offsets = state.ids[num_blocks:], state.ids[:num_blocks].copy(), None
         state.length = length
         groups = length // GROUP_TOKENS
         state.group_value_norms, state.group_error_norms = (

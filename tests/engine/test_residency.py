@@ -267,6 +267,7 @@ def test_a_corrupt_record_is_named() -> None:
     residency.arenas.memory.originals[table.record_offset(1, block, 1) + 5] ^= 0x20
     with pytest.raises(CertificateUnavailable, match=f"values of block {block}, KV head 1"):
         table.require_sound(block)
-    assert table.corrupt_records(1, ids(block), np.array([[True, True]])) == [(block, 1)]
-    assert table.corrupt_records(1, ids(block), np.array([[True, False]])) == []
-    assert table.corrupt_records(0, ids(block), np.array([[True, True]])) == []
+    both, heads = np.array([block, block]), np.array([0, 1])
+    assert table.corrupt_records(np.array([1, 1]), both, heads) == [(1, block, 1)]
+    assert table.corrupt_records(np.array([1]), ids(block), heads[:1]) == []
+    assert table.corrupt_records(np.array([0, 0]), both, heads) == []

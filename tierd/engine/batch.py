@@ -15,9 +15,10 @@ from tierd_kernels.layout import Layout, Memory
 
 from tierd.commands import EXACT, Attend, Row, RowResult, Tolerance
 from tierd.engine.counters import Counters
+from tierd.engine.reads import Reads
 from tierd.engine.validate import check_row, is_finite
 from tierd.errors import CertificateUnavailable, InvalidArgument, TierdError
-from tierd.residency import KEY, VALUE, Ids, Residency
+from tierd.residency import NAMES, Ids, Residency
 from tierd.session import Quantiser, Savepoint, Session
 
 log = logging.getLogger(__name__)
@@ -60,13 +61,14 @@ class Kernels(Quantiser, Protocol):
 @dataclass(eq=False)
 class Work:
     """One row under way. `ids`: its full blocks; `locations` [2, m, Hkv]: where its kernels were told to read, None: nothing in scratch.
-    `result` is set once, before anything that follows from it is asked for."""
+    `held`: its blocks (ids) with a record in scratch. `result` is set once, before anything that follows from it is asked for."""
 
     session: Session
     row: Row
     call: Call
     ids: Ids
     locations: NDArray[np.int64] | None
+    held: Ids
     result: Result | None = None
     late_records: int = 0
 
@@ -78,27 +80,22 @@ class Work:
         return np.asarray(exact.reshape(self.session.layout.num_kv_heads, -1).any(axis=1))
 
     @cached_property
-    def read_originals(self) -> bool:
-        """Whether any original was read. Mostly none was, and what is done with `reads` takes 1.5 ms at 131,072 tokens of 8 KV heads."""
+    def reads(self) -> Reads:
+        """Original records that were read; mostly none."""
         assert self.result is not None
-        return bool(self.result.key_reads.any() or self.result.value_reads.any())
+        return Reads.of(self.result.key_reads, self.result.value_reads)
 
     @cached_property
-    def reads(self) -> NDArray[np.bool_]:
-        """Original records that were read, [2, m, Hkv]."""
-        assert self.result is not None
-        return np.stack([self.result.key_reads, self.result.value_reads])
-
-    @cached_property
-    def host_reads(self) -> NDArray[np.bool_]:
-        """Those that were read from the host: without a copy, or of an exact head, which never looks at scratch."""
-        return self.reads if self.locations is None else self.reads & ((self.locations < 0) | self.exact_heads)
+    def from_host(self) -> NDArray[np.bool_]:
+        """Which of `reads` were read from the host, [n]."""
+        return self.reads.from_host(self.locations, self.exact_heads)
 
     @property
-    def late(self) -> NDArray[np.bool_]:
-        """Those that were read from the host although a copy was on its way when the kernels started."""
+    def num_late(self) -> int:
+        """How many were read from the host although a copy was on its way when the kernels started."""
         # While a batch runs no copy begins or ends: the table says what was under way.
-        return self.host_reads & (self.session.table.copy_id[:, self.ids] >= 0) & ~self.exact_heads
+        kind, index, head = self.reads.where(self.from_host & ~self.exact_heads[self.reads.head])
+        return int(np.count_nonzero(self.session.table.copy_id[kind, self.ids[index], head] >= 0))
 
 
 @dataclass(eq=False)
@@ -175,12 +172,13 @@ class Batch:
         state, table, ids = session.layers[row.layer], session.table, session.full_ids(row.layer)
         locations = state.places.of(table, ids)
         keys, values = (None, None) if locations is None else locations
+        hot_offsets, original_offsets = session.offsets(row.layer)
         call = Call(
             q=row.q,
             num_tokens=state.length,
             softmax_scale=session.geometry.scale,
-            hot_offsets=table.hot_offset[ids],
-            original_offsets=table.original_offset[state.ids],
+            hot_offsets=hot_offsets,
+            original_offsets=original_offsets,
             key_locations=keys,
             value_locations=values,
             group_value_norms=state.group_value_norms,
@@ -192,15 +190,16 @@ class Batch:
             canary_blocks=self._draw_canaries(len(ids)) if canaries else NO_BLOCKS,
             candidates_max=self._candidates_max,
         )
-        return Work(session, row, call, ids, locations)
+        return Work(session, row, call, ids, locations, state.places.held)
 
     def _draw_canaries(self, num_blocks: int) -> NDArray[np.int64]:
         """Each full block with the configured probability."""
         if self._canary_share == 0.0 or num_blocks == 0:
             return NO_BLOCKS
-        drawn = np.flatnonzero(self._random.random(num_blocks) < self._canary_share).astype(np.int64)
-        self._counters.canaries += len(drawn)
-        return drawn
+        # How many, then which: a draw for each of 8192 blocks took 40 us.
+        count = int(self._random.binomial(num_blocks, self._canary_share))
+        self._counters.canaries += count
+        return np.sort(self._random.choice(num_blocks, count, replace=False, shuffle=False)) if count else NO_BLOCKS
 
     def _launch(self, rows: Iterable[tuple[Job, Work]]) -> None:
         """One kernel call per geometry; a job fails with its first row that has no answer."""
@@ -210,7 +209,7 @@ class Batch:
         for (layout, num_q_heads), members in groups.items():
             table = self._residency.table(layout)
             for _, work in members:
-                self._residency.pin(table, work.ids)
+                self._residency.pin(table, work.held)
             try:
                 calls = [work.call for _, work in members]
                 answers = self._kernels.attend(layout, self._residency.arenas.memory, calls, num_q_heads)
@@ -220,7 +219,7 @@ class Batch:
                 answers = [error] * len(members)
             finally:
                 for _, work in members:
-                    self._residency.unpin(table, work.ids)
+                    self._residency.unpin(table, work.held)
             self._counters.launches += 1
             for (job, work), answer in zip(members, answers, strict=True):
                 if isinstance(answer, Exception):
@@ -244,16 +243,15 @@ class Batch:
 
     def _check_reads(self, work: Work) -> None:
         """Every original that came from the host must still be what was stored."""
-        if not work.read_originals:
+        if not work.from_host.any():
             return
-        for kind, reads, name in zip((KEY, VALUE), work.host_reads, ("keys", "values"), strict=True):
-            bad = work.session.table.corrupt_records(kind, work.ids, reads)
-            if bad:
-                self._counters.events["corrupt_original"] += len(bad)
-                raise CertificateUnavailable(
-                    f"session {work.session.session_id}, layer {work.row.layer}: the original {name} of block {bad[0][0]}, KV head "
-                    f"{bad[0][1]}, fail their checksum ({len(bad)} such records); nothing certified or exact can be given"
-                )
+        if bad := work.reads.where(work.from_host).corrupt(work.session.table, work.ids):
+            self._counters.events["corrupt_original"] += len(bad)
+            kind, block, head = bad[0]
+            raise CertificateUnavailable(
+                f"session {work.session.session_id}, layer {work.row.layer}: the original {NAMES[kind]} of block {block}, KV head "
+                f"{head}, fail their checksum ({len(bad)} such records); nothing certified or exact can be given"
+            )
 
     def _repair(self, work: Work, failures: list[tuple[int, int]]) -> None:
         """Quantise anew every block that failed its canary, if its originals are sound; whatever was cached of it goes."""
@@ -293,8 +291,8 @@ class Batch:
             for work in job.works:
                 assert work.result is not None
                 self._counters.add(work.result)
-                if self._residency.num_in_flight and work.read_originals:
-                    work.late_records = int(np.count_nonzero(work.late))
+                if self._residency.num_in_flight:
+                    work.late_records = work.num_late
             waited_s = self._prefetch_wait_s
             job.future.set_result(
                 [RowResult(w.result.output, w.result.certificate, w.late_records, waited_s) for w in job.works if w.result is not None]

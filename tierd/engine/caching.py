@@ -1,9 +1,9 @@
 """Carries out the scratch cache's policy after a batch: counts hits, starts copies, evicts, and takes in finished copies."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,18 +15,18 @@ from tierd.engine.ledger import Ledger
 from tierd.errors import CapacityExceeded
 from tierd.migrator import CopyOrder, Migrator
 from tierd.policy import FIRST_STEP, Choice, LinkBudget, Shelf, Snapshot, Turns, named
-from tierd.residency import KEY, VALUE, BlockTable, CopyState, Residency, ScratchCopy
+from tierd.residency import BlockTable, CopyState, Residency, ScratchCopy
 from tierd.session import Session
 
 log = logging.getLogger(__name__)
 ACTIVE_STEPS = 16.0  # who has not called for so long has no fair share: eight half-lives of the predictive policy's worths
 
 
-@dataclass(frozen=True)
-class _Asked:
+class _Asked(NamedTuple):
     """For whom a copy was begun."""
 
     session_id: str
+    family: str
     num_layers: int
     layer: int
 
@@ -45,6 +45,7 @@ class ScratchCache:
         self._turns = Turns(config.migrations_max)
         self._shelves = tuple(Shelf(pool.total_bytes) for pool in residency.arenas.scratch)
         self._asked: dict[int, _Asked] = {}
+        self._under_way: Counter[tuple[str, int]] = Counter()  # copies, by the family and layer that they were begun for
         self._active: dict[str, float] = {}  # when each session called last
         self._families: set[str] = set()  # theirs
         self._now = FIRST_STEP
@@ -64,7 +65,7 @@ class ScratchCache:
         rows = [(session, row.layer) for job in jobs for session, row in zip(job.sessions, job.command.rows, strict=True)]
         began_s = self._clock.now()
         left_s = self._config.prefetch_wait_us_max * 1e-6
-        while left_s > 0 and any(_expects(session, layer) for session, layer in rows) and self._migrator.wait(left_s):
+        while left_s > 0 and any(self._under_way[session.family, layer] for session, layer in rows) and self._migrator.wait(left_s):
             self.collect()
             left_s = self._config.prefetch_wait_us_max * 1e-6 - (self._clock.now() - began_s)
         return self._clock.now() - began_s
@@ -79,15 +80,21 @@ class ScratchCache:
                 self._counters.events["failed_copy" if done.digest is None else "corrupt_copy"] += 1
                 if done.digest is not None:  # of the others the migrator has told
                     log.warning("a copy to scratch does not match its original's checksum")
-            owner = self._asked[done.copy_id].session_id
+            asked = self._asked[done.copy_id]
             retry = self._residency.finish_copy(done.copy_id, done.digest)
             if retry is None:
-                self._turns.end(owner)
+                self._turns.end(asked.session_id)
+                self._arrive(asked.family, asked.layer)
             else:
                 self.ledger.retry_bytes += retry.nbytes
                 again.append(CopyOrder(retry.copy_id, retry.source, retry.target, retry.nbytes))
         if again:
             self._migrator.submit(again)
+
+    def _arrive(self, family: str, layer: int) -> None:
+        self._under_way[family, layer] -= 1
+        if not self._under_way[family, layer]:
+            del self._under_way[family, layer]  # families come and go
 
     def update(self, works: list[Work]) -> None:
         """Learn from answered rows: count what they read, and start the copies that the policy chooses."""
@@ -96,7 +103,7 @@ class ScratchCache:
         self._advance(works)
         choices = []
         for work in works:
-            misses = self._count(work) if work.read_originals else 0
+            misses = self._count(work)
             state = work.session.layers[work.row.layer]
             state.calls += 1
             if self._policy.looks_at(state.calls + work.row.layer, misses):
@@ -137,12 +144,11 @@ class ScratchCache:
     def _count(self, work: Work) -> int:
         """Returns how many originals were read from the host."""
         table, nbytes = work.session.table, work.session.layout.original_record_bytes
-        missed = work.host_reads
-        hit = work.reads & ~missed
-        for kind in (KEY, VALUE):
-            block, head = np.nonzero(hit[kind])
-            table.used[kind, work.ids[block], head] = True
-        hits, misses = int(np.count_nonzero(hit)), int(np.count_nonzero(missed))
+        if not len(work.reads.kind):
+            return 0
+        kind, index, head = work.reads.where(~work.from_host)
+        table.used[kind, work.ids[index], head] = True
+        hits, misses = len(kind), int(np.count_nonzero(work.from_host))
         self._counters.hits += hits
         self._counters.misses += misses
         self._counters.late += work.late_records
@@ -166,15 +172,24 @@ class ScratchCache:
         )  # fmt: skip
 
     def _start(self, choices: list[tuple[Work, Choice]]) -> list[CopyOrder]:
-        """Begins copies, the best of each row in turn, until room, link or scratch is used up."""
-        orders: list[CopyOrder] = []
+        """Begins copies and notes for whom."""
+        begun = self._begin_best(choices)
+        for work, count in Counter(work for work, _ in begun).items():
+            nbytes = count * work.session.layout.original_record_bytes
+            self._counters.prefetch_bytes += nbytes
+            self._note(work, prefetched=count, prefetch_bytes=nbytes)
+        return [CopyOrder(copy.copy_id, copy.source, copy.target, copy.nbytes) for _, copy in begun]
+
+    def _begin_best(self, choices: list[tuple[Work, Choice]]) -> list[tuple[Work, ScratchCopy]]:
+        """The best of each row in turn, until room, link or scratch is used up."""
+        begun: list[tuple[Work, ScratchCopy]] = []
         full: set[tuple[str, int]] = set()  # sessions and kinds for which no room can be made: what follows is worth less
         waiting = [(work, iter(zip(choice.records.tolist(), choice.worths.tolist(), strict=True))) for work, choice in choices]
         while waiting:
             going = []
             for work, wanted in waiting:
                 record = next(wanted, None)
-                if record is None or not self._may_start(work, orders):
+                if record is None or not self._may_start(work, len(begun)):
                     continue
                 going.append((work, wanted))
                 (kind, block, head), worth = record
@@ -185,15 +200,15 @@ class ScratchCache:
                 if copy is None:
                     full.add((work.session.session_id, kind))
                 else:
-                    orders.append(CopyOrder(copy.copy_id, copy.source, copy.target, copy.nbytes))
+                    begun.append((work, copy))
             waiting = going
-        return orders
+        return begun
 
-    def _may_start(self, work: Work, orders: list[CopyOrder]) -> bool:
+    def _may_start(self, work: Work, begun: int) -> bool:
         name = work.session.session_id
         if self._link.available(name) < work.session.layout.original_record_bytes:
             return False
-        if self._turns.room(name, self._active) and self._migrator.room > len(orders):
+        if self._turns.room(name, self._active) and self._migrator.room > begun:
             return True
         self._turns.refuse(name)
         return False
@@ -204,12 +219,11 @@ class ScratchCache:
         copy = self._reserve(table, kind, block, head) or self._make_room(work.session.family, table, kind, block, head, worth)
         if copy is None:
             return None
-        self._asked[copy.copy_id] = _Asked(name, len(work.session.layers), work.row.layer)
+        self._asked[copy.copy_id] = _Asked(name, work.session.family, len(work.session.layers), work.row.layer)
+        self._under_way[work.session.family, work.row.layer] += 1
         self._shelves[kind].put(copy.copy_id, work.session.family, copy.nbytes, worth)
         self._turns.start(name)
         self._link.spend(name, copy.nbytes)
-        self._counters.prefetch_bytes += copy.nbytes
-        self._note(work, prefetched=1, prefetch_bytes=copy.nbytes)
         return copy
 
     def _make_room(self, family: str, table: BlockTable, kind: int, block: int, head: int, worth: float) -> ScratchCopy | None:
@@ -241,8 +255,3 @@ class ScratchCache:
             self._counters.wasted_bytes += copy.nbytes
             if asked.session_id in self._sessions:
                 self.ledger.add(asked.session_id, asked.num_layers, asked.layer, wasted=1, wasted_bytes=copy.nbytes)
-
-
-def _expects(session: Session, layer: int) -> bool:
-    """Whether a copy of a block of that layer is under way."""
-    return layer < len(session.layers) and bool(session.table.in_flight[session.full_ids(layer)].any())

@@ -1,7 +1,7 @@
 """Where every block is, who refers to it, and what may be done with it."""
 
-from tierd.residency.blocks import BARRED, KEY, NO_COPY, VALUE, BlockTable, Ids
+from tierd.residency.blocks import BARRED, KEY, NAMES, NO_COPY, VALUE, BlockTable, Ids
 from tierd.residency.machine import CopyState, Residency, ScratchCopy
 from tierd.residency.places import Places
 
-__all__ = ["BARRED", "KEY", "NO_COPY", "VALUE", "BlockTable", "CopyState", "Ids", "Places", "Residency", "ScratchCopy"]
+__all__ = ["BARRED", "KEY", "NAMES", "NO_COPY", "VALUE", "BlockTable", "CopyState", "Ids", "Places", "Residency", "ScratchCopy"]

@@ -14,6 +14,7 @@ from tierd.notes import NOTE
 from tierd.pools import Arenas
 
 KEY, VALUE = 0, 1
+NAMES = "keys", "values"
 NO_COPY, BARRED = -1, -2
 EMPTY_NOTE = np.array((NO_COPY, 0.0, 0.0, 0.0), NOTE)[()]
 Ids = NDArray[np.int64]
@@ -25,7 +26,8 @@ class BlockTable:
     `hot_offset` [id] is -1 while the block is a tail. `location` [kind, id, Hkv] is what kernels read: a byte offset in
     scratch, or `~offset` in originals. `copy_id` [kind, id, Hkv] is NO_COPY where none exists or is under way, and BARRED where making
     one failed for good. `used` [kind, id, Hkv]: the copy was read. `in_flight` and `resident` [id] count its copies under way and in
-    scratch. `notes` [kind, id, Hkv]: `copy_id` and what the policy remembers (`tierd/notes.py`).
+    scratch. `stamp` [id]: what `now` was when its places last changed. `notes` [kind, id, Hkv]: `copy_id` and what the policy remembers
+    (`tierd/notes.py`).
     `hot_block_bytes` is the size of a hot slot, which the backend chooses.
     """
 
@@ -39,17 +41,15 @@ class BlockTable:
         self.references = np.zeros(0, dtype=np.int32)
         self.pins = np.zeros(0, dtype=np.int32)
         self.resident = np.zeros(0, dtype=np.int32)
+        self.stamp = np.zeros(0, dtype=np.int64)
+        self.now = 0  # rises with every change of a place
         self.location = np.zeros((2, 0, heads), dtype=np.int64)
         self.checksum = np.zeros((2, 0, heads), dtype=np.uint64)
         self.in_flight = np.zeros(0, dtype=np.int32)
         self.used = np.zeros((2, 0, heads), dtype=np.bool_)
         self.notes = np.zeros((2, 0, heads), dtype=NOTE)
+        self.copy_id: NDArray[np.int64] = self.notes["copy_id"]  # a view
         self._free_ids: list[int] = []
-
-    @property
-    def copy_id(self) -> NDArray[np.int64]:
-        """A view of the notes' field."""
-        return self.notes["copy_id"]
 
     @property
     def num_live(self) -> int:
@@ -58,6 +58,8 @@ class BlockTable:
 
     def add_tails(self, count: int) -> Ids:
         """`count` empty tails with one reference each. Raises CapacityExceeded; nothing changes then."""
+        if not count:
+            return np.empty(0, dtype=np.int64)
         layout = self.layout
         offsets = self.arenas.originals.allocate_many(layout.original_block_bytes, count)
         while len(self._free_ids) < count:
@@ -69,7 +71,13 @@ class BlockTable:
         self.notes[:, ids] = EMPTY_NOTE
         for kind in (KEY, VALUE):
             self.location[kind, ids] = ~self.record_offsets(kind, ids)
+        self.touch(ids)
         return ids
+
+    def touch(self, ids: Ids | int) -> None:
+        """Places of these blocks have changed."""
+        self.now += 1
+        self.stamp[ids] = self.now
 
     def give_hot(self, ids: Ids) -> None:
         """Reserve hot slots for tails that are about to fill. Raises CapacityExceeded; nothing changes then."""
@@ -79,7 +87,7 @@ class BlockTable:
         """Record checksums of full blocks' originals as they are now."""
         for kind in (KEY, VALUE):
             starts = self.record_offsets(kind, ids)
-            self.checksum[kind, ids] = self._digests(starts.ravel().tolist()).reshape(starts.shape)
+            self.checksum[kind, ids] = self._digests(starts)
 
     def take_hot(self, block: int) -> None:
         """Make a full block a tail again: its hot slot is freed, its originals stay."""
@@ -110,29 +118,24 @@ class BlockTable:
         record = kind * self.layout.num_kv_heads + head
         return int(self.original_offset[block]) + record * self.layout.original_record_bytes
 
-    def corrupt_records(self, kind: int, ids: Ids, read: NDArray[np.bool_]) -> list[tuple[int, int]]:
-        """(block id, head) of every record with `read` [m, Hkv] set that fails its checksum."""
-        index, head = np.nonzero(read)
-        blocks = ids[index]
-        starts = self.original_offset[blocks] + (kind * self.layout.num_kv_heads + head) * self.layout.original_record_bytes
-        found = self._digests(starts.tolist())
-        bad = found != self.checksum[kind, blocks, head]
-        return list(zip(blocks[bad].tolist(), head[bad].tolist(), strict=True))
+    def corrupt_records(self, kind: Ids, ids: Ids, head: Ids) -> list[tuple[int, int, int]]:
+        """(kind, block id, head) of each of these n records of full blocks, int64 [n] each, that fails its checksum."""
+        starts = self.original_offset[ids] + (kind * self.layout.num_kv_heads + head) * self.layout.original_record_bytes
+        bad = self._digests(starts) != self.checksum[kind, ids, head]
+        return list(zip(kind[bad].tolist(), ids[bad].tolist(), head[bad].tolist(), strict=True))
 
     def require_sound(self, block: int) -> None:
         """Raises CertificateUnavailable if any original of a full block is corrupt."""
-        every = np.ones((1, self.layout.num_kv_heads), dtype=bool)
-        for kind, name in ((KEY, "keys"), (VALUE, "values")):
-            if bad := self.corrupt_records(kind, np.array([block]), every):
-                raise CertificateUnavailable(
-                    f"the original {name} of block {block}, KV head {bad[0][1]}, fail their checksum"
-                )
+        kind, head = np.divmod(np.arange(2 * self.layout.num_kv_heads), self.layout.num_kv_heads)
+        if bad := self.corrupt_records(kind, np.full(len(kind), block), head):
+            raise CertificateUnavailable(f"the original {NAMES[bad[0][0]]} of block {block}, KV head {bad[0][2]}, fail their checksum")
 
-    def _digests(self, starts: list[int]) -> NDArray[np.uint64]:
+    def _digests(self, starts: Ids) -> NDArray[np.uint64]:
         """Of the records that begin there, as they are now."""
         raw, nbytes = self.arenas.memory.originals.data, self.layout.original_record_bytes
         # Through a memoryview: slicing the array takes longer than to hash 4 KB, 1.5 us a record instead of 0.7.
-        return np.array([xxhash.xxh3_64_intdigest(raw[start : start + nbytes]) for start in starts], np.uint64)
+        found = [xxhash.xxh3_64_intdigest(raw[at : at + nbytes]) for at in starts.ravel().tolist()]
+        return np.array(found, np.uint64).reshape(starts.shape)
 
     def record_offsets(self, kind: int, ids: Ids) -> NDArray[np.int64]:
         heads = np.arange(self.layout.num_kv_heads, dtype=np.int64) + kind * self.layout.num_kv_heads
@@ -141,7 +144,7 @@ class BlockTable:
     def _grow(self) -> None:
         """Double the columns. The originals pool bounds the number of blocks, hence this."""
         old, extra = len(self.references), max(64, len(self.references))
-        for name in ("hot_offset", "original_offset", "references", "pins", "in_flight", "resident"):
+        for name in ("hot_offset", "original_offset", "references", "pins", "in_flight", "resident", "stamp"):
             column = getattr(self, name)
             setattr(
                 self,
@@ -152,4 +155,5 @@ class BlockTable:
             column = getattr(self, name)
             fill = np.full((2, extra, column.shape[2]), EMPTY_NOTE if name == "notes" else 0, column.dtype)
             setattr(self, name, np.concatenate([column, fill], axis=1))
+        self.copy_id = self.notes["copy_id"]
         self._free_ids.extend(range(old + extra - 1, old - 1, -1))

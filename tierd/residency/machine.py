@@ -175,6 +175,7 @@ class Residency:
             copy.state = CopyState.RESIDENT
             copy.table.location[at] = copy.target
             copy.table.resident[copy.block] += 1
+            copy.table.touch(copy.block)
         else:
             copy.table.copy_id[at] = BARRED
             self._forget(copy)
@@ -205,6 +206,7 @@ class Residency:
         copy.table.resident[copy.block] -= copy.state is CopyState.RESIDENT
         copy.table.copy_id[copy.kind, copy.block, copy.head] = NO_COPY
         copy.table.location[copy.kind, copy.block, copy.head] = ~copy.source
+        copy.table.touch(copy.block)
 
     def _forget(self, copy: ScratchCopy) -> None:
         del self._copies[copy.copy_id]

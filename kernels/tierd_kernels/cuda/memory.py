@@ -19,6 +19,7 @@ STAGING_BYTES = 64 << 20  # what a launch carries in, and out
 LANDING_BYTES = 1 << 20  # records on their way back from scratch
 # Blocks are larger than this, so that the offset over it tells them apart.
 BLOCK_BYTES_MIN = 1024
+BLOCK_BITS_MIN = 10
 ALIGNMENT = 256
 
 

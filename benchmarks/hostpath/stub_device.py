@@ -1,0 +1,151 @@
+"""A CUDA device that does nothing: the emulator's, but kernels only leave behind what the host looks at afterwards.
+
+The backend, its packing, its answers and its copies are the real ones; what a call's kernels would have found is told beforehand
+(`Script`), and its output is its queries, so that an answer to another call is noticed.
+"""
+
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+
+from device import emulated
+
+QUIET = ("score", "value", "finish", "pick", "promote", "cover", "rank", "canary", "dense", "widen")
+BOTH_KINDS = 0x11  # of a mark: the first of a tile's four rows read the block's keys and its values
+
+
+@dataclass
+class Script:
+    """What the next call finds: `promoted` int64 [n, 2] of (KV head, block), read by the head's first row, keys and values; `near` int32
+    [Hkv, c], blocks in rising order that are candidates besides. `q_bytes`: of a call's queries."""
+
+    q_bytes: int
+    promoted: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 2), np.int64))
+    near: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 0), np.int32))
+
+
+def at(address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """The stub's memory at an address."""
+    dtype = np.dtype(dtype)
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    return np.frombuffer((ctypes.c_uint8 * nbytes).from_address(int(address)), np.uint8).view(dtype).reshape(shape)
+
+
+def answer(script: Script, calls: int, heads: int, group: int) -> None:
+    """The last kernel of a step: the only call is certified, and its output is its queries."""
+    from tierd_kernels.cuda.launch import CALL, CERTIFIED, FIELDS
+
+    call = at(calls, (1,), CALL)[0]
+    assert call["n"] == 1, "one token a call"
+    rows, full = heads * group, int(call["full"])
+    fields = at(call["fields"], (len(FIELDS), rows), np.float64)
+    fields[...] = 0.0
+    fields[FIELDS.index("bound")], fields[FIELDS.index("budget")] = 0.5, 1.0
+    at(call["state"], (rows,), np.int32)[...] = CERTIFIED
+    ctypes.memmove(int(call["output"]), int(call["q"]), script.q_bytes)
+    at(call["failures"], (int(call["num_canaries"]) * heads,), np.uint8)[...] = 0
+    if len(script.promoted):
+        head, block = script.promoted.T
+        marks = at(call["marks"], (heads * -(-group // 4), full), np.uint32)
+        marks[...] = 0
+        marks[head * -(-group // 4), block] = BOTH_KINDS
+        for name in ("promoted_key_blocks", "promoted_value_blocks"):
+            fields[FIELDS.index(name), ::group] = np.bincount(head, minlength=heads)
+
+
+def tell_candidates(script: Script, calls: int, heads: int, group: int) -> None:
+    """A score of 1 for what was promoted, of a twentieth for the others, which no policy copies."""
+    from tierd_kernels.cuda.launch import CALL
+
+    call = at(calls, (1,), CALL)[0]
+    most = int(call["candidates_max"])
+    blocks = at(call["candidate_blocks"], (2, heads, most), np.int32)
+    scores = at(call["candidate_scores"], (2, heads, most), np.float32)
+    blocks[...], scores[...] = -1, 0.0
+    for head in range(heads):
+        promoted = script.promoted[script.promoted[:, 0] == head, 1][:most]
+        others = script.near[head][: most - len(promoted)] if len(script.near) else promoted[:0]
+        both = np.concatenate([promoted, others])
+        order = np.argsort(both)
+        blocks[:, head, : len(both)] = both[order]
+        scores[:, head, : len(both)] = np.where(order < len(promoted), 1.0, 0.05)
+
+
+def gather(source: int, target: int, source_at: NDArray[np.int64], target_at: NDArray[np.int64], nbytes: int) -> None:
+    """Copies records, as the kernel of that name; other threads run meanwhile, as they do while a device copies."""
+    size = int(nbytes)
+    sides = [at(base, (int(offsets.max()) + size,), np.uint8) for base, offsets in ((source, source_at), (target, target_at))]
+    _gather(*sides, np.asarray(source_at), np.asarray(target_at), size)
+
+
+@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _gather(
+    source: NDArray[np.uint8], target: NDArray[np.uint8], source_at: NDArray[np.int64], target_at: NDArray[np.int64], nbytes: int
+) -> None:
+    for i in range(len(source_at)):
+        target[target_at[i] : target_at[i] + nbytes] = source[source_at[i] : source_at[i] + nbytes]
+
+
+class Kernels:
+    """Stands for CuPy's RawModule class: modules whose kernels are these. `device`: wraps what the device would do, for a stopwatch."""
+
+    def __init__(self, script: Script, real: Any, device: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
+        self._real = real
+        self._known: dict[str, Callable[..., None]] = dict.fromkeys(QUIET, lambda *args: None) | {
+            "dense_finish": lambda grid, *args: answer(script, *map(int, args[:3])),
+            "candidates": lambda grid, *args: tell_candidates(script, *map(int, args[:3])),
+            "gather": lambda grid, *args: gather(*args),
+            "quantise": lambda grid, *args: args[4].fill(1.0),
+            "gram": lambda grid, source, before, out, facts, rows: at(facts, (2 * grid[0] * grid[1],), np.float64).fill(0.0),
+        }
+        self._known = {name: device(do) for name, do in self._known.items()}
+
+    def __call__(self, code: str, options: tuple[str, ...], backend: str) -> "Module":
+        return Module(self._known, lambda: self._real(code=code, options=options, backend=backend))
+
+
+class Module:
+    def __init__(self, known: dict[str, Callable[..., None]], compiled: Callable[[], Any]) -> None:
+        self._known, self._compiled = known, compiled
+
+    def get_function(self, name: str) -> Any:
+        return Function(self._known[name]) if name in self._known else self._compiled().get_function(name)
+
+
+class Function:
+    """A kernel that is not compiled. Recorded where a graph is captured, as the emulator's own."""
+
+    max_dynamic_shared_size_bytes = 0
+
+    def __init__(self, do: Callable[..., None]) -> None:
+        self._do = do
+
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], args: tuple[Any, ...], shared_mem: int = 0, stream: Any = None
+    ) -> None:
+        import cupy
+
+        cupy._do(lambda: self._do(grid, *args))
+
+
+@contextmanager
+def stubbed(script: Script, device: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """The CUDA backend can be imported, and its kernels are those above. Copies to and from the device are the device's time too."""
+    with emulated():
+        import cupy
+
+        cupy.RawModule = Kernels(script, cupy.RawModule, device)
+        runtime = cupy.cuda.runtime
+        _gather(np.zeros(8, np.uint8), np.zeros(8, np.uint8), np.zeros(1, np.int64), np.zeros(1, np.int64), 8)  # compiled now
+        runtime.memcpyAsync, runtime.memcpy = device(runtime.memcpyAsync), device(runtime.memcpy)
+        yield
