@@ -33,7 +33,7 @@ from simulated import Outcome, Replay
 
 from tierd.config import EngineConfig
 from tierd.notes import NOTE
-from tierd.policy import FIRST_STEP, NONE, POLICIES, Predictive, Snapshot
+from tierd.policy import FIRST_STEP, NONE, POLICIES, Predictive, Records, Snapshot
 
 TRACES = [Path(__file__).parents[1] / "tests" / "quality" / "data" / "trace-tiny"]
 SHARES = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # scratch, of the originals' records
@@ -42,6 +42,7 @@ KEY_SHARES = (0.25, 0.5, 0.75)  # of scratch, at the headline's size
 SIZES = [(share, 0.5) for share in SHARES] + [(HEADLINE_SHARE, key) for key in KEY_SHARES if key != 0.5]
 TOKENS_MIN = 4096  # of a recorded trace that counts for the headline
 LAYERS, BLOCKS, HEADS = 32, 8192, 8  # 128K tokens of an 8B model
+NOTHING_READ = Records(*(np.empty(0, np.int64) for _ in range(3)))
 
 
 def capacity(steps: Steps, share: float, key_share: float = 0.5) -> tuple[int, int]:
@@ -86,7 +87,7 @@ def policy_us(candidates: int, rounds: int = 30) -> float:
         began = time.perf_counter()
         for layer in range(LAYERS):
             if policy.looks_at(step + layer, misses=0):
-                policy.choose(Snapshot(ids[layer], reads[0], reads[1], exact, *picked[layer], notes, FIRST_STEP + step))
+                policy.choose(Snapshot(ids[layer], NOTHING_READ, reads[0], reads[1], exact, *picked[layer], notes, FIRST_STEP + step))
         times.append(1e6 * (time.perf_counter() - began))
     return float(np.median(times))
 

@@ -9,7 +9,7 @@ from engine_calls import CONFIG, EXACT, RECORD_BYTES, Bench
 
 from tierd.commands import CloseSession, Fork
 from tierd.engine import EngineConfig
-from tierd.migrator import CopyDone, Migrator
+from tierd.migrator import CopiesDone, Migrator
 from tierd.residency import CopyState
 
 RECORDS = 16  # originals of 64 tokens at one layer
@@ -29,7 +29,7 @@ class Slow:
     def submit(self, orders: Any) -> None:
         self._migrator.submit(orders)
 
-    def poll(self) -> list[CopyDone]:
+    def poll(self) -> list[CopiesDone]:
         return [] if self.held else self._migrator.poll()
 
     def wait(self, timeout_s: float) -> bool:
