@@ -12,6 +12,7 @@ from tierd_kernels.policy import Budget
 from tierd.commands import EXACT, Append, Attend, Command, Geometry, OpenSession, Row, Tolerance
 from tierd.engine import Engine, EngineConfig
 from tierd.policy import eviction, weighing
+from tierd.residency import counting
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
@@ -22,6 +23,7 @@ def warm_policy() -> None:
     """What chooses copies, on the host whatever the backend. (CUDA kernels of a layout are compiled when its first session opens.)"""
     weighing.prepare()
     eviction.prepare()
+    counting.prepare()
 
 
 def warm_up() -> None:

@@ -16,7 +16,7 @@ from tierd_kernels.select.candidates import largest
 
 from tierd.config import EngineConfig
 from tierd.notes import NOTE
-from tierd.policy import FIRST_STEP, NONE, Choice, Records, Shelf, Snapshot, named
+from tierd.policy import FIRST_STEP, NONE, Choice, Shelf, Snapshot, named
 
 LINK_BYTES_PER_US = 55e3
 GATHER_US = 14.0 - 64 * 4096 / LINK_BYTES_PER_US
@@ -103,7 +103,7 @@ class Replay:
         near, scores = largest(self._steps.shares[t, layer, :, :blocks], CANDIDATES_MAX)
         exact = np.zeros(needed.shape[2], bool)
         choice = self._policy.choose(
-            Snapshot(ids, Records(*np.nonzero(needed)), needed[0], needed[1], exact, near, scores, self._notes, self._now)
+            Snapshot(ids, np.array(np.nonzero(needed)), needed[0], needed[1], exact, near, scores, self._notes, self._now)
         )
         for kind, shelf in enumerate(self._shelves):
             held = np.array([self._places[copy_id][0] for copy_id in choice.held.tolist()], np.int64) == kind
@@ -113,7 +113,7 @@ class Replay:
     def _copy(self, kind: int, choice: Choice, wanted: NDArray[np.int64]) -> None:
         """Begins copies of the `wanted` of a choice, as far as there is room."""
         shelf = self._shelves[kind]
-        room = shelf.choose("session", 1, choice.bids[wanted], shelf.capacity_bytes - len(shelf), ["session"])
+        room = shelf.choose("session", 1, choice.displace * choice.worths[wanted], shelf.capacity_bytes - len(shelf), ["session"])
         for copy_id in room.evictions.tolist():
             self._drop(copy_id)
         begun = wanted[: room.placed]

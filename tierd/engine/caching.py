@@ -15,7 +15,7 @@ from tierd.engine.counters import Counters
 from tierd.engine.ledger import Ledger
 from tierd.engine.scratch import NO_COPIES, Asker, Scratch
 from tierd.migrator import CopyOrders, Migrator
-from tierd.policy import FIRST_STEP, Choice, LinkBudget, Records, Snapshot, Turns, named
+from tierd.policy import FIRST_STEP, NO_READS, Choice, LinkBudget, Snapshot, Turns, named
 from tierd.residency import KEY, NO_COPY, VALUE, Ids, Residency
 from tierd.session import Session
 
@@ -170,7 +170,8 @@ class ScratchCache:
         blocks, scores = result.candidates()
         # The table's columns of now, not the call's: a batch may hold several sessions that share blocks.
         return Snapshot(
-            work.ids, Records(*work.reads), result.key_reads, result.value_reads, work.exact_heads, blocks, scores, table.notes, self._now,
+            work.ids, np.stack(work.reads) if len(work.reads.kind) else NO_READS, result.key_reads, result.value_reads, work.exact_heads,
+            blocks, scores, table.notes, self._now,
         )  # fmt: skip
 
     def _start(self, wishes: list[_Wish]) -> Ids:
@@ -178,13 +179,10 @@ class ScratchCache:
         begun: list[Ids] = []
         full: set[tuple[str, int]] = set()  # sessions and kinds for which no room can be made: what follows is worth less
         while wishes:
-            going = []
-            for wish in wishes:
-                allowed = self._may_start(wish.work, sum(map(len, begun))) if wish.left else 0
-                if allowed:
-                    going.append(wish)
-                    begun += self._begin(wish, max(1, allowed // len(wishes)), full)
-            wishes = going
+            wishes = [wish for wish in wishes if wish.left and self._may_start(wish.work, sum(map(len, begun)))]
+            parts = [max(1, self._may_start(wish.work, sum(map(len, begun))) // len(wishes)) for wish in wishes]
+            for wish, part in zip(wishes, parts, strict=True):
+                begun += self._begin(wish, min(part, self._may_start(wish.work, sum(map(len, begun)))), full)
         return np.concatenate([NO_COPIES, *begun])
 
     def _may_start(self, work: Work, begun: int) -> int:
@@ -209,8 +207,8 @@ class ScratchCache:
         for kind in [kind for kind in (KEY, VALUE) if (name, kind) not in full]:
             # Another row of the batch may share the block.
             wanted = np.flatnonzero((kinds == kind) & (table.copy_id[kinds, blocks, heads] == NO_COPY))
-            bids, worths = (x[some][wanted] for x in (wish.choice.bids, wish.choice.worths))
-            ids = self._scratch.place(asker, table, kind, blocks[wanted], heads[wanted], bids, worths, self._families)
+            worths, displace = wish.choice.worths[some][wanted], wish.choice.displace
+            ids = self._scratch.place(asker, table, kind, blocks[wanted], heads[wanted], worths, displace, self._families)
             if len(ids) < len(wanted):
                 full.add((name, kind))
             begun.append(ids)

@@ -38,15 +38,15 @@ class Scratch:
         residency.on_gone(self._gone)
 
     def place(
-        self, asker: Asker, table: BlockTable, kind: int, blocks: Ids, heads: Ids, bids: NDArray[np.float64], worths: NDArray[np.float64],
+        self, asker: Asker, table: BlockTable, kind: int, blocks: Ids, heads: Ids, worths: NDArray[np.float64], displace: float,
         families: Collection[str],
     ) -> Ids:  # fmt: skip
-        """Begins copies of n records, evicting what is worth less than their falling `bids`; returns the ids of those for which there was
-        room, which are the first. `families`: who has a share."""
+        """Begins copies of n records of falling `worths`, evicting what is worth less than `displace` of that; returns the ids of those for
+        which there was room, which are the first. `families`: who has a share."""
         pool, shelf = self._residency.arenas.scratch[kind], self._shelves[kind]
         size, free_bytes, done = pool.size_of(asker.nbytes), pool.free_bytes, NO_COPIES
         while True:
-            room = shelf.choose(asker.family, size, bids[len(done) :], free_bytes, families)
+            room = shelf.choose(asker.family, size, displace * worths[len(done) :], free_bytes, families)
             if len(room.evictions):
                 self._residency.evict(room.evictions)
                 self._counters.evicted += len(room.evictions)
@@ -79,8 +79,10 @@ class Scratch:
             shelf.rescale(factor)
 
     def _by_shelf(self, ids: Ids) -> list[tuple[Shelf, NDArray[np.bool_]]]:
+        """Which of these copies are on each shelf that has any."""
         kinds = self._residency.kinds(ids)
-        return [(shelf, kinds == kind) for kind, shelf in enumerate(self._shelves)]
+        which = [(shelf, kinds == kind) for kind, shelf in enumerate(self._shelves)]
+        return [(shelf, some) for shelf, some in which if some.any()]
 
     def _remember(self, ids: Ids, asker: Asker) -> None:
         most, old = int(ids.max(initial=-1)) + 1, len(self._askers)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd.policy.heap import NOBODY, Columns, Ids, choose, columns, pull_all, push_all
+from tierd.policy.heap import COPY, NO_COPY, NOBODY, Copies, Ids, choose, pull_all, push_all
 
 GROWS_BY_MIN = 64
 
@@ -29,7 +29,7 @@ class Shelf:
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
-        self._columns = columns(0)
+        self._copies = np.zeros(0, COPY)
         self._numbers: dict[str, int] = {}  # of owners; they are reused
         self._used, self._count, self._roots = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
         self._length = 0
@@ -46,37 +46,37 @@ class Shelf:
             return
         c = self._with_room_for(int(ids.max()) + 1)
         number = self._number(owner)
-        assert (c.owner[ids] == NOBODY).all()
-        c.owner[ids], c.nbytes[ids], c.worth[ids] = number, nbytes, worths
+        assert (c["owner"][ids] == NOBODY).all()
+        c["owner"][ids], c["nbytes"][ids], c["worth"][ids] = number, nbytes, worths
         self._used[number] += nbytes * len(ids)
         self._count[number] += len(ids)
         self._length += len(ids)
 
     def arrive(self, ids: Ids) -> None:
         """From now on these copies may make room for others."""
-        push_all(self._columns, self._roots, ids)
+        push_all(self._copies, self._roots, ids)
 
     def gain(self, ids: Ids, worths: NDArray[np.float64]) -> None:
         """These copies are worth more now."""
-        self._columns.worth[ids] = worths
+        self._copies["worth"][ids] = worths
 
     def drop(self, ids: Ids) -> None:
         """The copies are gone."""
-        c = self._columns
+        c = self._copies
         pull_all(c, self._roots, ids)
-        owners = c.owner[ids]
+        owners = c["owner"][ids]
         assert (owners != NOBODY).all()
-        np.subtract.at(self._used, owners, c.nbytes[ids])
-        np.subtract.at(self._count, owners, 1)
-        c.owner[ids] = NOBODY
+        self._used -= np.bincount(owners, c["nbytes"][ids], len(self._used)).astype(np.int64)  # exact: bytes below 2^53
+        self._count -= np.bincount(owners, minlength=len(self._count))
+        c["owner"][ids] = NOBODY
         self._length -= len(ids)
         for name in [name for name, number in self._numbers.items() if not self._count[number]]:
             del self._numbers[name]
 
     def rescale(self, factor: float) -> None:
         """All worths have been multiplied by `factor` (> 0)."""
-        for column in (self._columns.worth, self._columns.key):
-            column *= factor
+        for name in ("worth", "key"):
+            self._copies[name] *= factor
 
     def choose(self, owner: str, nbytes: int, worths: NDArray[np.float64], free_bytes: int, active: Collection[str]) -> Room:
         """Which copies make room for n records of `owner`, of `nbytes` each, in order, of which `worths` [n] falls; `free_bytes` are there
@@ -90,13 +90,9 @@ class Shelf:
         names = {owner, *active}
         sharing = np.zeros(len(self._roots), np.bool_)
         sharing[[self._numbers[name] for name in names if name in self._numbers]] = True
-        evictions = np.empty(self._length, np.int64)
         owners = np.array(list(self._numbers.values()), np.int64)
-        placed, count = choose(
-            self._columns, self._roots, self._used.copy(), owners, sharing, me, self.capacity_bytes / len(names), nbytes, worths,
-            free_bytes, evictions,
-        )  # fmt: skip
-        return Room(placed, evictions[:count])
+        fair = self.capacity_bytes / len(names)
+        return Room(*choose(self._copies, self._roots, self._used.copy(), owners, sharing, me, fair, nbytes, worths, free_bytes))
 
     def _number(self, owner: str) -> int:
         if owner not in self._numbers:
@@ -109,12 +105,11 @@ class Shelf:
             self._numbers[owner] = number
         return self._numbers[owner]
 
-    def _with_room_for(self, count: int) -> Columns:
-        old = len(self._columns.owner)
+    def _with_room_for(self, count: int) -> Copies:
+        old = len(self._copies)
         if count > old:
-            more = columns(max(GROWS_BY_MIN, old, count - old))
-            self._columns = Columns._make(np.concatenate(both) for both in zip(self._columns, more, strict=True))
-        return self._columns
+            self._copies = np.concatenate([self._copies, np.full(max(GROWS_BY_MIN, old, count - old), NO_COPY, COPY)])
+        return self._copies
 
 
 def prepare() -> None:

@@ -41,10 +41,10 @@ class Predictive:
         return misses > 0 or turn % EVERY == 0
 
     def choose(self, snapshot: Snapshot) -> Choice:
-        most = snapshot.blocks.size + len(snapshot.reads.kind)
-        records, worths, held, held_worths = np.empty((most, 3), np.int64), np.empty(most), np.empty(most, np.int64), np.empty(most)
-        count, known = weigh(*snapshot, self._weight(snapshot.now), self.near, self.floor, records, worths, held, held_worths)
-        return Choice(records[:count], worths[:count], worths[:count] * self.displace, held[:known], held_worths[:known])
+        most = snapshot.blocks.size + snapshot.reads.shape[1]
+        found, worths = np.empty((most, 3), np.int64), np.empty(most)
+        count, known = weigh(*snapshot, self._weight(snapshot.now), self.near, self.floor, found, worths)
+        return Choice(found[:count], worths[:count], self.displace, found[most - known :, 0], worths[most - known :])
 
     def rescale(self, now: float) -> float:
         if now - self.since < RESCALE_AT * self.half_life:

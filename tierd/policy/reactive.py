@@ -38,7 +38,7 @@ class Reactive:
         copies = snapshot.notes["copy_id"][kind, ids, head]
         records, held = np.stack([kind, ids, head], axis=1)[copies == NONE], copies[copies >= 0]
         worths, held_worths = (np.full(len(x), snapshot.now) for x in (records, held))
-        return Choice(records, worths, worths, held, held_worths)
+        return Choice(records, worths, 1.0, held, held_worths)
 
     def rescale(self, now: float) -> float:
         return 1.0

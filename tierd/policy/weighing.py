@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.notes import NOTE
-from tierd.policy.snapshot import NONE, Ids, Records, Worths
+from tierd.policy.snapshot import NO_READS, NONE, Ids, Worths
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 compiled: Callable[[Function], Function] = numba.njit(cache=True)
@@ -24,12 +24,12 @@ LEVELS, LEVELS_PER_NEED = 64, 16.0
 
 @compiled
 def weigh(
-    ids: Ids, reads: Records, key_reads: Mask, value_reads: Mask, exact_heads: Mask, all_blocks: NDArray[np.int32],
-    all_scores: NDArray[np.float32], notes: NDArray[Any], now: float, weight: float, near: float, floor: float, records: Ids,
-    worths: Worths, held: Ids, held_worths: Worths,
+    ids: Ids, reads: Ids, key_reads: Mask, value_reads: Mask, exact_heads: Mask, all_blocks: NDArray[np.int32],
+    all_scores: NDArray[np.float32], notes: NDArray[Any], now: float, weight: float, near: float, floor: float, found: Ids,
+    worths: Worths,
 ) -> tuple[int, int]:  # fmt: skip
-    """Writes notes; fills `records` [., 3] and `worths` with what deserves a copy, best first, and `held` and `held_worths` with copies
-    that have gained; returns how many of both."""
+    """Writes notes; fills `found` [., 3] and `worths` with the records that deserve a copy, best first, and from the end, in any order,
+    with the ids of copies that have gained; returns how many of both. One array for both: numba takes its time to be told of each."""
     kinds, heads, most = all_blocks.shape
     needs, kept = np.empty(most, np.bool_), np.empty(most, np.int64)
     shares, copies = np.empty(most, np.float32), np.empty(most, np.int64)
@@ -53,35 +53,43 @@ def weigh(
                 note.share, note.seen = score, now
                 gain = 1.0 if needs[j] else near * closeness if closeness >= floor else 0.0
                 note.worth += weight * gain
-                records[count, 0], records[count, 1], records[count, 2], worths[count] = kind, at, head, note.worth
-                count += copies[i] == NONE and gain > 0.0
-                held[known], held_worths[known] = copies[i], note.worth
-                known += copies[i] >= 0 and gain > 0.0
-    count, known = _unnamed(ids, reads, exact_heads, all_blocks, notes, now, weight, records, worths, held, held_worths, count, known)
+                if gain > 0.0:
+                    count, known = _put(found, worths, count, known, kind, at, head, copies[i], note.worth)
+    if reads.shape[1]:
+        count, known = _unnamed(ids, reads, exact_heads, all_blocks, notes, now, weight, found, worths, count, known)
     if count > 1:
-        _order(records[:count], worths[:count], weight)
+        _order(found[:count], worths[:count], weight)
+    return count, known
+
+
+@compiled
+def _put(
+    found: Ids, worths: Worths, count: int, known: int, kind: int, at: int, head: int, copy: int, worth: float
+) -> tuple[int, int]:  # fmt: skip
+    """Puts a record without a copy in front, and the copy of one that has some at the end."""
+    if copy == NONE:
+        found[count, 0], found[count, 1], found[count, 2], worths[count] = kind, at, head, worth
+        return count + 1, known
+    if copy >= 0:
+        known += 1
+        found[len(found) - known, 0], worths[len(found) - known] = copy, worth
     return count, known
 
 
 @compiled
 def _unnamed(
-    ids: Ids, reads: Records, exact_heads: Mask, all_blocks: NDArray[np.int32], notes: NDArray[Any], now: float, weight: float,
-    records: Ids, worths: Worths, held: Ids, held_worths: Worths, count: int, known: int,
+    ids: Ids, reads: Ids, exact_heads: Mask, all_blocks: NDArray[np.int32], notes: NDArray[Any], now: float, weight: float, found: Ids,
+    worths: Worths, count: int, known: int,
 ) -> tuple[int, int]:  # fmt: skip
-    """What was needed and is no candidate: its share is not known, so it is noted as the whole, from which none grows. Fills on behind
-    `count` and `known`; returns what they are then."""
-    for i in range(len(reads.kind)):
-        kind, head = reads.kind[i], reads.head[i]
-        if exact_heads[head] or _among(all_blocks[kind, head], reads.block[i]):
+    """What was needed and is no candidate: its share is not known, so it is noted as the whole, from which none grows."""
+    for i in range(reads.shape[1]):
+        kind, block, head = reads[0, i], reads[1, i], reads[2, i]
+        if exact_heads[head] or _among(all_blocks[kind, head], block):
             continue
-        at = ids[reads.block[i]]
-        note = notes[kind, at, head]
+        note = notes[kind, ids[block], head]
         note.share, note.seen = ONE, now
         note.worth += weight
-        records[count, 0], records[count, 1], records[count, 2], worths[count] = kind, at, head, note.worth
-        held[known], held_worths[known] = note.copy_id, note.worth
-        count += note.copy_id == NONE
-        known += note.copy_id >= 0
+        count, known = _put(found, worths, count, known, kind, ids[block], head, note.copy_id, note.worth)
     return count, known
 
 
@@ -100,9 +108,9 @@ def _among(blocks: NDArray[np.int32], block: int) -> bool:
 
 def prepare() -> None:
     """Compiles `weigh`, or loads it, for what every call shows it."""
-    none, reads, one = np.empty((2, 1, 0), np.int32), np.zeros((0, 1), np.bool_), np.empty(0, np.int64)
-    shown = one, Records(one, one, one), reads, reads, np.zeros(1, np.bool_), none, none.astype(np.float32), np.zeros((2, 0, 1), NOTE)
-    weigh(*shown, 0.0, 1.0, 0.0, 0.0, np.empty((0, 3), np.int64), np.empty(0), one, np.empty(0))
+    none, reads, ids = np.empty((2, 1, 0), np.int32), np.zeros((0, 1), np.bool_), np.empty(0, np.int64)
+    shown = ids, NO_READS, reads, reads, np.zeros(1, np.bool_), none, none.astype(np.float32), np.zeros((2, 0, 1), NOTE)
+    weigh(*shown, 0.0, 1.0, 0.0, 0.0, np.empty((0, 3), np.int64), np.empty(0))
 
 
 @compiled

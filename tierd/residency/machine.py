@@ -32,6 +32,7 @@ from tierd_kernels.layout import Layout
 from tierd.pools import Arenas
 from tierd.residency.blocks import BARRED, NO_COPY, BlockTable, Ids
 from tierd.residency.copies import Copies, CopyState, ScratchCopy
+from tierd.residency.counting import add
 
 ATTEMPTS = 2  # a copy that failed so often is not tried again
 
@@ -142,7 +143,7 @@ class Residency:
         table.copy_id[kind, blocks, heads] = ids
         assert (table.copy_id[kind, blocks, heads] == ids).all(), "a record is given twice"
         table.used[kind, blocks, heads] = False
-        np.add.at(table.in_flight, blocks, 1)
+        add(table.in_flight, blocks, 1)
         self._num_in_flight += len(ids)
         return ids
 
@@ -181,7 +182,7 @@ class Residency:
             return
         in_flight = self._copies.state[ids] == CopyState.IN_FLIGHT
         self._detach(table, ids)
-        np.subtract.at(table.in_flight, self._copies.block[ids[in_flight]], 1)
+        add(table.in_flight, self._copies.block[ids[in_flight]], -1)
         self._copies.state[ids[in_flight]] = CopyState.ORPHAN
         self._forget(ids[~in_flight])
 
@@ -190,20 +191,20 @@ class Residency:
         kind, block, head = self._copies.at(ids)
         self._copies.state[ids] = CopyState.RESIDENT
         table.location[kind, block, head] = self._copies.target[ids]
-        np.subtract.at(table.in_flight, block, 1)
-        np.add.at(table.resident, block, 1)
+        add(table.in_flight, block, -1)
+        add(table.resident, block, 1)
         table.touch(block)
 
     def _give_up(self, ids: Ids) -> None:
         for table, some in self._by_table(ids):
             kind, block, head = self._copies.at(ids[some])
             table.copy_id[kind, block, head] = BARRED
-            np.subtract.at(table.in_flight, block, 1)
+            add(table.in_flight, block, -1)
         self._forget(ids)
 
     def _detach(self, table: BlockTable, ids: Ids) -> None:
         kind, block, head = self._copies.at(ids)
-        np.subtract.at(table.resident, block, (self._copies.state[ids] == CopyState.RESIDENT).astype(np.int32))
+        add(table.resident, block[self._copies.state[ids] == CopyState.RESIDENT], -1)
         table.copy_id[kind, block, head] = NO_COPY
         table.location[kind, block, head] = ~self._copies.source[ids]
         table.touch(block)
@@ -212,19 +213,23 @@ class Residency:
         if not len(ids):
             return
         used = self._copies.state[ids] == CopyState.RESIDENT
-        for table, some in self._by_table(ids, used.copy()):
+        for table, some in self._by_table(ids, used):
             used[some] = table.used[self._copies.at(ids[some])]
-        for kind, pool in enumerate(self.arenas.scratch):
-            pool.release_many(self._copies.target[ids[self._copies.kind[ids] == kind]])
+        kinds = self._copies.kind[ids]
+        for kind in set(kinds.tolist()):
+            self.arenas.scratch[kind].release_many(self._copies.target[ids[kinds == kind]])
         self._gone(ids, used)
         self._copies.forget(ids)
 
     def _by_table(self, ids: Ids, which: NDArray[np.bool_] | None = None) -> Iterator[tuple[BlockTable, NDArray[np.bool_]]]:
         """Which of these copies [n], of those that are asked for, are of each table."""
+        asked = np.ones(len(ids), np.bool_) if which is None else which
+        if len(self._numbered) == 1:
+            yield self._numbered[0], asked.copy()
+            return
         numbers = self._copies.table[ids]
-        for number in np.unique(numbers if which is None else numbers[which]).tolist():
-            of_it = numbers == number
-            yield self._numbered[number], of_it if which is None else of_it & which
+        for number in np.unique(numbers[asked]).tolist():
+            yield self._numbered[number], asked & (numbers == number)
 
     # Checks
 
