@@ -25,7 +25,8 @@ from tierd_kernels.call import Call
 from tierd_kernels.cuda import backend
 from tierd_kernels.cuda.launch import Kernels
 from tierd_kernels.cuda.memory import DeviceMemory
-from tierd_kernels.cuda.step import Answer, Part, Step
+from tierd_kernels.cuda.packing import Part
+from tierd_kernels.cuda.step import Answer, Step
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Budget
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -224,7 +224,8 @@ def test_every_answer_keeps_its_promise(layout: Layout, query_heads: int, n: int
 
 
 def test_calls_of_different_lengths_in_one_launch_answer_as_alone() -> None:
-    from tierd_kernels.cuda.step import Part, Step
+    from tierd_kernels.cuda.packing import Part
+    from tierd_kernels.cuda.step import Step
 
     layout = LAYOUTS[0]
     B = layout.block_size
@@ -273,7 +274,7 @@ def test_a_call_larger_than_what_is_kept_for_calls_is_answered_in_parts() -> Non
 
 def test_the_parts_of_a_call_are_as_small_as_the_one_that_sees_the_most_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     from tierd_kernels.cuda import backend
-    from tierd_kernels.cuda.step import Part
+    from tierd_kernels.cuda.packing import Part
 
     layout = LAYOUTS[0]
     k, v, q = draw(layout, 100, 2, 100, "diffuse", 2)  # the first query sees one token, the last sees all
@@ -301,7 +302,8 @@ def passage(layout: Layout, tokens: int, query_heads: int, n: int, seed: int, pu
 @pytest.mark.parametrize("n", [1, 3])
 def test_blocks_of_little_mass_are_skipped_within_the_promise(layout: Layout, n: int) -> None:
     from tierd_kernels.cuda.launch import EXACT
-    from tierd_kernels.cuda.step import Part, Step
+    from tierd_kernels.cuda.packing import Part
+    from tierd_kernels.cuda.step import Step
 
     heads = 4 * layout.num_kv_heads
     k, v, q = passage(layout, 4100, heads, n, 7, 2.0)
@@ -426,7 +428,8 @@ def test_a_context_that_grows_is_not_captured_at_each_step() -> None:
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2]], ids=str)
 def test_the_naive_passes_answer_as_rung_0_does(layout: Layout) -> None:
     from tierd_kernels.cuda.launch import Kernels
-    from tierd_kernels.cuda.step import Part, Step
+    from tierd_kernels.cuda.packing import Part
+    from tierd_kernels.cuda.step import Step
 
     k, v, q = draw(layout, 2048, 4 * layout.num_kv_heads, 1, "diffuse", 5)
     cache = store(layout, k, v)
