@@ -184,7 +184,7 @@ def own_buffers(memory: DeviceMemory) -> DeviceMemory:
     was captured with."""
     fresh = backend.reserve(0, 0, 0)
     other = DeviceMemory(*memory)
-    kept = ("hot_at", "scratch_at", "originals_at", "exponents", "stream", "workspace")
+    kept = ("hot_at", "scratch_at", "originals_at", "exponents", "exponent", "stream", "workspace", "workspace_at")
     other.__dict__.update(fresh.__dict__ | {name: memory.__dict__[name] for name in kept})
     return other
 
