@@ -5,10 +5,10 @@
 // Weights stay relative to the row's largest score of the first pass. Scores of originals are sums in FP32 of exact or once rounded products; what was
 // taken back has been rounded once already, which the split's ERROR remembers.
 constexpr int THREADS = WARPS * LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
-constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM + 16;  // of a staged key: rows begin four banks apart
+constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM;
 // What a warp stages of a block, of a tile of tokens each: original keys, original and coded values, weights as they were, norms; and the notes.
 constexpr int VALUES_STAGED_AT = TILE * ROW_BYTES, CODES_STAGED_AT = VALUES_STAGED_AT + TILE * D * ITEM, WEIGHTS_STAGED_AT = CODES_STAGED_AT + VALUE_BYTES;
-constexpr int NORMS_STAGED_AT = WEIGHTS_STAGED_AT + 4 * WEIGHT_FLOATS, NOTES_STAGED_AT = NORMS_STAGED_AT + 4 * TILE, STAGED_BYTES = NOTES_STAGED_AT + 64;
+constexpr int NORMS_STAGED_AT = WEIGHTS_STAGED_AT + 4 * WEIGHT_FLOATS, NOTES_STAGED_AT = NORMS_STAGED_AT + 4 * TILE, STAGED_BYTES = (NOTES_STAGED_AT + 64 + LINE - 1) / LINE * LINE;
 constexpr int CHANNELS = 4 /* `Four` */, STEPS = (D + CHANNELS * LANES - 1) / (CHANNELS * LANES);  // of a value, a lane's neighbouring ones
 // Eight sums of HALF / 8 fused products each, and what joins them; q is scaled, its norm is at least 1/2.
 constexpr float KEY_ROUNDINGS = (HALF / 8 + 8) * U32F * (1.f + 1e-4f);
@@ -102,6 +102,8 @@ __device__ __forceinline__ int decide(const Call &call, int h, int rows, int gro
 // Where the records of a block lie, and its weights.
 struct Place { const unsigned char *record, *keys, *values; const float *weights; };
 
+// Where a byte of the keys is staged: sixteen bytes of a line change places by the row, so that the same ones of eight rows lie in different banks.
+__device__ __forceinline__ int key_at(int at) { return at ^ (((ROW_BYTES % LINE ? at / LINE : at / ROW_BYTES) & 7) << 4); }
 // Copies to a warp's stage; `copies_wait` waits.
 __device__ __forceinline__ void stage_bytes(u32 to, const void *from, int count, int lane, u64 policy) {
 #pragma unroll 1
@@ -110,7 +112,7 @@ __device__ __forceinline__ void stage_bytes(u32 to, const void *from, int count,
 __device__ __forceinline__ void stage_keys(u32 stage, const Place &of, int t, int lane, u64 policy) {
   const unsigned char *keys = of.keys + t * TILE * D * ITEM;
 #pragma unroll 4
-  for (int at = lane * 16; at < TILE * D * ITEM; at += LANES * 16) copy16(stage + at / (D * ITEM) * ROW_BYTES + at % (D * ITEM), keys + at, policy);
+  for (int at = lane * 16; at < TILE * D * ITEM; at += LANES * 16) copy16(stage + key_at(at), keys + at, policy);
 }
 // All else of a tile; original values where some row needs them.
 __device__ __forceinline__ void stage_values(u32 stage, const Place &of, int t, bool originals, int lane, u64 policy) {
@@ -122,8 +124,7 @@ __device__ __forceinline__ void stage_values(u32 stage, const Place &of, int t, 
 
 // Scores, in binary units, of the staged tile of sixteen tokens of an original record for the four rows: a lane has token lane % 16.
 __device__ __forceinline__ void score_originals(const unsigned char *stage, const Scratch &with, int lane, float (&s)[ROW_TILE]) {
-  const unsigned char *own = stage + lane % TILE * ROW_BYTES + lane / TILE * HALF * ITEM;
-  const int begin = lane / TILE * HALF;
+  const int begin = lane / TILE * HALF, own = lane % TILE * ROW_BYTES + begin * ITEM;
   float sums[ROW_TILE][8];
 #pragma unroll
   for (int row = 0; row < ROW_TILE; row++)
@@ -133,7 +134,7 @@ __device__ __forceinline__ void score_originals(const unsigned char *stage, cons
   for (int i = 0; i < HALF; i += 8) {
     uint4 bits[8 / PER_LOAD];
 #pragma unroll
-    for (int k = 0; k < 8 / PER_LOAD; k++) bits[k] = ((const uint4 *)(own + i * ITEM))[k];
+    for (int k = 0; k < 8 / PER_LOAD; k++) bits[k] = *(const uint4 *)(stage + key_at(own + i * ITEM + 16 * k));
 #pragma unroll
     for (int k = 0; k < 8; k++) {
       const float key = as_float(&bits[k / PER_LOAD], k % PER_LOAD);
