@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import commandline
 import numpy as np
 import tasks
 import torch
@@ -155,15 +156,11 @@ def rows_of(records: list[dict[str, Any]], checkpoint: checkpoints.Checkpoint) -
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=checkpoints.SMALL, help="folder of a checkpoint (default: the small model here)")
+    commandline.add_run(parser, "peers.jsonl")
     parser.add_argument("--contexts", type=int, nargs="+", default=[8192], help="tokens")
     parser.add_argument("--tasks", nargs="+", default=["niah", "niah_multiquery", "vt"], choices=tasks.NAMES)
     parser.add_argument("--examples", type=int, default=20, help="of each task and context")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, help="start no part after this long")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", choices=tuple(checkpoints.DTYPES))
-    parser.add_argument("--ledger", type=Path, default=Path("peers.jsonl"), help="where parts are written as they are done")
     options = parser.parse_args(arguments)
     checkpoint = checkpoints.load(options.model, options.device, options.dtype)
     identity = {name: getattr(options, name) for name in ("contexts", "tasks", "examples", "seed")} | {"model": checkpoint.name}
