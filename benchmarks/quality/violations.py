@@ -31,7 +31,8 @@ CERTIFIED = [variant for variant in ALL if variant.certified and variant.rtol]  
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     checkpoint = checkpoints.load(options.model, options.device, options.dtype)
-    identity = {"model": checkpoint.name, "dtype": str(checkpoint.model.dtype), "context": options.context, "seed": options.seed}
+    identity = {"text": str(options.text), "context": options.context, "seed": options.seed}
+    identity |= {"model": checkpoint.name, "dtype": str(checkpoint.model.dtype)}
     ledger = Ledger(options.ledger, identity, options.minutes, options.share)
     with connection(checkpoint.model, options.context) as tier:
         for index, window in enumerate(inputs(checkpoint, options)):

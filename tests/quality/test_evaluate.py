@@ -114,6 +114,17 @@ def test_violations_are_counted_and_end_the_command_with_an_error(
     assert rows(results, "violations")[1]["violations"] > 0
 
 
+@pytest.mark.parametrize("command", [evaluate, violations], ids=lambda command: str(command.__name__))
+def test_what_was_read_of_another_text_is_another_run(checkpoint: Path, tmp_path: Path, command: Any) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Of each part that is done, a line. " * 100)
+    arguments = ["--model", str(checkpoint), "--device", "cpu", "--minutes", "0", "--share", "1/2", "--ledger", str(tmp_path / "run.jsonl")]
+    contexts = ["--windows", "0"] if command is evaluate else ["--context", "1200"]
+    command.main([*arguments, *contexts])
+    with pytest.raises(ValueError, match=r"another run.*text\.txt"):
+        command.main([*arguments, *contexts, "--text", str(text)])
+
+
 def test_peers_are_measured_or_named_with_the_reason(checkpoint: Path, tmp_path: Path, results: Path) -> None:
     arguments = ["--model", str(checkpoint), "--contexts", "1200", "--tasks", "niah", "--examples", "1", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch:
