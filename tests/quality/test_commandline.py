@@ -6,11 +6,12 @@ from pathlib import Path
 
 import commandline
 import evaluate
+import peers
 import pytest
 import violations
 from ledger import WHOLE, Share
 
-RUNS = [evaluate.parse, violations.parse]
+RUNS = [evaluate.parse, violations.parse, peers.parse]
 
 
 @pytest.mark.parametrize("parse", RUNS, ids=lambda parse: str(parse.__module__))
@@ -38,4 +39,4 @@ def test_a_command_names_its_own_ledger() -> None:
     parser = argparse.ArgumentParser()
     commandline.add_run(parser, "mine.jsonl")
     assert parser.parse_args([]).ledger == Path("mine.jsonl")
-    assert evaluate.parse([]).ledger != violations.parse([]).ledger
+    assert len({parse([]).ledger for parse in RUNS}) == len(RUNS)
