@@ -29,7 +29,7 @@ from common import write_results
 
 Row = dict[str, Any]
 TOGETHER = 2  # examples of one part: twenty of three tasks at two contexts are sixty groups, which seven shares halve to within 5 %
-TIMED = 3  # examples of each task whose tokens are timed: some 150 tokens
+TIMED = 2  # examples of each task whose tokens are timed: some 100 tokens
 TIMES = ("timed", "p20_ms", "p50_ms", "p80_ms")  # tokens, and quantiles of their milliseconds
 
 
