@@ -69,9 +69,10 @@ struct Call {
   int *tickets;                                    // [Hkv], then [tiles], zero between launches
   int *candidate_blocks;                           // [2][Hkv][candidates_max]
   float *candidate_scores;
+  float2 *row_weights;                             // [tiles][full][ROW_TILE]: what selection weighed, of keys and of values, in the row's targets
   double rtol, atol, skip_share;                   // of the budget, for skipped blocks
   double tau_cov, key_bound_max, v_tol;            // of the coverage policy
-  int end[6];                                      // to whole lines
+  int end[4];                                      // to whole lines
 };
 static_assert(sizeof(Call) == 384, "as in launch.py");
 

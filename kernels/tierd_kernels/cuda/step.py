@@ -108,7 +108,7 @@ def workspace_bytes(layout: Layout, group: int, part: Part, splits: int) -> int:
     """An upper bound on what `Step` takes of the workspace for a part."""
     rows = layout.num_kv_heads * group * part.n
     tiles = layout.num_kv_heads * -(-group * part.n // ROW_TILE)
-    block = 4 * (layout.block_size // TILE * TILE_WEIGHT_FLOATS + STATISTIC_FLOATS + 1)
+    block = 4 * (layout.block_size // TILE * TILE_WEIGHT_FLOATS + STATISTIC_FLOATS + 1 + 2 * ROW_TILE)
     split = 4 * ROW_TILE * (PARTIALS + SKIPS + layout.head_dim) + 8 * ROW_TILE * (DENSE_FACTS + layout.head_dim)
     picks = picks_bytes(splits)
     head = 8 * layout.num_kv_heads * part.full(layout)
@@ -148,7 +148,7 @@ class Step:
                 "skips": 4 * tiles[i] * (splits + 1) * SKIPS * ROW_TILE,
                 "dense": 8 * tiles[i] * (splits + 1) * ROW_TILE * (DENSE_FACTS + d), "facts": 4 * rows * ROW_FACTS,
                 "dots": 4 * rows * (splits + 1), "marks": 4 * tiles[i] * full, "counts": 8 * rows,
-                "picks": tiles[i] * picks_bytes(splits), "shares": 8 * heads * full,
+                "picks": tiles[i] * picks_bytes(splits), "shares": 8 * heads * full, "row_weights": 8 * tiles[i] * full * ROW_TILE,
             }  # fmt: skip
             numbers = dict.fromkeys(CALL.names or (), 0) | {
                 "n": part.n, "tokens": part.tokens, "full": full, "splits": splits, "per": per, "groups": len(call.group_value_norms),

@@ -40,8 +40,9 @@ __device__ __forceinline__ void reduce_rows(const Call &call, int h, int rows, i
       const int b = start + threadIdx.x / ROW_TILE;
       float key = 0.f, value = 0.f;
       if (b < last && index < rows && own.target > 0.f) {
-        const u32 mark = call.marks[(i64)base * call.full + b] >> row;
-        const Shares found = ::shares(call, base, b, row, own);
+        const Seen block = seen(call, base, b, row);
+        const u32 mark = block.mark >> row;
+        const Shares found = ::shares(block, own);
         key = fminf(fmaxf(found.key / own.target, 0.f), SHARE_MAX), value = fminf(fmaxf(found.value / own.target, 0.f), SHARE_MAX);  // a NaN is 0
         if (mark & 1) key = fmaxf(key, limits.score[row][0]);
         if (mark & 16) value = fmaxf(value, limits.score[row][1]);

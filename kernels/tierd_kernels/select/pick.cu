@@ -7,7 +7,7 @@
 //
 // One pass tries all thresholds: a thread block takes groups of 1024 tokens, one after the other, and sorts their blocks' terms into the bins between
 // thresholds; what stays below each threshold is a running sum over bins, and from it comes the group's part of the bound. The thread block of a tile
-// that ends last adds the parts up and chooses. Bins are integers, in parts of the largest term relative to its bin's edge: their sums depend on no
+// that ends last adds the parts up and chooses; promotion finds the blocks' weights where they were written. Bins are integers, in parts of the largest term relative to its bin's edge: their sums depend on no
 // order.
 constexpr int PICK_WARPS = 8, THREADS = PICK_WARPS * LANES, EACH = BINS / LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
 enum { OF_T1, OF_G, OF_SPREAD, OF_SQUARES, OF_LOW, OF_VALUE, OF_CODED, SORTED };  // the last two by the weight of values, the others of keys
@@ -29,17 +29,26 @@ struct __align__(16) Room {
 // Sorts the full blocks [first, end) into bins. For all threads: a thread has a row of every 64th block.
 __device__ __forceinline__ void sort_blocks(const Call &call, int base, int first, int end, const RowState &own, const Bins &scale, Room &room) {
   const int row = threadIdx.x % ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  Seen blocks[ROUNDS];
+#pragma unroll
+  for (int i = 0; i < ROUNDS; i++) {
+    const int b = first + (threadIdx.x + i * THREADS) / ROW_TILE;
+    if (b < end && own.joins) blocks[i] = seen(call, base, b, row);
+  }
+  float2 *weights = call.row_weights + (i64)base * call.full * ROW_TILE;
   for (int i = threadIdx.x; i < ROW_TILE * SORTED * BINS; i += THREADS) (&room.bins[0][0][0])[i] = 0;
   float terms[ROUNDS][SORTED], most[SORTED] = {0.f};
   int bins[ROUNDS][2];
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++) {
     const int b = first + (threadIdx.x + i * THREADS) / ROW_TILE;
+    const bool joins = b < end && own.joins;
     Shares s = {0.f, 0.f, {}};
-    if (b < end && own.joins) s = shares(call, base, b, row, own);
+    if (joins) s = shares(blocks[i], own);
     const float found[SORTED] = {s.terms.t1, s.terms.g, s.terms.spread, s.terms.squares, s.terms.low, s.terms.value, s.terms.coded};
-#pragma unroll
-    for (int kind = 0; kind < 2; kind++) bins[i][kind] = b < end && own.joins ? scale.of(weight(kind ? s.value : s.key, own.target)) : BINS;
+    const float key = weight(s.key, own.target), value = weight(s.value, own.target);
+    bins[i][0] = joins ? scale.of(key) : BINS, bins[i][1] = joins ? scale.of(value) : BINS;
+    if (joins) weights[b * ROW_TILE + row] = make_float2(key, value);
 #pragma unroll
     for (int k = 0; k < SORTED; k++) {
       const int bin = bins[i][of_values(k)];

@@ -57,8 +57,14 @@ __device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[
 __device__ __forceinline__ int decide(const Call &call, int h, int rows, int group, int tile, int base, int first, int count, const float (&limits)[ROW_TILE],
                                       Scratch &to) {
   const int row = threadIdx.x % ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-  const RowState own(call, h, rows, min(tile * ROW_TILE + row, rows - 1));
   u32 *marks = call.marks + (i64)base * call.full + first;
+  const float2 *written = call.row_weights + ((i64)base * call.full + first) * ROW_TILE;
+  float2 weights[ROUNDS];
+#pragma unroll
+  for (int i = 0; i < ROUNDS; i++) {
+    const int at = threadIdx.x + i * THREADS;  // of a row that nothing has chosen for, whatever lies there
+    weights[i] = at < count * ROW_TILE ? written[at] : make_float2(0.f, 0.f);
+  }
   int keys = 0, values = 0;
   u32 mine[ROUNDS];
 #pragma unroll
@@ -66,8 +72,7 @@ __device__ __forceinline__ int decide(const Call &call, int h, int rows, int gro
     const int b = (threadIdx.x + i * THREADS) / ROW_TILE;
     u32 mark = 0;
     if (b < count && limits[row] < INFINITY) {
-      const Shares s = shares(call, base, first + b, row, own);
-      const bool key = weight(s.key, own.target) >= limits[row], value = weight(s.value, own.target) >= limits[row];
+      const bool key = weights[i].x >= limits[row], value = weights[i].y >= limits[row];
       keys += key, values += value, mark = (key ? 1u : 0u) << row | (value ? 16u : 0u) << row;
     }
 #pragma unroll

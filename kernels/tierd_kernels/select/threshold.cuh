@@ -16,16 +16,23 @@ struct RowState {
 };
 struct Shares { float key, value; Terms terms; };
 
-// Of full block b; what was skipped can have no share less.
-__device__ __forceinline__ Shares shares(const Call &call, int base, int b, int row, const RowState &own) {
+// What the passes left of a full block and a row. Read apart from what is made of it, so that several blocks' are under way together.
+struct Seen { Stats x; u32 mark; };
+__device__ __forceinline__ Seen seen(const Call &call, int base, int b, int row) {
   const float *p = call.statistics + ((i64)base * (call.full + 1) + b) * STATISTIC_FLOATS;
-  Stats x;
+  Seen found;
 #pragma unroll
-  for (int k = 0; k < STATISTICS + 3; k++) x[k] = p[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS];
+  for (int k = 0; k < STATISTICS + 3; k++) found.x[k] = p[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS];
+  found.mark = call.marks[(i64)base * call.full + b];
+  return found;
+}
+// What was skipped can have no share less.
+__device__ __forceinline__ Shares shares(const Seen &block, const RowState &own) {
+  const Stats &x = block.x;
   Shares s = {0.f, 0.f, {}};
   if (x[SUM] <= 0.f) return s;
   s.terms = block_terms(x, exp2_approx(x[TOP] - own.top) / own.mass, false);
-  if (call.marks[(i64)base * call.full + b] & SKIPPED_BLOCK) return s;
+  if (block.mark & SKIPPED_BLOCK) return s;
   s.key = s.terms.t1 + s.terms.g * own.output, s.value = s.terms.value;
   return s;
 }
