@@ -20,6 +20,7 @@ constexpr float KEY_FLOOR = 0x1p-90f;  // products and keys that FP32 flushes
 
 struct __align__(16) Scratch {
   float q[ROW_TILE][D], scale[ROW_TILE], size[ROW_TILE], q_norm[ROW_TILE];
+  int seen[ROW_TILE];  // tokens
   float weight[WARPS][TILE][2 * ROW_TILE];  // of a tile of tokens and row: by how much that of the coded value changes; that of the original
   float extra[WARPS][ROW_TILE];             // mass times norms that is taken back
   u32 marks[SPLIT_BLOCKS];
@@ -27,17 +28,18 @@ struct __align__(16) Scratch {
 };
 
 constexpr int PER_LANE = (D + LANES - 1) / LANES;
-// A row's query: a warp's, a lane has every 32nd channel.
-__device__ __forceinline__ void read_query(const Call &call, int h, int group, int index, float (&q)[PER_LANE]) {
+// A row's query: a warp's, a lane has every 32nd channel. Returns how many tokens it sees.
+__device__ __forceinline__ int read_query(const Call &call, int h, int group, int index, float (&q)[PER_LANE]) {
   const Row query = query_row(call, h, group, index);
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) {
     const int channel = i * LANES + threadIdx.x % LANES;
     q[i] = query.real && channel < D ? as_float(call.q, query.at + channel) : 0.f;
   }
+  return query.seen;
 }
-// The same, scaled by a power of two into [-1, 1], and the scales that undo it, in binary units and, as sizes, natural ones. A warp a row.
-__device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[PER_LANE], Scratch &to) {
+// The same, which sees so many tokens, scaled by a power of two into [-1, 1], and the scales that undo it, in binary units and, as sizes, natural ones. A warp a row.
+__device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[PER_LANE], int seen, Scratch &to) {
   const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
   float top = 0.f, norm = 0.f;
 #pragma unroll
@@ -52,7 +54,7 @@ __device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[
   }
   norm = warp_sum(norm);
   if (lane) return;
-  to.q_norm[row] = sqrtf(norm) * STORE, to.scale[row] = downscale((float)(call.scale * 1.4426950408889634), -e);
+  to.seen[row] = seen, to.q_norm[row] = sqrtf(norm) * STORE, to.scale[row] = downscale((float)(call.scale * 1.4426950408889634), -e);
   to.size[row] = fabsf(to.scale[row]) * 0.69314724f;
 }
 
@@ -171,7 +173,7 @@ __device__ __forceinline__ void score_originals(const unsigned char *stage, cons
 
 // One block: its statistics anew, and by how much the split's sums change, which is added to `change` [ROW_TILE][D]. A warp's. All that it reads
 // is under way together: one part after the other waited four times for memory.
-__device__ __forceinline__ void promote_block(const Call &call, int h, int group, int tile, int block, u32 mark, const Place &at, float *statistics,
+__device__ __forceinline__ void promote_block(const Call &call, int block, u32 mark, const Place &at, float *statistics,
                                               const float (&tops)[ROW_TILE], unsigned char *stage, Scratch &room, float *change) {
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, token = lane % TILE, pair = lane / TILE * 2;
   const float unit = unit_factor(call.unit), *weights = (const float *)(stage + WEIGHTS_STAGED_AT), *notes = (const float *)(stage + NOTES_STAGED_AT);
@@ -197,7 +199,7 @@ __device__ __forceinline__ void promote_block(const Call &call, int h, int group
       score_originals(stage, room, lane, s[t]);
 #pragma unroll
       for (int row = 0; row < ROW_TILE; row++) {
-        const bool seen = block * BLOCK + t * TILE + token < query_row(call, h, group, tile * ROW_TILE + row).seen;
+        const bool seen = block * BLOCK + t * TILE + token < room.seen[row];
         wrong = wrong || (seen && !(fabsf(s[t][row]) < INFINITY));
         if (seen) magnitude[row] = fmaxf(magnitude[row], fabsf(s[t][row]));
         s[t][row] = seen ? s[t][row] : -INFINITY;
@@ -344,7 +346,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && 128 % D == 0
   const int at_row = h * rows + min(index, rows - 1);
   const bool coverage = call.coverage;
   float q[PER_LANE];
-  read_query(call, h, group, tile * ROW_TILE + warp, q);  // which no kernel of the step writes
+  const int seen = read_query(call, h, group, tile * ROW_TILE + warp, q);  // which no kernel of the step writes
   wait_for_previous();
   const float *facts = call.facts + (i64)at_row * ROW_FACTS, top = facts[ROW_TOP], chosen = facts[ROW_LIMIT];
   const bool open = index < rows && call.state[at_row] == OPEN;
@@ -361,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && 128 % D == 0
     const int block = first + room.list[own];
     record = call.pool + call.hot[block] + (i64)h * RECORD_BYTES, keys = located(call, 0, heads, h, block), values = located(call, 1, heads, h, block);
   }
-  scaled_query(call, q, room);
+  scaled_query(call, q, seen, room);
   float *changes = (float *)(shared + WARPS * STAGED_BYTES);
   for (int i = threadIdx.x; i < WARPS * ROW_TILE * D; i += THREADS) changes[i] = 0.f;
   __syncthreads();
@@ -370,7 +372,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && 128 % D == 0
     auto of_lane = [&](const unsigned char *x) { return (const unsigned char *)__shfl_sync(~0u, (u64)x, i); };
     const Place at = {of_lane(record), of_lane(keys), of_lane(values), call.weights + (before + b) * TILES * WEIGHT_FLOATS};
     float *statistics = call.statistics + (before + b) * STATISTIC_FLOATS;
-    promote_block(call, h, group, tile, first + b, room.marks[b], at, statistics, tops, shared + warp * STAGED_BYTES, room, changes + warp * ROW_TILE * D);
+    promote_block(call, first + b, room.marks[b], at, statistics, tops, shared + warp * STAGED_BYTES, room, changes + warp * ROW_TILE * D);
   }
   // What the split has, all on its way together; its statistics then lie where promoted blocks were staged.
   float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D, were[OWN_SUMS];

@@ -6,12 +6,13 @@ constexpr int BINS = 64, FINE = 56, FINE_SHIFT = 21, COARSE_SHIFT = FINE_SHIFT +
 
 struct RowState {
   float top, mass, output, target, fixed;
-  bool joins;  // open, and there is something that promotion could do
+  bool open, joins;  // and there is something that promotion could do
   __device__ __forceinline__ RowState(const Call &call, int h, int rows, int index) {
     const int at = h * rows + min(index, rows - 1);
     const float *facts = call.facts + (i64)at * ROW_FACTS;
     top = facts[ROW_TOP], mass = facts[ROW_MASS], output = facts[ROW_NORM], target = TARGET * facts[ROW_BUDGET], fixed = facts[ROW_FIXED];
-    joins = index < rows && call.state[at] == OPEN && target > 0.f && fixed * ((1.f + THETA) * SAFETY) <= target;
+    open = index < rows && call.state[at] == OPEN;
+    joins = open && target > 0.f && fixed * ((1.f + THETA) * SAFETY) <= target;
   }
 };
 struct Shares { float key, value; Terms terms; };
