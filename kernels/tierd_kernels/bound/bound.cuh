@@ -63,9 +63,9 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
   return t;
 }
 
-// The sums of a split over its blocks' statistics, relative to `reference`, the row's largest score in it, to call.partials; thread (block, row),
-// rows fastest. All threads of the thread block come here. `marked`: some blocks were promoted, as `marks` says, and scores changed. Returns, in a
-// tile's first threads, the mass of the lightest block.
+// The sums of a split over its blocks' statistics, relative to `reference`, the row's largest score in it, to call.partials; thread (block,
+// row), rows fastest. All threads of the thread block come here. `marked`: some blocks were promoted, as `marks` says, and scores changed.
+// Returns, in a tile's first threads, the mass of the lightest block.
 template <bool marked>
 __device__ __forceinline__ float split_sums(const Call &call, const float *of_split, int base, int split, float reference, const u32 *marks = nullptr) {
   __shared__ float sums[WARPS][RUN_MASS][ROW_TILE], least[WARPS][ROW_TILE];

@@ -1,14 +1,14 @@
-// Selection under the hard budget: for a row that missed it, the fewest blocks whose keys or values, read as originals, are predicted to bring it
-// within.
+// Selection under the hard budget: for a row that missed it, the fewest blocks whose keys or values, read as originals, are predicted to
+// bring it within.
 //
-// A key and a value record cost the same bytes, so one threshold on both shares ranks them (as select/reference.py's cheapest_within does). What is
-// promoted counts as without error, which a target below the budget makes up for. Selection may be wrong at will: only what finish computes
-// from what was used opens the gate.
+// A key and a value record cost the same bytes, so one threshold on both shares ranks them (as select/reference.py's cheapest_within does).
+// What is promoted counts as without error, which a target below the budget makes up for. Selection may be wrong at will: only what finish
+// computes from what was used opens the gate.
 //
-// One pass tries all thresholds: a thread block takes groups of 1024 tokens, one after the other, and sorts their blocks' terms into the bins between
-// thresholds; what stays below each threshold is a running sum over bins, and from it comes the group's part of the bound. The thread block of a tile
-// that ends last adds the parts up and chooses; promotion finds the blocks' weights where they were written. Bins are integers, in parts of the largest term relative to its bin's edge: their sums depend on no
-// order.
+// One pass tries all thresholds: a thread block takes groups of 1024 tokens, one after the other, and sorts their blocks' terms into the
+// bins between thresholds; what stays below each threshold is a running sum over bins, and from it comes the group's part of the bound. The
+// thread block of a tile that ends last adds the parts up and chooses; promotion finds the blocks' weights where they were written. Bins
+// are integers, in parts of the largest term relative to its bin's edge: their sums depend on no order.
 constexpr int PICK_WARPS = 8, THREADS = PICK_WARPS * LANES, EACH = BINS / LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
 enum { OF_T1, OF_G, OF_SPREAD, OF_SQUARES, OF_LOW, OF_VALUE, OF_CODED, SORTED };  // the last two by the weight of values, the others of keys
 constexpr float UNITS = 0x1p24f;  // 128 blocks of a group, in 32 bits
@@ -144,7 +144,8 @@ __device__ __forceinline__ void add_group(const Fixed &fixed, bool trailing, int
   }
 }
 
-// Of each row the largest threshold with which it is within, from all parts, to its facts; infinite where none does. For all threads: one a row and bin.
+// Of each row the largest threshold with which it is within, from all parts, to its facts; infinite where none does. For all threads: one a
+// row and bin.
 __device__ __forceinline__ void choose(const Call &call, int h, int rows, int tile, const volatile float *picks, int parts, const Bins &scale, Room &room) {
   static_assert(THREADS == ROW_TILE * BINS, "a thread a row and bin");
   const int row = threadIdx.x / BINS, bin = threadIdx.x % BINS;

@@ -1,13 +1,15 @@
-// Promotion: what the first passes made of the blocks that a row needs original is taken back, and what their originals give is put in its place:
-// scores and statistics, the splits' sums of the bound, and the sums of weights times values. One thread block a tile of rows and a split; a warp
-// a promoted block. Most find nothing to do.
+// Promotion: what the first passes made of the blocks that a row needs original is taken back, and what their originals give is put in its
+// place: scores and statistics, the splits' sums of the bound, and the sums of weights times values. One thread block a tile of rows and a
+// split; a warp a promoted block. Most find nothing to do.
 //
-// Weights stay relative to the row's largest score of the first pass. Scores of originals are sums in FP32 of exact or once rounded products; what was
-// taken back has been rounded once already, which the split's ERROR remembers: a quarter of VALUE_ROUNDING, 279 u, is more than the 16 tokens' two
-// products and one difference of weights each, and the sums over a warp's blocks, over warps and over what was there.
+// Weights stay relative to the row's largest score of the first pass. Scores of originals are sums in FP32 of exact or once rounded
+// products; what was taken back has been rounded once already, which the split's ERROR remembers: a quarter of VALUE_ROUNDING, 279 u, is
+// more than the 16 tokens' two products and one difference of weights each, and the sums over a warp's blocks, over warps and over what was
+// there.
 constexpr int THREADS = WARPS * LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
 constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM + 16;  // of a staged key: rows begin four banks apart
-// What a warp stages of a block, of a tile of tokens each: original keys, original and coded values, weights as they were, norms; and the notes.
+// What a warp stages of a block, of a tile of tokens each: original keys, original and coded values, weights as they were, norms; and the
+// notes.
 constexpr int VALUES_STAGED_AT = TILE * ROW_BYTES, CODES_STAGED_AT = VALUES_STAGED_AT + TILE * D * ITEM, WEIGHTS_STAGED_AT = CODES_STAGED_AT + VALUE_BYTES;
 constexpr int NORMS_STAGED_AT = WEIGHTS_STAGED_AT + 4 * WEIGHT_FLOATS, NOTES_STAGED_AT = NORMS_STAGED_AT + 4 * TILE, STAGED_BYTES = NOTES_STAGED_AT + 64;
 // Of a thread of what the split has: its sums; its statistics, four at a time.
@@ -38,7 +40,8 @@ __device__ __forceinline__ int read_query(const Call &call, int h, int group, in
   }
   return query.seen;
 }
-// The same, which sees so many tokens, scaled by a power of two into [-1, 1], and the scales that undo it, in binary units and, as sizes, natural ones. A warp a row.
+// The same, which sees so many tokens, scaled by a power of two into [-1, 1], and the scales that undo it, in binary units and, as sizes,
+// natural ones. A warp a row.
 __device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[PER_LANE], int seen, Scratch &to) {
   const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
   float top = 0.f, norm = 0.f;
@@ -58,8 +61,9 @@ __device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[
   to.size[row] = fabsf(to.scale[row]) * 0.69314724f;
 }
 
-// Which blocks of the split are promoted in which rows, to `marks` (the row's own are decided here, those of the coverage policy were before), and, in
-// order, the blocks that are promoted in any; returns their number. For all threads: `limit` is that of row threadIdx.x % ROW_TILE.
+// Which blocks of the split are promoted in which rows, to `marks` (the row's own are decided here, those of the coverage policy were
+// before), and, in order, the blocks that are promoted in any; returns their number. For all threads: `limit` is that of row threadIdx.x %
+// ROW_TILE.
 __device__ __forceinline__ int decide(const Call &call, int h, int rows, int tile, int base, int first, int count, float limit, Scratch &to) {
   const int row = threadIdx.x % ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   u32 *marks = call.marks + (i64)base * call.full + first;
@@ -123,8 +127,8 @@ __device__ __forceinline__ void stage_quantised(u32 stage, const Place &of, int 
   stage_bytes(stage + WEIGHTS_STAGED_AT, of.weights + t * WEIGHT_FLOATS, 4 * WEIGHT_FLOATS, lane, policy);
   stage_bytes(stage + NORMS_STAGED_AT, of.record + NORMS_AT + 4 * t * TILE, 4 * TILE, lane, policy);
 }
-// Original keys and values of a tile, all loads of a lane under way together. They go through registers, which are free at this point: cp.async
-// carried 27 GB/s from pinned host memory on an H100, plain loads 40.
+// Original keys and values of a tile, all loads of a lane under way together. They go through registers, which are free at this point:
+// cp.async carried 27 GB/s from pinned host memory on an H100, plain loads 40.
 __device__ __forceinline__ void stage_originals(unsigned char *stage, const Place &of, int t, bool keys, bool values, int lane) {
   constexpr int BYTES = TILE * D * ITEM, STRIDE = LANES * 16, AT_ONCE = BYTES / STRIDE < 8 ? (BYTES + STRIDE - 1) / STRIDE : 8;
 #pragma unroll 1
@@ -171,8 +175,8 @@ __device__ __forceinline__ void score_originals(const unsigned char *stage, cons
   }
 }
 
-// One block: its statistics anew, and by how much the split's sums change, which is added to `change` [ROW_TILE][D]. A warp's. All that it reads
-// is under way together: one part after the other waited four times for memory.
+// One block: its statistics anew, and by how much the split's sums change, which is added to `change` [ROW_TILE][D]. A warp's. All that it
+// reads is under way together: one part after the other waited four times for memory.
 __device__ __forceinline__ void promote_block(const Call &call, int block, u32 mark, const Place &at, float *statistics,
                                               const float (&tops)[ROW_TILE], unsigned char *stage, Scratch &room, float *change) {
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, token = lane % TILE, pair = lane / TILE * 2;

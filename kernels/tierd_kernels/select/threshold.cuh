@@ -1,7 +1,7 @@
 // What selection knows of a row and of a block's shares of its bound, and the scale of its thresholds.
 constexpr float TARGET = 0.85f;  // of the budget
-// Thresholds, in targets: upper edges of bins that are a quarter of an octave wide, and from FINE on two octaves. Blocks of less than the lowest
-// have, all together, at most a thirty-second of the target.
+// Thresholds, in targets: upper edges of bins that are a quarter of an octave wide, and from FINE on two octaves. Blocks of less than the
+// lowest have, all together, at most a thirty-second of the target.
 constexpr int BINS = 64, FINE = 56, FINE_SHIFT = 21, COARSE_SHIFT = FINE_SHIFT + 3, ROOM_BELOW = 6;
 
 struct RowState {
