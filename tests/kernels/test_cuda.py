@@ -287,6 +287,25 @@ def test_the_parts_of_a_call_are_as_small_as_the_one_that_sees_the_most_needs(mo
     assert (result.certificate["exact"] | np.less_equal(result.certificate["bound"], result.certificate["budget"])).all()
 
 
+@pytest.mark.parametrize("state", [0, 2, 77])  # open, due, and what no kernel writes
+def test_a_row_left_between_the_rungs_is_not_answered(monkeypatch: pytest.MonkeyPatch, state: int) -> None:
+    from tierd_kernels.cuda import backend
+    from tierd_kernels.cuda.step import Step
+
+    layout, answers = LAYOUTS[0], Step.answers
+    k, v, q = draw(layout, 40, 2, 1, "diffuse", 3)
+    cache = store(layout, k, v)
+
+    def left(step: Step) -> Any:
+        found = answers(step)
+        found[0].states[1, 0] = state
+        return found
+
+    monkeypatch.setattr(Step, "answers", left)
+    with pytest.raises(RuntimeError, match=rf"^1 of 2 rows .* states are \[{state}\]$"):
+        backend.attend(layout, cache.memory, [cache.call(q, 0.3, Budget())], 2)
+
+
 def passage(layout: Layout, tokens: int, query_heads: int, n: int, seed: int, pull: float) -> tuple[Raw, Raw, Raw]:
     """Queries that look one way, and one passage of 80 tokens whose keys lie there: it holds the more mass the stronger the pull."""
     random, d = np.random.default_rng(seed), layout.head_dim

@@ -4,8 +4,8 @@
 // (`E_out` has that rounding); the weights, times 2^14, are the B operand as FP16 high and low parts: columns part * 4 + row.
 // Codes lie in fragment order, scales and offsets by token pairs as lanes want them: no conversion, no shuffle.
 //
-// Blocks of so little mass in all rows of the tile that leaving them out costs at most a share of the budget are not read: a block may spend
-// an equal part of that share. Those whose copies are issued first, before masses are known, are read anyhow.
+// Blocks of so little mass in all rows of the tile that leaving them out costs at most a share of the budget are not read: a block may
+// spend an equal part of that share. Those whose copies are issued first, before masses are known, are read anyhow.
 constexpr int VALUE_STAGES = 4;  // at 131,072 tokens: 3 42 us, 4 40, 6 42
 constexpr float WEIGHT_SCALE = 16384.f;
 
@@ -23,8 +23,9 @@ __device__ __forceinline__ u32 part(float x, float y, float low) {
 // What a skipped block may cost each row, in units of its mass: m e^Delta (nu + ||O||) at most this; and ||O||, as long as it is not known.
 struct Limits { float most[ROW_TILE], output[ROW_TILE]; };
 
-// The largest score of each row of the tile and, with `skipping`, the limits: never so much that the heaviest block could go. For a thread block
-// of WARPS warps, all of whose threads come here: a thread a row and every 32nd split. `meanwhile` runs while the first sums are on their way.
+// The largest score of each row of the tile and, with `skipping`, the limits: never so much that the heaviest block could go. For a thread
+// block of WARPS warps, all of whose threads come here: a thread a row and every 32nd split. `meanwhile` runs while the first sums are on
+// their way.
 template <typename Work>
 __device__ __forceinline__ void row_limits(const Call &call, int splits, int base, bool skipping, float (&tops)[ROW_TILE], Limits &limits, Work meanwhile) {
   constexpr int EACH = WARPS * LANES / ROW_TILE, AT_ONCE = 4;  // loads under way together: one after the other took 6 us at 131,072 tokens
@@ -84,7 +85,8 @@ __device__ __forceinline__ void row_limits(const Call &call, int splits, int bas
         mass = fmaf(f, of_warp[1][w][row], mass), norm = fmaf(f, of_warp[2][w][row], norm);
       }
       const float vbar = norm / mass, budget = (float)fmin(call.atol * power_of_two(-call.unit) + call.rtol * vbar, (double)vbar);
-      // A tenth is held back, as in step.py; and more than half of the mass is kept, so that the difference of two sums is still within THETA.
+      // A tenth is held back, as in step.py; and more than half of the mass is kept, so that the difference of two sums is still within
+      // THETA.
       limits.most[row] = fminf(0.9f * (float)call.skip_share, 0.45f) * budget * mass / (call.full + 1), limits.output[row] = vbar;
     }
   }

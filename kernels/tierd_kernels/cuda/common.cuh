@@ -44,10 +44,9 @@ constexpr float U32F = 5.9604644775390625e-8f;
 constexpr float NORM_FLOOR = 8.8817841970012523e-16f;  // 2^-50: squares stay far from underflow, and the bound only grows
 constexpr float LOG2_MIN = -124.f;                     // a weight below 2^-124 of its block's largest counts as zero
 
-// One session and layer. Offsets are bytes: hot [full] in the device pool, original [blocks] in the host pool, locations [full][Hkv]
-// into scratch, or ~offset of the record among the originals; none where nothing lies in scratch. What the passes need first lies together,
-// in one line of the cache: at 8,192 tokens
-// a kernel is waiting for its call for a tenth of its time.
+// One session and layer. Offsets are bytes: hot [full] in the device pool, original [blocks] in the host pool, locations [full][Hkv] into
+// scratch, or ~offset of the record among the originals; none where nothing lies in scratch. What the passes need first lies together, in
+// one line of the cache: at 8,192 tokens a kernel is waiting for its call for a tenth of its time.
 struct Call {
   int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
   int unit;                                        // within [-60, 120]: norms are counted in units of 2^unit
@@ -75,9 +74,10 @@ struct Call {
   int *tickets;                                    // [Hkv], then [tiles], zero between launches
   int *candidate_blocks;                           // [2][Hkv][candidates_max]
   float *candidate_scores;
+  float2 *row_weights;                             // [tiles][full][ROW_TILE]: keys' and values' shares of the row's target
   double rtol, atol, skip_share;                   // of the budget, for skipped blocks
   double tau_cov, key_bound_max, v_tol;            // of the coverage policy
-  int end[6];                                      // to whole lines
+  int end[4];                                      // to whole lines
 };
 static_assert(sizeof(Call) == 384, "as in launch.py");
 

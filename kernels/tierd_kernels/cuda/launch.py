@@ -50,14 +50,14 @@ NUMBERS = (
 POINTERS = (
     "q", "hot", "pool", "weights", "statistics", "partials", "marks", "scratch", "originals", "output", "original", "key_at", "value_at",
     "group_values", "group_errors", "sums", "skips", "fields", "facts", "dots", "state", "counts", "picks", "dense", "canaries", "failures",
-    "shares", "tickets", "candidate_blocks", "candidate_scores",
+    "shares", "tickets", "candidate_blocks", "candidate_scores", "row_weights",
 )  # fmt: skip
 REALS = ("rtol", "atol", "skip_share", "tau_cov", "key_bound_max", "v_tol")
 CALL = np.dtype([
     *((name, np.int32) for name in NUMBERS), ("scale", np.float64), *((name, np.uint64) for name in POINTERS),
-    *((name, np.float64) for name in REALS), ("end", np.int32, (6,)),
+    *((name, np.float64) for name in REALS), ("end", np.int32, (4,)),
 ])  # fmt: skip
-PACKED = Struct(f"={len(NUMBERS)}id{len(POINTERS)}Q{len(REALS)}d24x")  # the same: a record of numpy takes five times as long to fill
+PACKED = Struct(f"={len(NUMBERS)}id{len(POINTERS)}Q{len(REALS)}d16x")  # the same: a record of numpy takes five times as long to fill
 assert CALL.itemsize == PACKED.size == 384
 
 

@@ -77,6 +77,7 @@ def plan(layout: Layout, shape: Shape) -> Plan:
             "skips": 4 * tiles * (splits + 1) * SKIPS * ROW_TILE, "dense": 8 * tiles * (splits + 1) * ROW_TILE * (DENSE_FACTS + d),
             "facts": 4 * rows * ROW_FACTS, "dots": 4 * rows * (splits + 1), "marks": 4 * tiles * full, "counts": 8 * rows,
             "picks": tiles * 4 * 2 * min(PICK_PARTS, splits + 1) * ROW_TILE * PICK_BINS, "shares": 8 * heads * full,
+            "row_weights": 8 * tiles * full * ROW_TILE,
         },
         INPUTS: {
             "q": outputs, "hot": 8 * full, "original": 8 * shape.blocks, "group_values": 4 * shape.groups * heads,

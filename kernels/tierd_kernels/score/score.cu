@@ -1,12 +1,13 @@
-// Score pass: weights 2^(s - top) of every token, statistics of every block, and of every split its largest score, mass and mass times norms.
+// Score pass: weights 2^(s - top) of every token, statistics of every block, and of every split its largest score, mass and mass times
+// norms.
 //
-// One warp takes a block after the other; codes and norms arrive in shared memory by bulk copies, SCORE_STAGES ahead. Codes are
-// the A operand of mma.m16n8k32.s8 as stored; B holds q times the block's scale, in units of its largest entry / 32512, as two int8
-// limbs: columns 2 * row + limb. A lane prepares the four channels of each step that its limb names, for both limbs, and gives the
-// other limb's bytes to its neighbour. int32 sums are exact, D <= 512. What depends on a block's scales and offsets alone, q . offset
-// and the norms of q * scale, comes from MMAs over CHUNK blocks at once: 40 instructions a block where sums by lanes took 110. Those scales
-// and offsets arrive before their blocks, once: read from global memory where they were needed, and with their block again, they kept the first
-// blocks waiting for 28 MB (131,072 tokens: 13 us).
+// One warp takes a block after the other; codes and norms arrive in shared memory by bulk copies, SCORE_STAGES ahead. Codes are the A
+// operand of mma.m16n8k32.s8 as stored; B holds q times the block's scale, in units of its largest entry / 32512, as two int8 limbs:
+// columns 2 * row + limb. A lane prepares the four channels of each step that its limb names, for both limbs, and gives the other limb's
+// bytes to its neighbour. int32 sums are exact, D <= 512. What depends on a block's scales and offsets alone, q . offset and the norms of q
+// * scale, comes from MMAs over CHUNK blocks at once: 40 instructions a block where sums by lanes took 110. Those scales and offsets arrive
+// before their blocks, once: read from global memory where they were needed, and with their block again, they kept the first blocks waiting
+// for 28 MB (131,072 tokens: 13 us).
 constexpr int SCORE_STAGES = 2;  // at 131,072 tokens: 2 67 us, 3 66, 4 70; two blocks at once in a warp 73, five or six blocks resident 72 to 87
 constexpr int CHUNK = 8, SCALE_BYTES = 2 * KEY_DIM, REST_BYTES = KEY_CODES_AT - SCALE_BYTES;  // rest: a block's offsets and notes
 constexpr int CODE_BYTES = SCORE_BYTES - KEY_CODES_AT;                                          // and its norms
