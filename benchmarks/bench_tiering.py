@@ -1,4 +1,5 @@
-"""What the tiering policies do with decode steps: hit rate, bytes from the host, exposed transfer time, waste, and what choosing costs.
+"""What the tiering policies do with decode steps: hit rate, bytes from the host, exposed transfer time, waste, and what choosing and
+beginning copies costs the engine's thread.
 
     python benchmarks/bench_tiering.py [--trace FOLDER ...] [--seed N]
 
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent / "tiering"))
 
 import numpy as np
 from common import write_results
+from copy_cost import copies_us
 from decode_steps import HELD_OUT, REGIMES, Steps, recorded
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +35,7 @@ from simulated import Outcome, Replay
 
 from tierd.config import EngineConfig
 from tierd.notes import NOTE
-from tierd.policy import FIRST_STEP, NONE, POLICIES, Predictive, Snapshot
+from tierd.policy import FIRST_STEP, NO_READS, NONE, POLICIES, Predictive, Snapshot
 
 TRACES = [Path(__file__).parents[1] / "tests" / "quality" / "data" / "trace-tiny"]
 SHARES = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # scratch, of the originals' records
@@ -42,6 +44,7 @@ KEY_SHARES = (0.25, 0.5, 0.75)  # of scratch, at the headline's size
 SIZES = [(share, 0.5) for share in SHARES] + [(HEADLINE_SHARE, key) for key in KEY_SHARES if key != 0.5]
 TOKENS_MIN = 4096  # of a recorded trace that counts for the headline
 LAYERS, BLOCKS, HEADS = 32, 8192, 8  # 128K tokens of an 8B model
+COPIES = EngineConfig.migrations_max  # begun at once
 
 
 def capacity(steps: Steps, share: float, key_share: float = 0.5) -> tuple[int, int]:
@@ -86,7 +89,7 @@ def policy_us(candidates: int, rounds: int = 30) -> float:
         began = time.perf_counter()
         for layer in range(LAYERS):
             if policy.looks_at(step + layer, misses=0):
-                policy.choose(Snapshot(ids[layer], reads[0], reads[1], exact, *picked[layer], notes, FIRST_STEP + step))
+                policy.choose(Snapshot(ids[layer], NO_READS, reads[0], reads[1], exact, *picked[layer], notes, FIRST_STEP + step))
         times.append(1e6 * (time.perf_counter() - began))
     return float(np.median(times))
 
@@ -137,7 +140,7 @@ def main(arguments: Sequence[str]) -> int:
     rows += [row for regime in REGIMES.values() for row in sweep(regime(options.seed))] + held_out(options.seed)
     costs = {candidates: policy_us(candidates) for candidates in (8, 16, 32, 64)}
     show(rows)
-    figures = headline(rows, costs[EngineConfig.prefetch_candidates_max])
+    figures = headline(rows, costs[EngineConfig.prefetch_candidates_max]) | copies_us(COPIES)
     print(figures, costs)
     path = write_results("tiering", figures, [*rows, *({"candidates": n, "policy_us_per_step": us} for n, us in costs.items())])
     print(path)

@@ -3,7 +3,7 @@
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,20 +15,20 @@ log = logging.getLogger(__name__)
 Copier = Callable[[NDArray[np.int64], NDArray[np.int64], int], NDArray[np.uint8]]
 
 
-class CopyOrder(NamedTuple):
-    """Copy `nbytes` from `source` in the originals to `target` in scratch (byte offsets)."""
+class CopyOrders(NamedTuple):
+    """Copy `nbytes` from each of `sources` in the originals to its of `targets` in scratch (byte offsets, int64 [n]). `ids` int64 [n]."""
 
-    copy_id: int
-    source: int
-    target: int
+    ids: NDArray[np.int64]
+    sources: NDArray[np.int64]
+    targets: NDArray[np.int64]
     nbytes: int
 
 
-class CopyDone(NamedTuple):
-    """The bytes that arrived hash (xxh3, 64 bit) to `digest`; None: the copy failed."""
+class CopiesDone(NamedTuple):
+    """The bytes that arrived hash (xxh3, 64 bit) to `digests` [n]; None: the copies failed."""
 
-    copy_id: int
-    digest: int | None
+    ids: NDArray[np.int64]
+    digests: NDArray[np.uint64] | None
 
 
 class Migrator:
@@ -42,8 +42,8 @@ class Migrator:
         self._limit = limit
         lock = threading.Lock()
         self._wake, self._finished = threading.Condition(lock), threading.Condition(lock)
-        self._orders: deque[CopyOrder] = deque()
-        self._done: list[CopyDone] = []
+        self._orders: deque[CopyOrders] = deque()
+        self._done: list[CopiesDone] = []
         self._outstanding = 0
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -53,16 +53,15 @@ class Migrator:
         """How many more copies `submit` takes now."""
         return self._limit - self._outstanding
 
-    def submit(self, orders: Iterable[CopyOrder]) -> None:
+    def submit(self, orders: CopyOrders) -> None:
         """Queue copies, no more than `room`. The ranges must stay reserved until `poll` has reported them."""
         with self._wake:
-            for order in orders:
-                assert self._outstanding < self._limit
-                self._orders.append(order)
-                self._outstanding += 1
+            assert len(orders.ids) <= self.room
+            self._orders.append(orders)
+            self._outstanding += len(orders.ids)
             self._wake.notify()
 
-    def poll(self) -> list[CopyDone]:
+    def poll(self) -> list[CopiesDone]:
         """Copies finished since the last poll."""
         if not self._outstanding:
             return []
@@ -70,7 +69,7 @@ class Migrator:
             self._copy(self._next())
         with self._wake:
             done, self._done = self._done, []
-            self._outstanding -= len(done)
+            self._outstanding -= sum(len(each.ids) for each in done)
         return done
 
     def wait(self, timeout_s: float) -> bool:
@@ -106,21 +105,21 @@ class Migrator:
                 orders = self._next()
             self._copy(orders)
 
-    def _next(self) -> list[CopyOrder]:
+    def _next(self) -> CopyOrders:
         """Takes the orders at the front that are of one size."""
         orders = [self._orders.popleft()]
         while self._orders and self._orders[0].nbytes == orders[0].nbytes:
             orders.append(self._orders.popleft())
-        return orders
+        ids, sources, targets = (np.concatenate(columns) for columns in list(zip(*orders, strict=True))[:3])
+        return CopyOrders(ids, sources, targets, orders[0].nbytes)
 
-    def _copy(self, orders: list[CopyOrder]) -> None:
-        digests: list[int | None] = [None] * len(orders)
-        sources, targets = (np.array([getattr(order, name) for order in orders], np.int64) for name in ("source", "target"))
+    def _copy(self, orders: CopyOrders) -> None:
+        digests: NDArray[np.uint64] | None = None
         try:
-            arrived = self._copier(sources, targets, orders[0].nbytes)
-            digests = [int(xxhash.xxh3_64_intdigest(record.data)) for record in arrived]
+            arrived = self._copier(orders.sources, orders.targets, orders.nbytes)
+            digests = np.array([xxhash.xxh3_64_intdigest(record.data) for record in arrived], np.uint64)
         except Exception as error:  # whoever waits for the copies must hear of their end, and the thread must go on
-            log.warning("%d copies to scratch failed: %s", len(orders), error)
+            log.warning("%d copies to scratch failed: %s", len(orders.ids), error)
         with self._wake:
-            self._done += [CopyDone(order.copy_id, digest) for order, digest in zip(orders, digests, strict=True)]
+            self._done.append(CopiesDone(orders.ids, digests))
             self._finished.notify()

@@ -11,7 +11,8 @@ from tierd_kernels.policy import Budget
 
 from tierd.commands import EXACT, Append, Attend, Command, Geometry, OpenSession, Row, Tolerance
 from tierd.engine import Engine, EngineConfig
-from tierd.policy.weighing import prepare
+from tierd.policy import eviction, weighing
+from tierd.residency import counting
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
@@ -20,7 +21,9 @@ NUM_TOKENS = 17  # a full block, so that it is quantised, and a tail
 
 def warm_policy() -> None:
     """What chooses copies, on the host whatever the backend. (CUDA kernels of a layout are compiled when its first session opens.)"""
-    prepare()
+    weighing.prepare()
+    eviction.prepare()
+    counting.prepare()
 
 
 def warm_up() -> None:

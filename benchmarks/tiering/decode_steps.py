@@ -4,6 +4,7 @@ Legend: T steps, m blocks, Hkv KV heads, kind 0 keys and 1 values.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +115,22 @@ def popular(seed: int, steps: int = 256, layers: int = 4, m: int = 1024, heads: 
     return _made("popular blocks", shares + np.where(drawn, rng.gamma(4.0, 0.02, shares.shape), 0.0).astype(np.float32))
 
 
+def crowded(seed: int, steps: int = 256, layers: int = 4, m: int = 1024, heads: int = 4) -> Steps:
+    """More is needed than is named: attention goes to 200 blocks of each head at once, to some more than to others, and slowly others."""
+    rng = np.random.default_rng(seed)
+    shares = _floor(rng, steps, layers, m, heads)
+    members = np.argsort(rng.random((layers, 2, m, heads)), axis=2)[:, :, :200]
+    wander, keep = rng.standard_normal(members.shape), math.exp(-1.0 / 8.0)
+    for t in range(steps):
+        wander = keep * wander + math.sqrt(1.0 - keep**2) * rng.standard_normal(members.shape)
+        weight = np.exp(1.5 * wander)
+        weight *= 1.2 / weight.sum(axis=2, keepdims=True)
+        np.put_along_axis(shares[t], members, weight.astype(np.float32), 2)
+    return _made("crowded heads", shares)
+
+
 REGIMES: dict[str, Callable[[int], Steps]] = {"drifting": drifting, "switching": switching}
-HELD_OUT: dict[str, Callable[[int], Steps]] = {"passages": passages, "popular": popular}  # no policy was fitted to them
+HELD_OUT: dict[str, Callable[[int], Steps]] = {"passages": passages, "popular": popular, "crowded": crowded}  # no policy was fitted to them
 
 
 def _floor(rng: np.random.Generator, steps: int, layers: int, m: int, heads: int) -> NDArray[np.float32]:

@@ -25,12 +25,14 @@ COUNTED = ("hits", "misses", "late", "prefetched", "wasted", "demand_bytes", "pr
 
 @dataclass(frozen=True)
 class Setting:
-    """`share`: scratch, of the originals. `replayed`: all steps were made once before, so that whatever they need lies in scratch."""
+    """`share`: scratch, of the originals. `replayed`: all steps were made once before, so that whatever they need lies in scratch.
+    `stress`: over the trace of that name."""
 
     name: str
     policy: str
     share: float
     replayed: bool = False
+    stress: bool = False
 
 
 class Driven:

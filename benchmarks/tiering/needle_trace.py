@@ -1,4 +1,9 @@
-"""A decode trace that makes promotion happen: queries look for needles that swell and fade, over keys and values of random numbers.
+"""Decode traces that make promotion happen: queries over keys and values of random numbers.
+
+`clusters`, the default, is like what the trained model of `benchmarks/quality/` asks for; `needles` is harder, and no model's. Of both, as
+`needs.py` measures them at 131,072 tokens, and of the model's busiest layer reading text, tolerance 5 %, by `benchmarks/quality/traces.py`:
+
+FIGURES
 
 Legend: H query heads, K KV heads, N tokens stored first, T steps, d head dimension.
 """
@@ -11,6 +16,12 @@ import torch
 from numpy.typing import NDArray
 from tierd_client import Geometry
 
+MEMBERS = 550  # tokens of a KV head's cluster, which has nearly all of its attention
+LIFT = 10.0  # their mean score over the others' mean
+SPREAD = {"always": 2.0, "slow": 1.8, "fast": 0.9}  # of their scores: parts that stay, that turn over SLOW_STEPS, that are of one step
+SLOW_STEPS = 4.0
+SHARED = 0.9  # of each part, by variance, between the query heads of a KV head
+COMMON = 8.0  # length of what the keys of a cluster have in common; a key of random numbers is sqrt(d) long
 ALIVE = 3.0  # needles that a KV head looks at, on average
 CERTAIN = 1.25  # a needle's score at its height, over what balances all other tokens
 
@@ -37,16 +48,19 @@ class Shape:
 
 
 class Trace:
-    """`k`, `v` float16 [K, N + T, d] on the GPU if there is one, the same for all layers; `q` float16 [T, layers, H, 1, d]."""
+    """`k`, `v` float16 [K, N + T, d] on the GPU if there is one, the same for all layers; `q` float16 [T, layers, H, 1, d]. `stress`: of
+    needles."""
 
-    def __init__(self, shape: Shape, seed: int) -> None:
-        self.shape = shape
+    def __init__(self, shape: Shape, seed: int, stress: bool = False) -> None:
+        self.shape, self.stress = shape, stress
         device = "cuda" if torch.cuda.is_available() else "cpu"
         generator = torch.Generator(device=device).manual_seed(seed)
         size = shape.kv_heads, shape.tokens + shape.steps, shape.head_dim
         self.k, self.v = (torch.randn(size, device=device, generator=generator).half() for _ in "kv")
+        rng = np.random.default_rng(seed)
+        topics = None if stress else self._plant(rng)
         self.k_raw, self.v_raw = (x.cpu().numpy() for x in (self.k, self.v))
-        self.q = self._queries(np.random.default_rng(seed))
+        self.q = self._needles(rng) if topics is None else self._clusters(rng, topics)
 
     def new(self, step: int) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
         """Keys and values [K, 1, d] that a step appends to each layer."""
@@ -63,7 +77,34 @@ class Trace:
             found.append(scores.softmax(-1) @ self.v[head, :length].double())
         return torch.cat(found).cpu().numpy()
 
-    def _queries(self, rng: np.random.Generator) -> NDArray[np.float16]:
+    def _plant(self, rng: np.random.Generator) -> NDArray[np.float64]:
+        """Gives the keys of each KV head's cluster their common part; returns its direction, [K, d]."""
+        s = self.shape
+        topics = rng.standard_normal((s.kv_heads, s.head_dim))
+        topics /= np.linalg.norm(topics, axis=1, keepdims=True)
+        for head in range(s.kv_heads):
+            members = torch.from_numpy(rng.choice(s.tokens, min(MEMBERS, s.tokens // 16), replace=False)).to(self.k.device)
+            self.k[head, members] += torch.from_numpy(COMMON * topics[head]).to(self.k)
+        return topics
+
+    def _clusters(self, rng: np.random.Generator, topics: NDArray[np.float64]) -> NDArray[np.float16]:
+        """Each query looks at its KV head's cluster, and at some members more than at others: a moving part of it is random."""
+        s = self.shape
+        group, keep = s.q_heads // s.kv_heads, math.exp(-1.0 / SLOW_STEPS)
+
+        def direction() -> NDArray[np.float64]:
+            common = np.repeat(rng.standard_normal((s.layers, s.kv_heads, s.head_dim)), group, axis=1)
+            return math.sqrt(SHARED) * common + math.sqrt(1.0 - SHARED) * rng.standard_normal(common.shape)
+
+        always, slow = direction(), direction()
+        towards = LIFT * math.sqrt(s.head_dim) / COMMON * np.repeat(topics, group, axis=0)
+        q = np.empty((s.steps, *always.shape), np.float16)
+        for step in range(s.steps):
+            slow = keep * slow + math.sqrt(1.0 - keep**2) * direction()
+            q[step] = towards + SPREAD["always"] * always + SPREAD["slow"] * slow + SPREAD["fast"] * direction()
+        return q[:, :, :, None]
+
+    def _needles(self, rng: np.random.Generator) -> NDArray[np.float16]:
         s = self.shape
         height = CERTAIN * math.log(s.tokens) / math.sqrt(s.head_dim)
         q = rng.standard_normal((s.steps, s.layers, s.q_heads, s.head_dim)) * 0.1

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from decode_steps import Steps, each
+from numpy.typing import NDArray
 from tierd_kernels.select.candidates import largest
 
 from tierd.config import EngineConfig
 from tierd.notes import NOTE
-from tierd.policy import FIRST_STEP, NONE, Shelf, Snapshot, named
+from tierd.policy import FIRST_STEP, NONE, Choice, Shelf, Snapshot, named
 
 LINK_BYTES_PER_US = 55e3
 GATHER_US = 14.0 - 64 * 4096 / LINK_BYTES_PER_US
@@ -65,7 +66,8 @@ class Replay:
         self._shelves = Shelf(slots[0]), Shelf(slots[1])
         self._places: dict[int, tuple[int, int, int]] = {}
         self._under_way: deque[tuple[int, float]] = deque()  # (copy id, microseconds of link still needed)
-        self._now, self._next_id = FIRST_STEP, 0
+        self._now = FIRST_STEP
+        self._free_ids = list(range(sum(slots)))
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -95,38 +97,38 @@ class Replay:
         if factor != 1.0:
             self._notes["worth"] *= factor
             for shelf in self._shelves:
-                shelf.reorder(factor)
+                shelf.rescale(factor)
         if not self._policy.looks_at(t + layer, count):
             return
         near, scores = largest(self._steps.shares[t, layer, :, :blocks], CANDIDATES_MAX)
         exact = np.zeros(needed.shape[2], bool)
         choice = self._policy.choose(
-            Snapshot(ids, needed[0], needed[1], exact, near, scores, self._notes, self._now)
+            Snapshot(ids, np.array(np.nonzero(needed)), needed[0], needed[1], exact, near, scores, self._notes, self._now)
         )
-        for (kind, block, head), worth in zip(choice.records.tolist(), choice.worths.tolist(), strict=True):
-            self._copy(kind, block, head, worth)
+        for kind, shelf in enumerate(self._shelves):
+            held = np.array([self._places[copy_id][0] for copy_id in choice.held.tolist()], np.int64) == kind
+            shelf.gain(choice.held[held], choice.held_worths[held])
+            self._copy(kind, choice, np.flatnonzero(choice.records[:, 0] == kind))
 
-    def _copy(self, kind: int, block: int, head: int, worth: float) -> None:
+    def _copy(self, kind: int, choice: Choice, wanted: NDArray[np.int64]) -> None:
+        """Begins copies of the `wanted` of a choice, as far as there is room."""
         shelf = self._shelves[kind]
-        if not shelf.capacity_bytes:
-            return
-        if len(shelf) == shelf.capacity_bytes:
-            chosen = shelf.choose("session", 1, worth, ["session"], self._worth_of)
-            if not chosen:
-                return
-            for copy_id in chosen:
-                self._drop(copy_id)
-        copy_id, self._next_id = self._next_id, self._next_id + 1
-        shelf.put(copy_id, "session", 1, worth)
-        self._places[copy_id] = kind, block, head
-        self._copy_id[kind, block, head] = copy_id
-        self._used[kind, block, head] = False
-        self.outcome.copied += 1
-        if self._policy.name == "reactive":
-            self._resident[kind, block, head] = True  # it is what the call has just read
-        else:
-            self.outcome.prefetch_bytes += self._steps.record_bytes
-            self._under_way.append((copy_id, self._steps.record_bytes / LINK_BYTES_PER_US))
+        room = shelf.choose("session", 1, choice.displace * choice.worths[wanted], shelf.capacity_bytes - len(shelf), ["session"])
+        for copy_id in room.evictions.tolist():
+            self._drop(copy_id)
+        begun = wanted[: room.placed]
+        ids = np.array([self._free_ids.pop() for _ in begun], np.int64)
+        shelf.put(ids, "session", 1, choice.worths[begun])
+        for copy_id, (_, block, head) in zip(ids.tolist(), choice.records[begun].tolist(), strict=True):
+            self._places[copy_id] = kind, block, head
+            self._copy_id[kind, block, head] = copy_id
+            self._used[kind, block, head] = False
+            self.outcome.copied += 1
+            if self._policy.name == "reactive":
+                self._arrive(copy_id)  # it is what the call has just read
+            else:
+                self.outcome.prefetch_bytes += self._steps.record_bytes
+                self._under_way.append((copy_id, self._steps.record_bytes / LINK_BYTES_PER_US))
 
     def _link(self, free_us: float) -> None:
         """Copies go on for so much link time."""
@@ -136,14 +138,16 @@ class Replay:
                 self._under_way.appendleft((copy_id, left_us - free_us))
                 return
             free_us -= left_us
-            self._resident[self._places[copy_id]] = True
+            self._arrive(copy_id)
 
-    def _worth_of(self, copy_id: int) -> float | None:
+    def _arrive(self, copy_id: int) -> None:
         place = self._places[copy_id]
-        return float(self._notes["worth"][place]) if self._resident[place] else None
+        self._resident[place] = True
+        self._shelves[place[0]].arrive(np.array([copy_id]))
 
     def _drop(self, copy_id: int) -> None:
         place = self._places.pop(copy_id)
-        self._shelves[place[0]].drop(copy_id)
+        self._shelves[place[0]].drop(np.array([copy_id]))
+        self._free_ids.append(copy_id)
         self.outcome.wasted += not self._used[place]
         self._copy_id[place], self._resident[place] = NONE, False

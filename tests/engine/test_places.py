@@ -51,12 +51,9 @@ def test_places_are_the_tables(random: Random) -> None:
         elif event == "copy" and full:
             kind, block, head = number % 2, int(ids[number % full]), number // 2 % 2
             if table.copy_id[kind, block, head] == NO_COPY and owner.arenas.scratch[kind].free_bytes >= LAYOUT.original_record_bytes:
-                copy = owner.begin_copy(table, kind, block, head)
-                if number % 5:
-                    assert owner.finish_copy(copy.copy_id, copy.checksum) is None
+                copied(owner, table, block, kind, head, arrives=number % 5 > 0)
         elif event == "evict":
-            for copy in [x for x in owner.copies() if not x.pinned][: number % 3]:
-                owner.evict(copy.copy_id)
+            owner.evict(np.array([x.copy_id for x in owner.copies() if not x.pinned][: number % 3], np.int64))
         if random.random() < 0.5:
             known, found = table.location[:, ids[:full]], places.of(table, ids[:full])
             assert (found is None) == bool((known < 0).all())
@@ -71,10 +68,12 @@ def filled(table: BlockTable, ids: NDArray[np.int64]) -> NDArray[np.int64]:
     return ids
 
 
-def copied(owner: Residency, table: BlockTable, block: int) -> int:
-    copy = owner.begin_copy(table, 0, block, 0)
-    assert owner.finish_copy(copy.copy_id, copy.checksum) is None
-    return copy.copy_id
+def copied(owner: Residency, table: BlockTable, block: int, kind: int = 0, head: int = 0, arrives: bool = True) -> NDArray[np.int64]:
+    ids = owner.begin_copies(table, kind, np.array([block]), np.array([head]))
+    if arrives:
+        checksum = np.array([owner.copy(int(ids[0])).checksum], np.uint64)
+        assert owner.finish_copies(ids, checksum).settled.tolist() == ids.tolist()
+    return ids
 
 
 @pytest.mark.parametrize("asks", [False, True])

@@ -44,6 +44,25 @@ class Ranges(RuleBasedStateMachine):
         for offset in offsets.tolist():
             self.note(offset, nbytes)
 
+    @rule(nbytes=st.integers(1, 4 * UNIT), most=st.integers(0, 12))
+    def allocate_some(self, nbytes: int, most: int) -> None:
+        room = sum(run // units_of(nbytes) for run in self.runs())
+        offsets = self.pool.allocate_some(nbytes, most)
+        assert offsets.dtype == np.int64 and len(offsets) <= min(most, room)
+        if len(offsets) < min(most, room):  # as above
+            assert self.sizes != {units_of(nbytes)}
+            self.sizes.add(units_of(nbytes))
+        for offset in offsets.tolist():
+            self.note(offset, nbytes)
+
+    @precondition(lambda self: self.owned)
+    @rule(data=st.data(), count=st.integers(1, 6))
+    def release_many(self, data: st.DataObject, count: int) -> None:
+        offsets = data.draw(st.permutations(sorted(self.owned)))[:count]
+        for offset in offsets:
+            self.taken[offset // UNIT : offset // UNIT + units_of(self.owned.pop(offset))] = False
+        self.pool.release_many(np.array(offsets, np.int64))
+
     @precondition(lambda self: self.owned)
     @rule(data=st.data(), count=st.integers(1, 4))
     def release(self, data: st.DataObject, count: int) -> None:
@@ -57,6 +76,8 @@ class Ranges(RuleBasedStateMachine):
         if offset not in self.owned:
             with pytest.raises(AssertionError, match="not owned"):
                 self.pool.release(offset)
+            with pytest.raises(AssertionError, match="not owned"):
+                self.pool.release_many(np.array([offset]))
 
     @invariant()
     def agrees(self) -> None:

@@ -1,5 +1,6 @@
 """The residency machine beside a few dicts: blocks with references and pins, and copies in flight, resident, orphaned or barred."""
 
+from collections import Counter
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
@@ -38,8 +39,8 @@ class Block:
 
 
 class Machine(RuleBasedStateMachine):
-    """`copies`: id -> (copy, the record it stands for, or None once orphaned). `failed`: ids of copies that failed once. `barred`: records.
-    `gone`: what the residency told of copies that ended, as (id, whether read)."""
+    """`copies`: id -> (copy as it began, the record it stands for, or None once orphaned). `failed`: ids of copies that failed once.
+    `barred`: records. `told`: what the residency said of copies that ended, as (target, whether read); `ended`: what it should have."""
 
     @initialize()
     def begin(self) -> None:
@@ -47,8 +48,8 @@ class Machine(RuleBasedStateMachine):
         self.table = self.residency.table(LAYOUT)
         self.blocks, self.copies = dict[int, Block](), dict[int, tuple[ScratchCopy, Record | None]]()
         self.failed, self.barred, self.read = set[int](), set[Record](), set[int]()
-        self.told, self.ended = dict[int, bool](), dict[int, bool]()
-        self.residency.on_gone(lambda copy, used: self.told.update({copy.copy_id: used}))
+        self.told, self.ended = Counter[tuple[int, bool]](), Counter[tuple[int, bool]]()
+        self.residency.on_gone(lambda gone, used: self.told.update(zip(self.residency.ways(gone)[1].tolist(), used.tolist(), strict=True)))
 
     @rule(count=st.integers(0, 3), seed=st.integers(0, 255))
     def add_tails(self, count: int, seed: int) -> None:
@@ -108,36 +109,47 @@ class Machine(RuleBasedStateMachine):
         self.table.originals(block)[0][:] += 1  # written again: a copy that comes back now would be stale
 
     @precondition(lambda self: self.uncopied())
-    @rule(data=st.data())
-    def begin_copy(self, data: st.DataObject) -> None:
-        kind, block, head = record = data.draw(st.sampled_from(self.uncopied()))
-        if sum(copy.kind == kind for copy, _ in self.copies.values()) == COPIES:
-            with pytest.raises(CapacityExceeded):
-                self.residency.begin_copy(self.table, kind, block, head)
-            return
-        copy = self.residency.begin_copy(self.table, kind, block, head)
-        self.copies[copy.copy_id] = copy, record
+    @rule(data=st.data(), kind=st.integers(0, 1))
+    def begin_copies(self, data: st.DataObject, kind: int) -> None:
+        """As many as there is room for, the first ones."""
+        wanted = [record for record in self.uncopied() if record[0] == kind]
+        records = data.draw(st.permutations(wanted))[: data.draw(st.integers(0, 4))]
+        room = COPIES - sum(copy.kind == kind for copy, _ in self.copies.values())
+        begun = self.residency.begin_copies(self.table, kind, ids(*(x[1] for x in records)), ids(*(x[2] for x in records)))
+        assert len(begun) == min(room, len(records))
+        for copy_id, record in zip(begun.tolist(), records, strict=False):
+            assert copy_id not in self.copies
+            self.copies[copy_id] = self.residency.copy(copy_id), record
 
     @precondition(lambda self: self.in_state(CopyState.IN_FLIGHT, CopyState.ORPHAN))
-    @rule(data=st.data(), arrives=st.sampled_from([True, True, True, False]))
-    def finish_copy(self, data: st.DataObject, arrives: bool) -> None:
-        copy_id = data.draw(st.sampled_from(self.in_state(CopyState.IN_FLIGHT, CopyState.ORPHAN)))
-        copy, record = self.copies[copy_id]
-        memory = self.residency.arenas.memory
+    @rule(data=st.data(), nothing=st.sampled_from([False, False, False, True]))
+    def finish_copies(self, data: st.DataObject, nothing: bool) -> None:
+        chosen = data.draw(st.permutations(self.in_state(CopyState.IN_FLIGHT, CopyState.ORPHAN)))[: data.draw(st.integers(1, 4))]
+        good = [not nothing and data.draw(st.sampled_from([True, True, True, False])) for _ in chosen]
+        digests = [self.landed(copy_id, arrives) for copy_id, arrives in zip(chosen, good, strict=True)]
+        done = self.residency.finish_copies(ids(*chosen), None if nothing else np.array(digests, np.uint64))
+        settled, again, failures = [], [], 0
+        for copy_id, arrives in zip(chosen, good, strict=True):
+            record = self.copies[copy_id][1]
+            failures += record is not None and not arrives
+            if record is not None and arrives:
+                settled.append(copy_id)
+            elif record is not None and copy_id not in self.failed:
+                self.failed.add(copy_id)
+                again.append(copy_id)
+            else:
+                self.barred |= {record} if record else set()
+                self.end(copy_id)
+        assert (done.settled.tolist(), done.again.tolist(), done.failures) == (settled, again, failures)
+
+    def landed(self, copy_id: int, arrives: bool) -> int:
+        """Copies its bytes, one of them wrong if it does not arrive; their hash."""
+        copy, memory = self.copies[copy_id][0], self.residency.arenas.memory
         landing = memory.scratch[copy.target : copy.target + copy.nbytes]
         landing[:] = memory.originals[copy.source : copy.source + copy.nbytes]
         if not arrives:
             landing[7] ^= 1
-        again = self.residency.finish_copy(copy_id, xxhash.xxh3_64_intdigest(landing.data))
-        if record is not None and not arrives and copy_id not in self.failed:
-            assert again is copy
-            self.failed.add(copy_id)
-            return
-        assert again is None
-        if record is not None and not arrives:
-            self.barred.add(record)
-        if record is None or not arrives:
-            self.end(copy_id)
+        return int(xxhash.xxh3_64_intdigest(landing.data))
 
     @precondition(lambda self: self.in_state(CopyState.RESIDENT))
     @rule(data=st.data())
@@ -151,15 +163,20 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.in_state(CopyState.RESIDENT))
     @rule(data=st.data())
     def evict(self, data: st.DataObject) -> None:
-        copy_id = data.draw(st.sampled_from(self.in_state(CopyState.RESIDENT)))
-        record = self.copies[copy_id][1]
-        assert record is not None
-        if self.blocks[record[1]].pins:
-            with pytest.raises(AssertionError):
-                self.residency.evict(copy_id)
+        chosen = data.draw(st.permutations(self.in_state(CopyState.RESIDENT)))[: data.draw(st.integers(1, 3))]
+        if any(self.blocks[self.copies[copy_id][0].block].pins for copy_id in chosen):
+            with pytest.raises(AssertionError, match="a call reads"):
+                self.residency.evict(ids(*chosen))
         else:
-            self.residency.evict(copy_id)
-            self.end(copy_id)
+            self.residency.evict(ids(*chosen))
+            for copy_id in chosen:
+                self.end(copy_id)
+
+    @precondition(lambda self: self.in_state(CopyState.IN_FLIGHT))
+    @rule(data=st.data())
+    def what_is_under_way_is_not_evicted(self, data: st.DataObject) -> None:
+        with pytest.raises(AssertionError):
+            self.residency.evict(ids(data.draw(st.sampled_from(self.in_state(CopyState.IN_FLIGHT)))))
 
     @precondition(lambda self: self.blocks)
     @rule(data=st.data(), pin=st.booleans())
@@ -182,8 +199,8 @@ class Machine(RuleBasedStateMachine):
         assert [pool.num_owned for pool in arenas.pools] == [len(self.which(full=True)), *of_kind, len(self.blocks)]
         assert self.residency.num_in_flight == len(self.in_state(CopyState.IN_FLIGHT, CopyState.ORPHAN)) and self.told == self.ended
         assert table.num_live == len(self.blocks)
-        assert [copy.copy_id for copy in self.residency.copies()] == list(self.copies)
-        resident = {record: copy for copy, record in self.copies.values() if copy.state is CopyState.RESIDENT}
+        assert [copy.copy_id for copy in self.residency.copies()] == sorted(self.copies)
+        resident = {self.copies[copy.copy_id][1]: copy for copy in self.residency.copies() if copy.state is CopyState.RESIDENT}
         for block, expected in self.blocks.items():
             assert (table.references[block], table.pins[block]) == (expected.references, expected.pins)
             for kind, head in RECORDS:
@@ -193,8 +210,11 @@ class Machine(RuleBasedStateMachine):
                 if copy:
                     seen = arenas.memory.scratch[copy.target : copy.target + copy.nbytes].view(np.float16)
                     np.testing.assert_array_equal(seen, table.originals(block)[kind][head].reshape(-1))
-        for copy, record in self.copies.values():
-            assert (copy.state is CopyState.ORPHAN) == (record is None)
+        for copy in self.residency.copies():
+            began, record = self.copies[copy.copy_id]
+            assert (copy.kind, copy.block, copy.head, copy.source, copy.target) == (
+                began.kind, began.block, began.head, began.source, began.target)  # fmt: skip
+            assert (copy.state is CopyState.ORPHAN) == (record is None) and copy.failures == (copy.copy_id in self.failed)
             assert copy.pinned == (copy.state is not CopyState.RESIDENT or self.blocks[copy.block].pins > 0)
         if not any(block.pins for block in self.blocks.values()):
             self.residency.check_integrity()
@@ -209,20 +229,23 @@ class Machine(RuleBasedStateMachine):
         return [record for record in every if record not in have]
 
     def in_state(self, *states: CopyState) -> list[int]:
-        return [copy_id for copy_id, (copy, _) in self.copies.items() if copy.state in states]
+        return [copy.copy_id for copy in self.residency.copies() if copy.state in states]
 
     def end(self, copy_id: int) -> None:
-        del self.copies[copy_id]
-        self.ended[copy_id] = copy_id in self.read
+        copy, _ = self.copies.pop(copy_id)
+        self.ended[copy.target, copy_id in self.read] += 1
+        self.failed.discard(copy_id)  # ids are used again
+        self.read.discard(copy_id)
 
     def lose_copies(self, block: int) -> None:
         self.barred = {record for record in self.barred if record[1] != block}
+        kept = {copy.copy_id for copy in self.residency.copies()}
         for copy_id, (copy, record) in list(self.copies.items()):
             if record is not None and record[1] == block:
-                if copy.state is CopyState.RESIDENT:
-                    self.end(copy_id)
-                else:
+                if copy_id in kept:
                     self.copies[copy_id] = copy, None
+                else:
+                    self.end(copy_id)
 
 
 TestMachine = Machine.TestCase
@@ -236,7 +259,7 @@ def test_the_integrity_check_notices(damage: str) -> None:
     block = int(table.add_tails(2)[0])
     table.give_hot(ids(block))
     table.seal(ids(block))
-    copy = residency.begin_copy(table, 0, block, 1)
+    copy = residency.copy(int(residency.begin_copies(table, 0, ids(block), ids(1))[0]))
     residency.check_integrity()
     match damage:
         case "references":
@@ -255,6 +278,16 @@ def test_the_integrity_check_notices(damage: str) -> None:
             table.copy_id[1, block, 0] = 7
     with pytest.raises(AssertionError):
         residency.check_integrity()
+
+
+def test_no_record_gets_two_copies_at_once() -> None:
+    residency = make()
+    table = residency.table(LAYOUT)
+    block = table.add_tails(1)
+    table.give_hot(block)
+    table.seal(block)
+    with pytest.raises(AssertionError, match="given twice"):
+        residency.begin_copies(table, 0, np.repeat(block, 2), ids(1, 1))
 
 
 def test_a_corrupt_record_is_named() -> None:

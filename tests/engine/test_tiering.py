@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from engine_calls import CONFIG, EXACT, RECORD_BYTES, Bench
 
-from tierd.commands import CloseSession, Fork
+from tierd.commands import Attend, CloseSession, Fork, Row
 from tierd.engine import EngineConfig
-from tierd.migrator import CopyDone, Migrator
+from tierd.migrator import CopiesDone, Migrator
 from tierd.residency import CopyState
 
 RECORDS = 16  # originals of 64 tokens at one layer
@@ -29,7 +29,7 @@ class Slow:
     def submit(self, orders: Any) -> None:
         self._migrator.submit(orders)
 
-    def poll(self) -> list[CopyDone]:
+    def poll(self) -> list[CopiesDone]:
         return [] if self.held else self._migrator.poll()
 
     def wait(self, timeout_s: float) -> bool:
@@ -147,6 +147,19 @@ def test_copies_wait_for_their_share_of_the_link() -> None:
     bench.clock.advance(0.1)
     bench.run(bench.attend(name))
     assert 3 < bench.engine.counters.prefetched <= 9
+
+
+@pytest.mark.parametrize("limit", [1, 6, 7, 12, 40])
+def test_rows_of_a_batch_take_turns(limit: int) -> None:
+    """Two layers of one session, called together, want sixteen copies each."""
+    bench = Bench(replace(CONFIG, migrations_max=limit))
+    name = bench.opened(tokens=64)
+    bench.run(bench.append(name, 64, layer=1))
+    q = bench.numbers(4, 1)
+    bench.run(Attend([Row(name, 0, q), Row(name, 1, q)], worker="w"))
+    (session,) = bench.engine.status()["tiering"]["sessions"]
+    first, second = session["layers"]["prefetched"]
+    assert first + second == min(limit, 2 * RECORDS) and first - second == (limit % 2 if limit < 2 * RECORDS else 0)
 
 
 def test_a_copy_that_was_read_is_not_wasted_when_its_session_ends() -> None:

@@ -3,7 +3,8 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -12,23 +13,27 @@ from tierd.config import EngineConfig
 from tierd.engine.batch import Job, Work
 from tierd.engine.counters import Counters
 from tierd.engine.ledger import Ledger
-from tierd.errors import CapacityExceeded
-from tierd.migrator import CopyOrder, Migrator
-from tierd.policy import FIRST_STEP, Choice, LinkBudget, Shelf, Snapshot, Turns, named
-from tierd.residency import BlockTable, CopyState, Residency, ScratchCopy
+from tierd.engine.scratch import NO_COPIES, Asker, Scratch
+from tierd.migrator import CopyOrders, Migrator
+from tierd.policy import FIRST_STEP, NO_READS, Choice, LinkBudget, Snapshot, Turns, named
+from tierd.residency import KEY, NO_COPY, VALUE, Ids, Residency
 from tierd.session import Session
 
 log = logging.getLogger(__name__)
 ACTIVE_STEPS = 16.0  # who has not called for so long has no fair share: eight half-lives of the predictive policy's worths
 
 
-class _Asked(NamedTuple):
-    """For whom a copy was begun."""
+@dataclass(eq=False)
+class _Wish:
+    """What a row wants copied: `choice` from record `at` on."""
 
-    session_id: str
-    family: str
-    num_layers: int
-    layer: int
+    work: Work
+    choice: Choice
+    at: int = 0
+
+    @property
+    def left(self) -> int:
+        return len(self.choice.records) - self.at
 
 
 class ScratchCache:
@@ -43,15 +48,13 @@ class ScratchCache:
         self._policy = named(config.tiering_policy)
         self._link = LinkBudget(config.link_bytes_per_s, config.prefetch_link_share)
         self._turns = Turns(config.migrations_max)
-        self._shelves = tuple(Shelf(pool.total_bytes) for pool in residency.arenas.scratch)
-        self._asked: dict[int, _Asked] = {}
+        self._scratch = Scratch(residency, counters, self._wasted)
         self._under_way: Counter[tuple[str, int]] = Counter()  # copies, by the family and layer that they were begun for
         self._active: dict[str, float] = {}  # when each session called last
         self._families: set[str] = set()  # theirs
         self._now = FIRST_STEP
         self._began_s = clock.now()
         self.ledger = Ledger(self._began_s)
-        residency.on_gone(self._gone)
 
     @property
     def candidates_max(self) -> int:
@@ -72,47 +75,47 @@ class ScratchCache:
 
     def collect(self) -> None:
         """Make finished copies visible to kernels. One that failed or does not match its checksum is copied once more, then dropped."""
-        again: list[CopyOrder] = []
         for done in self._migrator.poll():
-            before = self._residency.copy(done.copy_id)
-            assert before is not None
-            if before.state is CopyState.IN_FLIGHT and done.digest != before.checksum:
-                self._counters.events["failed_copy" if done.digest is None else "corrupt_copy"] += 1
-                if done.digest is not None:  # of the others the migrator has told
-                    log.warning("a copy to scratch does not match its original's checksum")
-            asked = self._asked[done.copy_id]
-            retry = self._residency.finish_copy(done.copy_id, done.digest)
-            if retry is None:
-                self._turns.end(asked.session_id)
-                self._arrive(asked.family, asked.layer)
-            else:
-                self.ledger.retry_bytes += retry.nbytes
-                again.append(CopyOrder(retry.copy_id, retry.source, retry.target, retry.nbytes))
-        if again:
-            self._migrator.submit(again)
+            askers, finished = self._scratch.askers(done.ids), self._residency.finish_copies(done.ids, done.digests)
+            self._scratch.arrive(finished.settled)
+            if finished.failures:
+                self._counters.events["failed_copy" if done.digests is None else "corrupt_copy"] += finished.failures
+                if done.digests is not None:  # of the others the migrator has told
+                    log.warning("%d copies to scratch do not match their originals' checksums", finished.failures)
+            if len(finished.again):
+                askers -= self._scratch.askers(finished.again)
+                self.ledger.retry_bytes += self._submit(finished.again)
+            for asker, count in askers.items():
+                self._turns.end(asker.session_id, count)
+                self._under_way[asker.family, asker.layer] -= count
+                if not self._under_way[asker.family, asker.layer]:
+                    del self._under_way[asker.family, asker.layer]  # families come and go
 
-    def _arrive(self, family: str, layer: int) -> None:
-        self._under_way[family, layer] -= 1
-        if not self._under_way[family, layer]:
-            del self._under_way[family, layer]  # families come and go
+    def _submit(self, ids: Ids) -> int:
+        """Gives copies in flight to the copier; returns their bytes."""
+        sources, targets, nbytes = self._residency.ways(ids)
+        for size in np.unique(nbytes).tolist():
+            some = nbytes == size
+            self._migrator.submit(CopyOrders(ids[some], sources[some], targets[some], size))
+        return int(nbytes.sum())
 
     def update(self, works: list[Work]) -> None:
         """Learn from answered rows: count what they read, and start the copies that the policy chooses."""
         if not works:
             return
         self._advance(works)
-        choices = []
+        wishes = []
         for work in works:
             misses = self._count(work)
             state = work.session.layers[work.row.layer]
             state.calls += 1
             if self._policy.looks_at(state.calls + work.row.layer, misses):
-                choices.append((work, self._policy.choose(self._snapshot(work))))
+                wishes.append(_Wish(work, self._policy.choose(self._snapshot(work))))
+                self._scratch.gain(wishes[-1].choice)
         self._link.refill(self._clock.now(), self._active)
-        orders = self._start(choices)
-        if orders:  # or the copier would be woken by every call, to contend with the caller that has its answer now
-            self._counters.prefetched += len(orders)
-            self._migrator.submit(orders)
+        begun = self._start(wishes)
+        if len(begun):  # or the copier would be woken by every call, to contend with the caller that has its answer now
+            self._submit(begun)
 
     def status(self) -> dict[str, Any]:
         """What policy, link and sessions have done, ready for JSON."""
@@ -138,8 +141,7 @@ class ScratchCache:
         if factor != 1.0:
             for table in self._residency.tables.values():
                 table.notes["worth"] *= factor
-            for shelf in self._shelves:
-                shelf.reorder(factor)
+            self._scratch.rescale(factor)
 
     def _count(self, work: Work) -> int:
         """Returns how many originals were read from the host."""
@@ -168,90 +170,62 @@ class ScratchCache:
         blocks, scores = result.candidates()
         # The table's columns of now, not the call's: a batch may hold several sessions that share blocks.
         return Snapshot(
-            work.ids, result.key_reads, result.value_reads, work.exact_heads, blocks, scores, table.notes, self._now,
+            work.ids, np.stack(work.reads) if len(work.reads.kind) else NO_READS, result.key_reads, result.value_reads, work.exact_heads,
+            blocks, scores, table.notes, self._now,
         )  # fmt: skip
 
-    def _start(self, choices: list[tuple[Work, Choice]]) -> list[CopyOrder]:
-        """Begins copies and notes for whom."""
-        begun = self._begin_best(choices)
-        for work, count in Counter(work for work, _ in begun).items():
-            nbytes = count * work.session.layout.original_record_bytes
-            self._counters.prefetch_bytes += nbytes
-            self._note(work, prefetched=count, prefetch_bytes=nbytes)
-        return [CopyOrder(copy.copy_id, copy.source, copy.target, copy.nbytes) for _, copy in begun]
-
-    def _begin_best(self, choices: list[tuple[Work, Choice]]) -> list[tuple[Work, ScratchCopy]]:
-        """The best of each row in turn, until room, link or scratch is used up."""
-        begun: list[tuple[Work, ScratchCopy]] = []
+    def _start(self, wishes: list[_Wish]) -> Ids:
+        """Begins copies, the best of each row in turn, until room, link or scratch is used up, and notes for whom; returns their ids."""
+        begun: list[Ids] = []
         full: set[tuple[str, int]] = set()  # sessions and kinds for which no room can be made: what follows is worth less
-        waiting = [(work, iter(zip(choice.records.tolist(), choice.worths.tolist(), strict=True))) for work, choice in choices]
-        while waiting:
-            going = []
-            for work, wanted in waiting:
-                record = next(wanted, None)
-                if record is None or not self._may_start(work, len(begun)):
-                    continue
-                going.append((work, wanted))
-                (kind, block, head), worth = record
-                # Another row of the batch may share the block.
-                if (work.session.session_id, kind) in full or work.session.table.copy_id[kind, block, head] >= 0:
-                    continue
-                copy = self._begin(work, kind, block, head, worth)
-                if copy is None:
-                    full.add((work.session.session_id, kind))
-                else:
-                    begun.append((work, copy))
-            waiting = going
+        while wishes:
+            wishes = [wish for wish in wishes if wish.left and self._may_start(wish.work, sum(map(len, begun)))]
+            parts = [max(1, self._may_start(wish.work, sum(map(len, begun))) // len(wishes)) for wish in wishes]
+            for wish, part in zip(wishes, parts, strict=True):
+                begun += self._begin(wish, min(part, self._may_start(wish.work, sum(map(len, begun)))), full)
+        return np.concatenate([NO_COPIES, *begun])
+
+    def _may_start(self, work: Work, begun: int) -> int:
+        """How many copies a row may begin now, `begun` being what the copier will get besides."""
+        name = work.session.session_id
+        affordable = self._link.available(name) // work.session.layout.original_record_bytes
+        if not affordable:
+            return 0
+        room = min(self._turns.room(name, self._active), self._migrator.room - begun)
+        if not room:
+            self._turns.refuse(name)
+        return min(affordable, room)
+
+    def _begin(self, wish: _Wish, most: int, full: set[tuple[str, int]]) -> list[Ids]:
+        """Begins copies of what is next on the list, of each kind; returns their ids. A kind that has no room is `full` from then on."""
+        work, some = wish.work, slice(wish.at, wish.at + most)
+        wish.at += min(most, wish.left)
+        table, name, nbytes = work.session.table, work.session.session_id, work.session.layout.original_record_bytes
+        kinds, blocks, heads = wish.choice.records[some].T
+        asker = Asker(name, work.session.family, len(work.session.layers), work.row.layer, nbytes)
+        begun = []
+        for kind in [kind for kind in (KEY, VALUE) if (name, kind) not in full]:
+            # Another row of the batch may share the block.
+            wanted = np.flatnonzero((kinds == kind) & (table.copy_id[kinds, blocks, heads] == NO_COPY))
+            worths, displace = wish.choice.worths[some][wanted], wish.choice.displace
+            ids = self._scratch.place(asker, table, kind, blocks[wanted], heads[wanted], worths, displace, self._families)
+            if len(ids) < len(wanted):
+                full.add((name, kind))
+            begun.append(ids)
+        count = sum(map(len, begun))
+        if count:
+            self._under_way[asker.family, asker.layer] += count
+            self._turns.start(name, count)
+            self._link.spend(name, count * nbytes)
+            self._counters.prefetched += count
+            self._counters.prefetch_bytes += count * nbytes
+            self._note(work, prefetched=count, prefetch_bytes=count * nbytes)
         return begun
 
-    def _may_start(self, work: Work, begun: int) -> bool:
-        name = work.session.session_id
-        if self._link.available(name) < work.session.layout.original_record_bytes:
-            return False
-        if self._turns.room(name, self._active) and self._migrator.room > begun:
-            return True
-        self._turns.refuse(name)
-        return False
-
-    def _begin(self, work: Work, kind: int, block: int, head: int, worth: float) -> ScratchCopy | None:
-        """Reserve scratch for one record, evicting if that helps; None: there is no room for anything of so little worth."""
-        table, name = work.session.table, work.session.session_id
-        copy = self._reserve(table, kind, block, head) or self._make_room(work.session.family, table, kind, block, head, worth)
-        if copy is None:
-            return None
-        self._asked[copy.copy_id] = _Asked(name, work.session.family, len(work.session.layers), work.row.layer)
-        self._under_way[work.session.family, work.row.layer] += 1
-        self._shelves[kind].put(copy.copy_id, work.session.family, copy.nbytes, worth)
-        self._turns.start(name)
-        self._link.spend(name, copy.nbytes)
-        return copy
-
-    def _make_room(self, family: str, table: BlockTable, kind: int, block: int, head: int, worth: float) -> ScratchCopy | None:
-        pool = self._residency.arenas.scratch[kind]
-        missing = pool.size_of(table.layout.original_record_bytes) - pool.free_bytes
-        evictions = self._shelves[kind].choose(family, max(missing, 1), worth, self._families, self._worth_of)
-        for copy_id in evictions:
-            self._residency.evict(copy_id)
-        self._counters.evicted += len(evictions)
-        # There may be enough bytes but in pieces: sessions of different geometries share a pool.
-        return self._reserve(table, kind, block, head) if evictions else None
-
-    def _reserve(self, table: BlockTable, kind: int, block: int, head: int) -> ScratchCopy | None:
-        try:
-            return self._residency.begin_copy(table, kind, block, head)
-        except CapacityExceeded:
-            return None
-
-    def _worth_of(self, copy_id: int) -> float | None:
-        copy = self._residency.copy(copy_id)
-        return None if copy is None or copy.pinned else float(copy.table.notes["worth"][copy.kind, copy.block, copy.head])
-
-    def _gone(self, copy: ScratchCopy, used: bool) -> None:
-        """A copy's bytes are free again."""
-        asked = self._asked.pop(copy.copy_id)
-        self._shelves[copy.kind].drop(copy.copy_id)
-        if not used:
-            self._counters.wasted += 1
-            self._counters.wasted_bytes += copy.nbytes
-            if asked.session_id in self._sessions:
-                self.ledger.add(asked.session_id, asked.num_layers, asked.layer, wasted=1, wasted_bytes=copy.nbytes)
+    def _wasted(self, asker: Asker, count: int) -> None:
+        """So many copies begun for it are gone and were never read."""
+        nbytes = count * asker.nbytes
+        self._counters.wasted += count
+        self._counters.wasted_bytes += nbytes
+        if asker.session_id in self._sessions:
+            self.ledger.add(asker.session_id, asker.num_layers, asker.layer, wasted=count, wasted_bytes=nbytes)

@@ -6,7 +6,7 @@ from tierd.policy.eviction import Shelf
 from tierd.policy.link import LinkBudget
 from tierd.policy.predictive import Predictive
 from tierd.policy.reactive import Nothing, Reactive
-from tierd.policy.snapshot import FIRST_STEP, NONE, Choice, Policy, Snapshot
+from tierd.policy.snapshot import FIRST_STEP, NO_READS, NONE, Choice, Policy, Snapshot
 from tierd.policy.turns import Turns
 
 POLICIES: dict[str, Callable[[], Policy]] = {"none": Nothing, "reactive": Reactive, "predictive": Predictive}
@@ -20,6 +20,6 @@ def named(name: str) -> Policy:
 
 
 __all__ = [
-    "FIRST_STEP", "NONE", "POLICIES", "Choice", "LinkBudget", "Nothing", "Policy", "Predictive", "Reactive", "Shelf", "Snapshot",
-    "Turns", "named",
+    "FIRST_STEP", "NONE", "NO_READS", "POLICIES", "Choice", "LinkBudget", "Nothing", "Policy", "Predictive", "Reactive", "Shelf",
+    "Snapshot", "Turns", "named",
 ]  # fmt: skip

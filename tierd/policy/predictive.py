@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tierd.policy.snapshot import NOTHING, Choice, Snapshot
+from tierd.policy.snapshot import Choice, Snapshot
 from tierd.policy.weighing import weigh
 
 EVERY = 2  # calls of a layer are looked at where all that they needed was at hand: half the cost
@@ -41,10 +41,10 @@ class Predictive:
         return misses > 0 or turn % EVERY == 0
 
     def choose(self, snapshot: Snapshot) -> Choice:
-        most = snapshot.blocks.size
-        records, worths = np.empty((most, 3), np.int64), np.empty(most)
-        count = weigh(*snapshot, self._weight(snapshot.now), self.near, self.floor, records, worths)
-        return Choice(records[:count], worths[:count] * self.displace) if count else NOTHING
+        most = snapshot.blocks.size + snapshot.reads.shape[1]
+        found, worths = np.empty((most, 3), np.int64), np.empty(most)
+        count, known = weigh(*snapshot, self._weight(snapshot.now), self.near, self.floor, found, worths)
+        return Choice(found[:count], worths[:count], self.displace, found[most - known :, 0], worths[most - known :])
 
     def rescale(self, now: float) -> float:
         if now - self.since < RESCALE_AT * self.half_life:

@@ -31,16 +31,14 @@ class Reactive:
         return True
 
     def choose(self, snapshot: Snapshot) -> Choice:
-        found = []
-        for kind, reads in enumerate((snapshot.key_reads, snapshot.value_reads)):
-            block, head = np.divmod(np.flatnonzero(reads), reads.shape[1])
-            useful = ~snapshot.exact_heads[head]
-            ids, head = snapshot.ids[block[useful]], head[useful]
-            snapshot.notes["worth"][kind, ids, head] = snapshot.now
-            missing = snapshot.notes["copy_id"][kind, ids, head] == NONE
-            found.append(np.stack([np.full(int(missing.sum()), kind), ids[missing], head[missing]], axis=1))
-        records = np.concatenate(found)
-        return Choice(records, np.full(len(records), snapshot.now))
+        kind, block, head = snapshot.reads
+        useful = ~snapshot.exact_heads[head]
+        kind, ids, head = kind[useful], snapshot.ids[block[useful]], head[useful]
+        snapshot.notes["worth"][kind, ids, head] = snapshot.now
+        copies = snapshot.notes["copy_id"][kind, ids, head]
+        records, held = np.stack([kind, ids, head], axis=1)[copies == NONE], copies[copies >= 0]
+        worths, held_worths = (np.full(len(x), snapshot.now) for x in (records, held))
+        return Choice(records, worths, 1.0, held, held_worths)
 
     def rescale(self, now: float) -> float:
         return 1.0

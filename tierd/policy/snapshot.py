@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+Ids = NDArray[np.int64]
+Worths = NDArray[np.float64]
 NONE = -1  # in `copy_id`: no copy, and one may be made
 FIRST_STEP = 4.0  # a note that is all zeros is never a recent one
 
@@ -15,14 +17,17 @@ FIRST_STEP = 4.0  # a note that is all zeros is never a recent one
 class Snapshot(NamedTuple):
     """One answered call, of one layer of one session.
 
-    `ids` int64 [m]: its full blocks in the table. `key_reads`, `value_reads` bool [m, Hkv]: originals that the answer needed, wherever they
-    were read; those of `exact_heads` [Hkv] say nothing, for such a head reads all. `blocks` int32 and `scores` float32 [2, Hkv, c]: the
-    candidates, blocks near needing their originals, as indices into `ids` and with their shares of what the bound may be; -1 ends a shorter
-    list. `notes` [2, C, Hkv], of `tierd/notes.py`, are the table's: all but `copy_id` is the policy's own to write, and zero where nothing
-    is known. `now`: steps, a fraction for each layer; at least FIRST_STEP.
+    `ids` int64 [m]: its full blocks in the table. `reads` int64 [3, n]: kinds, blocks (indices into `ids`) and heads of the originals
+    that the answer needed, wherever they were read, none twice, keys first, in rising order; `key_reads`, `value_reads` bool [m, Hkv] say
+    the same. Those of `exact_heads` [Hkv] say nothing, for such a head reads all. `blocks` int32 and `scores` float32 [2, Hkv, c]: the
+    candidates, blocks near needing their originals, as indices into `ids` in rising order and with their shares of what the bound may be;
+    -1 ends a shorter list. A call may need more than it names candidates. `notes` [2, C, Hkv], of `tierd/notes.py`, are the table's: all
+    but `copy_id` is the policy's own to write, and zero where nothing is known. `now`: steps, a fraction for each layer; at least
+    FIRST_STEP.
     """
 
-    ids: NDArray[np.int64]
+    ids: Ids
+    reads: Ids
     key_reads: NDArray[np.bool_]
     value_reads: NDArray[np.bool_]
     exact_heads: NDArray[np.bool_]
@@ -33,14 +38,19 @@ class Snapshot(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """Records worth a copy, best first (to a sixteenth of a need): int64 [n, 3] of (kind, block id, head), and what each is worth,
-    float64 [n]."""
+    """What a call has taught. `records` int64 [n, 3] of (kind, block id, head) deserve a copy, best first (to a sixteenth of a need);
+    `worths` float64 [n]: only copies of less than `displace` of that make room. `held` int64 [k]: copies that are worth more than before,
+    namely `held_worths` float64 [k]."""
 
-    records: NDArray[np.int64]
-    worths: NDArray[np.float64]
+    records: Ids
+    worths: Worths
+    displace: float
+    held: Ids
+    held_worths: Worths
 
 
-NOTHING = Choice(np.empty((0, 3), np.int64), np.empty(0))
+NO_READS: Ids = np.empty((3, 0), np.int64)
+NOTHING = Choice(np.empty((0, 3), np.int64), np.empty(0), 1.0, np.empty(0, np.int64), np.empty(0))
 
 
 class Policy(Protocol):

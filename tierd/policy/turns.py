@@ -28,18 +28,18 @@ class Turns:
         part = max(1, self._limit // len({owner, *active}))
         return max(0, min(part - self._under_way[owner], self._limit - self._under_way.total() - ahead))
 
-    def start(self, owner: str) -> None:
-        """One of its copies has begun."""
-        self._under_way[owner] += 1
+    def start(self, owner: str, count: int = 1) -> None:
+        """So many of its copies have begun."""
+        self._under_way[owner] += count
         self._refused.pop(owner, None)
 
     def refuse(self, owner: str) -> None:
         """It wanted a copy when there was no room, and takes its place behind those who wait."""
         self._refused.setdefault(owner)
 
-    def end(self, owner: str) -> None:
-        """One of its copies is done, whatever came of it."""
-        assert self._under_way[owner] > 0
-        self._under_way[owner] -= 1
+    def end(self, owner: str, count: int = 1) -> None:
+        """So many of its copies are done, whatever came of them."""
+        assert self._under_way[owner] >= count
+        self._under_way[owner] -= count
         if not self._under_way[owner]:
             del self._under_way[owner]

@@ -49,19 +49,30 @@ class RangeAllocator:
         self.used_bytes += size
         return offset
 
+    def allocate_some(self, nbytes: int, most: int) -> NDArray[np.int64]:
+        """Offsets of `most` ranges of at least `nbytes` (> 0) each, int64 [n]; fewer where there is no room for so many."""
+        size = self.size_of(nbytes)
+        most = min(most, self.free_bytes // size)
+        ready = self._bins.get(size, [])
+        kept = max(0, len(ready) - most)
+        offsets = ready[kept:]
+        del ready[kept:]
+        untouched = min(most - len(offsets), (self.start + self.total_bytes - self._end) // size)
+        offsets += range(self._end, self._end + untouched * size, size)
+        self._end += untouched * size
+        while len(offsets) < most and (offset := self._take(size)) is not None:
+            offsets.append(offset)
+        self._owned.update(dict.fromkeys(offsets, size))
+        self.used_bytes += len(offsets) * size
+        return np.array(offsets, dtype=np.int64)
+
     def allocate_many(self, nbytes: int, count: int) -> NDArray[np.int64]:
         """Offsets of `count` ranges of `nbytes` each, int64 [count]: all of them, or CapacityExceeded and none."""
-        if count * self.size_of(nbytes) > self.free_bytes:
+        offsets = self.allocate_some(nbytes, count)
+        if len(offsets) < count:
+            self.release_many(offsets)
             raise self._exceeded(count * self.size_of(nbytes))
-        offsets: list[int] = []
-        try:
-            for _ in range(count):
-                offsets.append(self.allocate(nbytes))
-        except CapacityExceeded:
-            for offset in offsets:
-                self.release(offset)
-            raise
-        return np.array(offsets, dtype=np.int64)
+        return offsets
 
     def release(self, offset: int) -> None:
         """Give back the range that starts at `offset`. Releasing what is not owned is our fault: AssertionError."""
@@ -69,6 +80,15 @@ class RangeAllocator:
         assert size is not None, f"{self.name}: offset {offset} is not owned"
         self.used_bytes -= size
         self._bins.setdefault(size, []).append(offset)
+
+    def release_many(self, offsets: NDArray[np.int64]) -> None:
+        """Give back the ranges that start there. Releasing what is not owned is our fault: AssertionError."""
+        starts = offsets.tolist()
+        sizes = [self._owned.pop(offset, 0) for offset in starts]
+        assert all(sizes), f"{self.name}: an offset is not owned"
+        self.used_bytes -= sum(sizes)
+        for size in set(sizes):  # mostly one
+            self._bins.setdefault(size, []).extend(offset for offset, own in zip(starts, sizes, strict=True) if own == size)
 
     def check(self) -> None:
         """Assert that owned and free ranges tile the arena without overlap and that the accounts agree."""

@@ -28,11 +28,11 @@ class BlockTable:
     one failed for good. `used` [kind, id, Hkv]: the copy was read. `in_flight` and `resident` [id] count its copies under way and in
     scratch. `stamp` [id]: what `now` was when its places last changed. `notes` [kind, id, Hkv]: `copy_id` and what the policy remembers
     (`tierd/notes.py`).
-    `hot_block_bytes` is the size of a hot slot, which the backend chooses.
+    `hot_block_bytes` is the size of a hot slot, which the backend chooses. `number`: of this table among all of a residency.
     """
 
-    def __init__(self, layout: Layout, arenas: Arenas, hot_block_bytes: int) -> None:
-        self.layout = layout
+    def __init__(self, layout: Layout, arenas: Arenas, hot_block_bytes: int, number: int = 0) -> None:
+        self.layout, self.number = layout, number
         self.hot_block_bytes = hot_block_bytes
         self.arenas = arenas
         heads = layout.num_kv_heads
@@ -118,9 +118,13 @@ class BlockTable:
         record = kind * self.layout.num_kv_heads + head
         return int(self.original_offset[block]) + record * self.layout.original_record_bytes
 
+    def offsets_of(self, kind: int | Ids, ids: Ids, head: Ids) -> Ids:
+        """Byte offsets in the originals of these n records, int64 [n]."""
+        return np.asarray(self.original_offset[ids] + (kind * self.layout.num_kv_heads + head) * self.layout.original_record_bytes)
+
     def corrupt_records(self, kind: Ids, ids: Ids, head: Ids) -> list[tuple[int, int, int]]:
         """(kind, block id, head) of each of these n records of full blocks, int64 [n] each, that fails its checksum."""
-        starts = self.original_offset[ids] + (kind * self.layout.num_kv_heads + head) * self.layout.original_record_bytes
+        starts = self.offsets_of(kind, ids, head)
         bad = self._digests(starts) != self.checksum[kind, ids, head]
         return list(zip(kind[bad].tolist(), ids[bad].tolist(), head[bad].tolist(), strict=True))
 

@@ -10,11 +10,11 @@ A block:
 
 A record's copy in scratch (one block, keys or values, one KV head):
 
-  HOST_ONLY --begin_copy--> IN_FLIGHT --finish_copy--> RESIDENT --evict, or block gone or reopened--> HOST_ONLY
+  HOST_ONLY --begin_copies-> IN_FLIGHT --finish_copies-> RESIDENT --evict, or block gone or reopened--> HOST_ONLY
                              |  ^  | \\
         failed once: retried +--+  |  +--failed twice--> BARRED --block gone or reopened--> HOST_ONLY
                                    |
-            block gone or reopened +--> ORPHAN --finish_copy--> gone
+            block gone or reopened +--> ORPHAN --finish_copies-> gone
 
 A TAIL has its originals only and exactly one reference; a FULL block has a hot slot, checksums and any number of references
 and is never written. A RESIDENT copy of a pinned block stays where it is. A copy has failed if none arrived or its bytes are not
@@ -23,50 +23,27 @@ scratch bytes until the copier has let go of them.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from enum import Enum
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from tierd_kernels.layout import Layout
 
 from tierd.pools import Arenas
 from tierd.residency.blocks import BARRED, NO_COPY, BlockTable, Ids
+from tierd.residency.copies import Copies, CopyState, ScratchCopy
+from tierd.residency.counting import add
 
 ATTEMPTS = 2  # a copy that failed so often is not tried again
 
 
-class CopyState(Enum):
-    """Where a copy stands; a record without a copy is host only, or barred."""
+class Finished(NamedTuple):
+    """What became of copies that the copier is done with: ids of those that are resident now, and of those that failed for the first time,
+    which are still in flight and must be made once more; how many failed, for the first time or the last. Of orphans nothing is said."""
 
-    IN_FLIGHT = "in flight"
-    RESIDENT = "resident"
-    ORPHAN = "orphan"
-
-
-@dataclass
-class ScratchCopy:
-    """One original record's copy. `source`, `target`: byte offsets in originals and scratch. `failures`: attempts that failed."""
-
-    copy_id: int
-    table: BlockTable
-    kind: int
-    block: int
-    head: int
-    source: int
-    target: int
-    nbytes: int
-    failures: int = 0
-    state: CopyState = CopyState.IN_FLIGHT
-
-    @property
-    def checksum(self) -> int:
-        """Of the original. Meaningless once orphaned."""
-        return int(self.table.checksum[self.kind, self.block, self.head])
-
-    @property
-    def pinned(self) -> bool:
-        """It may not be evicted."""
-        return bool(self.table.pins[self.block] > 0) or self.state is not CopyState.RESIDENT
+    settled: Ids
+    again: Ids
+    failures: int
 
 
 class Residency:
@@ -76,19 +53,21 @@ class Residency:
         self.arenas = arenas
         self._hot_block_bytes = hot_block_bytes
         self.tables: dict[Layout, BlockTable] = {}
-        self._copies: dict[int, ScratchCopy] = {}
-        self._next_copy_id = 0
+        self._numbered: list[BlockTable] = []
+        self._copies = Copies()
         self._num_in_flight = 0
-        self._gone: Callable[[ScratchCopy, bool], None] = lambda copy, used: None
+        self._gone: Callable[[Ids, NDArray[np.bool_]], None] = lambda ids, used: None
 
-    def on_gone(self, tell: Callable[[ScratchCopy, bool], None]) -> None:
-        """`tell` hears of every copy whose scratch bytes are free again, for whatever reason, and whether it was ever read."""
+    def on_gone(self, tell: Callable[[Ids, NDArray[np.bool_]], None]) -> None:
+        """`tell` hears of all copies (ids [n]) whose scratch bytes are free again, for whatever reason, and whether each was ever read.
+        Their ids stand for other copies soon after."""
         self._gone = tell
 
     def table(self, layout: Layout) -> BlockTable:
         """The table of `layout`, made when first asked for."""
         if layout not in self.tables:
-            self.tables[layout] = BlockTable(layout, self.arenas, self._hot_block_bytes(layout))
+            self.tables[layout] = BlockTable(layout, self.arenas, self._hot_block_bytes(layout), len(self._numbered))
+            self._numbered.append(self.tables[layout])
         return self.tables[layout]
 
     # Blocks
@@ -132,87 +111,125 @@ class Residency:
         return self._num_in_flight
 
     def copies(self) -> Iterator[ScratchCopy]:
-        """All of them, oldest first; read only."""
-        return iter(self._copies.values())
+        """What is known of each copy now, in the order of their ids."""
+        return (self.copy(copy_id) for copy_id in self._copies.ids.tolist())
 
-    def copy(self, copy_id: int) -> ScratchCopy | None:
-        """None: it is gone."""
-        return self._copies.get(copy_id)
+    def copy(self, copy_id: int) -> ScratchCopy:
+        """What is known of one copy now."""
+        c, state = self._copies, CopyState(int(self._copies.state[copy_id]))
+        assert state is not CopyState.GONE
+        table, kind, block, head = self._numbered[c.table[copy_id]], int(c.kind[copy_id]), int(c.block[copy_id]), int(c.head[copy_id])
+        return ScratchCopy(
+            copy_id, table, kind, block, head, int(c.source[copy_id]), int(c.target[copy_id]), int(c.nbytes[copy_id]),
+            int(c.failures[copy_id]), state, int(table.checksum[kind, block, head]),
+            pinned=bool(table.pins[block] > 0) or state is not CopyState.RESIDENT,
+        )  # fmt: skip
 
-    def begin_copy(self, table: BlockTable, kind: int, block: int, head: int) -> ScratchCopy:
-        """Reserve scratch for a host-only record of a full block. Raises CapacityExceeded; nothing changes then."""
-        assert table.hot_offset[block] >= 0 and table.copy_id[kind, block, head] == NO_COPY
-        nbytes = table.layout.original_record_bytes
-        target = self.arenas.scratch[kind].allocate(nbytes)
-        source = table.record_offset(kind, block, head)
-        copy = ScratchCopy(self._next_copy_id, table, kind, block, head, source, target, nbytes)
-        self._next_copy_id += 1
-        self._copies[copy.copy_id] = copy
-        table.copy_id[kind, block, head] = copy.copy_id
-        table.used[kind, block, head] = False
-        table.in_flight[block] += 1
-        self._num_in_flight += 1
-        return copy
+    def ways(self, ids: Ids) -> tuple[Ids, Ids, Ids]:
+        """Where these copies come from and go to, byte offsets in originals and scratch, and how many bytes each."""
+        return self._copies.source[ids], self._copies.target[ids], self._copies.nbytes[ids]
 
-    def finish_copy(self, copy_id: int, digest: int | None) -> ScratchCopy | None:
-        """The copier is done and its bytes hash to `digest` (None: none arrived). A first failure returns the copy, which is still in
-        flight and must be copied again."""
-        copy = self._copies[copy_id]
-        if copy.state is CopyState.ORPHAN:
-            self._num_in_flight -= 1
-            self._forget(copy)
-            return None
-        assert copy.state is CopyState.IN_FLIGHT
-        at = copy.kind, copy.block, copy.head
-        good = digest == copy.checksum
-        if not good:
-            copy.failures += 1
-            if copy.failures < ATTEMPTS:
-                return copy
-        self._num_in_flight -= 1
-        copy.table.in_flight[copy.block] -= 1
-        if good:
-            copy.state = CopyState.RESIDENT
-            copy.table.location[at] = copy.target
-            copy.table.resident[copy.block] += 1
-            copy.table.touch(copy.block)
-        else:
-            copy.table.copy_id[at] = BARRED
-            self._forget(copy)
-        return None
+    def kinds(self, ids: Ids) -> NDArray[np.int8]:
+        """Of which kind each of these copies is."""
+        return self._copies.kind[ids]
 
-    def evict(self, copy_id: int) -> None:
-        """Drop a resident copy that no running call can see."""
-        copy = self._copies[copy_id]
-        assert not copy.pinned
-        self._detach(copy)
-        self._forget(copy)
+    def begin_copies(self, table: BlockTable, kind: int, blocks: Ids, heads: Ids) -> Ids:
+        """Reserve scratch for (distinct) host-only records of full blocks, in order; returns the copies' ids: fewer where scratch has no
+        room for all."""
+        targets = self.arenas.scratch[kind].allocate_some(table.layout.original_record_bytes, len(blocks))
+        blocks, heads = blocks[: len(targets)], heads[: len(targets)]
+        assert (table.hot_offset[blocks] >= 0).all() and (table.copy_id[kind, blocks, heads] == NO_COPY).all()
+        ids = self._copies.add(table, kind, blocks, heads, targets)
+        table.copy_id[kind, blocks, heads] = ids
+        assert (table.copy_id[kind, blocks, heads] == ids).all(), "a record is given twice"
+        table.used[kind, blocks, heads] = False
+        add(table.in_flight, blocks, 1)
+        self._num_in_flight += len(ids)
+        return ids
 
-    def drop_copies(self, table: BlockTable, ids: Ids) -> None:
+    def finish_copies(self, ids: Ids, digests: NDArray[np.uint64] | None) -> Finished:
+        """The copier is done with these, and their bytes hash to `digests` (None: nothing arrived)."""
+        states = self._copies.state[ids]
+        orphans, live = ids[states == CopyState.ORPHAN], states == CopyState.IN_FLIGHT
+        assert len(orphans) + np.count_nonzero(live) == len(ids)
+        good = np.zeros(len(ids), np.bool_)
+        for table, some in self._by_table(ids, live):
+            at = self._copies.at(ids[some])
+            good[some] = False if digests is None else digests[some] == table.checksum[at]
+            self._settle(table, ids[some & good])
+        bad = ids[live & ~good]
+        self._copies.failures[bad] += 1
+        final = self._copies.failures[bad] >= ATTEMPTS
+        self._give_up(bad[final])
+        self._num_in_flight -= len(ids) - int(np.count_nonzero(~final))
+        self._forget(orphans)
+        return Finished(ids[live & good], bad[~final], len(bad))
+
+    def evict(self, ids: Ids) -> None:
+        """Drop resident copies that no running call can see."""
+        assert (self._copies.state[ids] == CopyState.RESIDENT).all()
+        for table, some in self._by_table(ids):
+            assert not table.pins[self._copies.block[ids[some]]].any(), "a call reads the copy"
+            self._detach(table, ids[some])
+        self._forget(ids)
+
+    def drop_copies(self, table: BlockTable, blocks: Ids) -> None:
         """Every copy of these blocks goes: at once, or as soon as the copier lets go of it."""
-        copy_ids = table.copy_id[:, ids]
-        table.copy_id[:, ids] = np.where(copy_ids == BARRED, NO_COPY, copy_ids)
-        for copy_id in copy_ids[copy_ids >= 0].tolist():
-            copy = self._copies[copy_id]
-            in_flight = copy.state is CopyState.IN_FLIGHT
-            self._detach(copy)
-            if in_flight:
-                copy.state = CopyState.ORPHAN
-                table.in_flight[copy.block] -= 1
-            else:
-                self._forget(copy)
+        at = table.copy_id[:, blocks]
+        table.copy_id[:, blocks] = np.where(at == BARRED, NO_COPY, at)
+        ids = at[at >= 0]
+        if not len(ids):
+            return
+        in_flight = self._copies.state[ids] == CopyState.IN_FLIGHT
+        self._detach(table, ids)
+        add(table.in_flight, self._copies.block[ids[in_flight]], -1)
+        self._copies.state[ids[in_flight]] = CopyState.ORPHAN
+        self._forget(ids[~in_flight])
 
-    def _detach(self, copy: ScratchCopy) -> None:
-        copy.table.resident[copy.block] -= copy.state is CopyState.RESIDENT
-        copy.table.copy_id[copy.kind, copy.block, copy.head] = NO_COPY
-        copy.table.location[copy.kind, copy.block, copy.head] = ~copy.source
-        copy.table.touch(copy.block)
+    def _settle(self, table: BlockTable, ids: Ids) -> None:
+        """They have arrived as they should: kernels may read them."""
+        kind, block, head = self._copies.at(ids)
+        self._copies.state[ids] = CopyState.RESIDENT
+        table.location[kind, block, head] = self._copies.target[ids]
+        add(table.in_flight, block, -1)
+        add(table.resident, block, 1)
+        table.touch(block)
 
-    def _forget(self, copy: ScratchCopy) -> None:
-        del self._copies[copy.copy_id]
-        self.arenas.scratch[copy.kind].release(copy.target)
-        used = copy.state is CopyState.RESIDENT and bool(copy.table.used[copy.kind, copy.block, copy.head])
-        self._gone(copy, used)
+    def _give_up(self, ids: Ids) -> None:
+        for table, some in self._by_table(ids):
+            kind, block, head = self._copies.at(ids[some])
+            table.copy_id[kind, block, head] = BARRED
+            add(table.in_flight, block, -1)
+        self._forget(ids)
+
+    def _detach(self, table: BlockTable, ids: Ids) -> None:
+        kind, block, head = self._copies.at(ids)
+        add(table.resident, block[self._copies.state[ids] == CopyState.RESIDENT], -1)
+        table.copy_id[kind, block, head] = NO_COPY
+        table.location[kind, block, head] = ~self._copies.source[ids]
+        table.touch(block)
+
+    def _forget(self, ids: Ids) -> None:
+        if not len(ids):
+            return
+        used = self._copies.state[ids] == CopyState.RESIDENT
+        for table, some in self._by_table(ids, used):
+            used[some] = table.used[self._copies.at(ids[some])]
+        kinds = self._copies.kind[ids]
+        for kind in set(kinds.tolist()):
+            self.arenas.scratch[kind].release_many(self._copies.target[ids[kinds == kind]])
+        self._gone(ids, used)
+        self._copies.forget(ids)
+
+    def _by_table(self, ids: Ids, which: NDArray[np.bool_] | None = None) -> Iterator[tuple[BlockTable, NDArray[np.bool_]]]:
+        """Which of these copies [n], of those that are asked for, are of each table."""
+        asked = np.ones(len(ids), np.bool_) if which is None else which
+        if len(self._numbered) == 1:
+            yield self._numbered[0], asked.copy()
+            return
+        numbers = self._copies.table[ids]
+        for number in np.unique(numbers[asked]).tolist():
+            yield self._numbered[number], asked & (numbers == number)
 
     # Checks
 
@@ -240,7 +257,7 @@ class Residency:
         self._check_copies()
 
     def _check_copies(self) -> None:
-        copies = self._copies.values()
+        copies = list(self.copies())
         for kind, pool in enumerate(self.arenas.scratch):
             held = {copy.target: pool.size_of(copy.nbytes) for copy in copies if copy.kind == kind}
             assert len(held) == sum(copy.kind == kind for copy in copies) == pool.num_owned, "scratch leaks"
@@ -258,7 +275,7 @@ class Residency:
         for kind in (0, 1):
             expected = ~table.record_offsets(kind, live)
             at = {int(block): i for i, block in enumerate(live)}
-            for copy in self._copies.values():
+            for copy in self.copies():
                 if copy.table is table and copy.kind == kind and copy.state is not CopyState.ORPHAN:
                     assert table.copy_id[kind, copy.block, copy.head] == copy.copy_id, "a record's copy is not its own"
                     if copy.state is CopyState.RESIDENT:
