@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from tierd_kernels.call import Call, Result
 from tierd_kernels.cuda import launch
 from tierd_kernels.cuda.launch import CALL, CERTIFIED, EXACT, FIELDS, kernels
+from tierd_kernels.cuda.marks import NOWHERE, count_reads
+from tierd_kernels.cuda.marks import prepare as prepare_marks
 from tierd_kernels.cuda.memory import ALIGNMENT, BLOCK_BYTES_MIN, DeviceMemory, reserve
 from tierd_kernels.cuda.norms import group_bounds
 from tierd_kernels.cuda.packing import UNIT_MAX, UNIT_MIN, Part, plan_of
@@ -52,6 +54,7 @@ def faults() -> Iterator[None]:
 
 def prepare(layout: Layout) -> None:
     """Compiles the layout's kernels, unless they are there. Raises DeviceLost."""
+    prepare_marks()
     with faults():
         launch.prepare(layout)
 
@@ -242,17 +245,13 @@ def _reads(
     for answer in answers:
         n = answer.output.shape[1]
         if answer.marks is not None:
-            # Few blocks are marked: all of [Hkv, tiles, 8, full] would take 2.5 ms at 131,072 tokens of 8 KV heads.
-            tile, block = np.divmod(np.flatnonzero(answer.marks), answer.marks.shape[1])
-            marks, head = answer.marks[tile, block], tile // (len(answer.marks) // heads)
-            row = tile[:, None] * ROW_TILE + np.arange(ROW_TILE)
-            for kind, locations in enumerate((call.key_locations, call.value_locations)):
-                read = (marks[:, None] >> np.arange(ROW_TILE * kind, ROW_TILE * (kind + 1), dtype=np.uint32) & 1).astype(bool)
-                some = read.any(axis=1)
-                reads[kind, block[some], head[some]] = True
-                cold = row[read if locations is None else read & (locations[block, head] < 0)[:, None]]
-                counts = np.bincount(cold, minlength=len(answer.marks) * ROW_TILE).reshape(heads, -1)[:, : exact.shape[0] // heads * n]
-                host[:, start : start + n] += counts.reshape(exact.shape[0], n) * layout.original_record_bytes
+            rows, cold = exact.shape[0] // heads * n, np.zeros(len(answer.marks) * ROW_TILE, np.int64)
+            keys, values = call.key_locations, call.value_locations
+            if keys is None or values is None:
+                count_reads(answer.marks, heads, False, NOWHERE, NOWHERE, reads, cold)
+            else:
+                count_reads(answer.marks, heads, True, keys, values, reads, cold)
+            host[:, start : start + n] += cold.reshape(heads, -1)[:, :rows].reshape(exact.shape[0], n) * layout.original_record_bytes
         start += n
     return reads, host
 
