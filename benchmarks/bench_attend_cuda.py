@@ -3,8 +3,9 @@
 Everything runs in CUDA graphs over several caches in turn, more than the L2 holds, as the layers of a model would. Dense opponents are
 SDPA by flash attention and by cuDNN; ratios are to the faster. "rung 0" are the three kernels of a step that needs no more, "naive" the
 same without what only the certificate needs, "step" is the whole ladder, whose upper kernels return at once where no row needs them;
-"promoted" is the step at the tolerance at which that share of a row's blocks is promoted, keys and values counted alike; "read" is the
-share of all records that some row of their KV head needed: nearly four times as many on random caches, whose rows seldom need the same.
+"promoted" is the step at the tolerance at which that share of the originals of the KV heads is read, keys and values counted alike, on
+average over all caches that are timed: a block is a KV head's, and its original is read once for all rows that need it. The column "read"
+has the share that was found, "a row" the share of its KV head's originals that a single row needs, less where rows need different ones.
 Outputs are held against float64 attention first: a bound below the true error ends the run without a report. Times are of one step of one
 layer, or of all eight sessions where batch is 8.
 
@@ -12,8 +13,10 @@ layer, or of all eight sessions where batch is 8.
 """
 
 import sys
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent / "attend"))
 
 import cupy as cp
 import numpy as np
@@ -21,53 +24,22 @@ import torch
 from common import write_results
 from rich.console import Console
 from rich.table import Table
+from shares import read_share, tolerance
 from tierd_kernels.call import Call
 from tierd_kernels.cuda import backend
 from tierd_kernels.cuda.launch import Kernels
 from tierd_kernels.cuda.memory import DeviceMemory
-from tierd_kernels.cuda.step import Answer, Part, Step
+from tierd_kernels.cuda.packing import Part
+from tierd_kernels.cuda.step import Answer, Step
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Budget
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from timing import BACKENDS, Times, captured, dense, profile, timed
 
 HEADS, GROUP, D = 8, 4, 128
 CASES = [(8192, 1), (32768, 1), (65536, 1), (131072, 1), (32768, 8)]
 BLOCKS = (16, 64)
 COLD_BYTES = 400e6  # of FP16 keys and values in turn: eight times the L2
 COST_AT = (131072, 1)  # where the cost of promotion is stated
-ROUNDS = 60
-BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
-Times = dict[str, float]
-
-
-def percentiles(samples_us: list[float]) -> Times:
-    return dict(zip(("p20_us", "p50_us", "p80_us"), np.percentile(samples_us, [20, 50, 80]).tolist(), strict=True))
-
-
-def timed(run: Callable[[], None], stream: Any, repeats: int) -> Times:
-    """Microseconds of one of the `repeats` steps that `run` holds."""
-    samples = []
-    with stream:
-        for _ in range(10):
-            run()
-        for _ in range(ROUNDS):
-            start, stop = cp.cuda.Event(), cp.cuda.Event()
-            start.record(stream)
-            run()
-            stop.record(stream)
-            stop.synchronize()
-            samples.append(cp.cuda.get_elapsed_time(start, stop) * 1e3 / repeats)
-    return percentiles(samples)
-
-
-def captured(run: Callable[[Any], None], stream: Any) -> Any:
-    run(stream)
-    stream.synchronize()
-    stream.begin_capture()
-    run(stream)
-    return stream.end_capture()
-
-
 Session = tuple[torch.Tensor, ...]  # k, v, q
 SHARES = (0.01, 0.05)
 RTOL = 0.05  # at which rung 0 does
@@ -82,27 +54,6 @@ def check(answer: Answer, k: torch.Tensor, v: torch.Tensor, q: torch.Tensor) -> 
     if not ratio <= 1.0:
         sys.exit(f"an error is {ratio} times its bound: nothing is reported")
     return ratio
-
-
-def dense(name: str, groups: list[list[tuple[torch.Tensor, ...]]]) -> Times:
-    """Groups of sessions, each answered in one call."""
-    stacked = [tuple(torch.stack(x) for x in zip(*group, strict=True)) for group in groups]
-
-    def run() -> None:
-        for k, v, q in stacked:
-            torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-
-    with sdpa_kernel(BACKENDS[name]):
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        stream = cp.cuda.Stream(non_blocking=True)
-        with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)):
-            return timed(graph.replay, stream, len(groups))
 
 
 def stored(layout: Layout, sessions: list[Session]) -> tuple[DeviceMemory, list[Call]]:
@@ -142,40 +93,28 @@ class Graph:
             step = Step(layout, buffers, [Part(call, 0, 1) for call in calls])
             step.upload()
             self.steps.append(step)
-        self.stream = memories[0].stream
+        self.what, self.stream = what, memories[0].stream
         cp.cuda.Device().synchronize()
-        self.graph = captured(lambda on: [self._launch(step, what, on) for step in self.steps] and None, self.stream)
+        self.graph = captured(lambda on: [self._launch(step, on) for step in self.steps] and None, self.stream)
 
-    def _launch(self, step: Step, what: str, on: Any) -> None:
-        if what == "step":
+    def _launch(self, step: Step, on: Any) -> None:
+        if self.what == "step":
             step.enqueue(on)
-        elif what == "candidates":
+        elif self.what == "candidates":
             step.kernels.candidates(step.at, step.grid, on)
         else:
-            Kernels(step.layout, naive=what == "naive").certify(step.at, step.grid, False, on)
+            Kernels(step.layout, naive=self.what == "naive").certify(step.at, step.grid, False, on)
+
+    def answers(self) -> list[Answer]:
+        """Of every call. What steps promoted lies in the workspace, which they share: each is asked before the next one runs."""
+        found = []
+        for step in self.steps:
+            self._launch(step, self.stream)
+            found += step.answers()
+        return found
 
     def times(self) -> Times:
         return timed(lambda: self.graph.launch(self.stream), self.stream, len(self.steps))
-
-
-def profile(graph: Graph) -> dict[str, Any]:
-    """Of the graph's kernels, from a trace: how many a step has, the microseconds from each one's first thread block to its last, while it
-    may wait for the one ahead, and the share of the time in which any runs."""
-    replays = 5
-    cp.cuda.Device().synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
-        for _ in range(replays):
-            graph.graph.launch(graph.stream)
-        graph.stream.synchronize()
-    events = [e for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    steps, by_name = replays * len(graph.steps), dict[str, float]()
-    for event in events:
-        by_name[event.name] = by_name.get(event.name, 0.0) + event.time_range.elapsed_us() / steps
-    ranges = sorted((e.time_range.start, e.time_range.end) for e in events)
-    busy, until = 0.0, ranges[0][0]
-    for start, end in ranges:
-        busy, until = busy + max(0.0, end - max(start, until)), max(until, end)
-    return {"kernels_per_step": len(events) / steps, "busy": busy / (until - ranges[0][0]), "us_by_kernel": by_name}
 
 
 def own_buffers(memory: DeviceMemory) -> DeviceMemory:
@@ -183,30 +122,37 @@ def own_buffers(memory: DeviceMemory) -> DeviceMemory:
     was captured with."""
     fresh = backend.reserve(0, 0, 0)
     other = DeviceMemory(*memory)
-    kept = ("hot_at", "scratch_at", "originals_at", "exponents", "stream", "workspace")
+    kept = ("hot_at", "scratch_at", "originals_at", "exponents", "exponent", "stream", "workspace", "workspace_at")
     other.__dict__.update(fresh.__dict__ | {name: memory.__dict__[name] for name in kept})
     return other
 
 
-def promoting(layout: Layout, memory: DeviceMemory, call: Call, share: float) -> float:
-    """The relative tolerance at which about that share of the records of a row's blocks is promoted."""
-    low, high = -6.0, 0.0  # log10
-    for _ in range(14):
-        call.rtol = 10.0 ** (0.5 * (low + high))
-        answer = one(layout, memory, call)
-        counts = answer.fields["promoted_key_blocks"] + answer.fields["promoted_value_blocks"]
-        if np.mean(counts) / (2 * len(call.hot_offsets)) > share or (answer.states != backend.CERTIFIED).any():
-            low = np.log10(call.rtol)
-        else:
-            high = np.log10(call.rtol)
-    return float(10.0**high)
+def needed(layout: Layout, memory: DeviceMemory, batches: list[list[Call]], share: float) -> float:
+    """The relative tolerance at which that share of the originals is read, on average over all calls."""
+
+    def share_at(rtol: float) -> float:
+        shares = []
+        for calls in batches:
+            for call in calls:
+                call.rtol = rtol
+            step = Step(layout, memory, [Part(call, 0, 1) for call in calls])
+            step.upload()
+            step.launch()
+            shares += [1.0 if (x.states != backend.CERTIFIED).any() else read_share(x.marks, HEADS) for x in step.answers()]
+        return float(np.mean(shares))
+
+    return tolerance(share_at, share)
 
 
-def one(layout: Layout, memory: DeviceMemory, call: Call) -> Answer:
-    step = Step(layout, memory, [Part(call, 0, 1)])
-    step.upload()
-    step.launch()
-    return step.answers()[0]
+def facts_of(answers: list[Answer], sessions: list[Session], call: Call, quantised: int) -> dict[str, Any]:
+    """Of the answers to all sessions that a graph holds. The program ends where the first one's error is above its bound."""
+    fields = {name: np.stack([x.fields[name] for x in answers]) for name in answers[0].fields}
+    return {
+        "error_over_bound": check(answers[0], *sessions[0]), "bound_over_vbar": float(np.median(fields["bound"] / fields["value_norm"])),
+        "read": float(np.mean([read_share(x.marks, HEADS) for x in answers])),
+        "a_row": float(np.mean(fields["promoted_key_blocks"] + fields["promoted_value_blocks"])) / (2 * len(call.hot_offsets)),
+        "exact": float(np.mean([x.states != backend.CERTIFIED for x in answers])), "rtol": call.rtol, "quantised_bytes": quantised,
+    }  # fmt: skip
 
 
 def certified(layout: Layout, groups: list[list[Session]]) -> dict[str, tuple[Times, dict[str, Any]]]:
@@ -219,24 +165,16 @@ def certified(layout: Layout, groups: list[list[Session]]) -> dict[str, tuple[Ti
 
     def measure(name: str, what: str = "step") -> None:
         graph = Graph(layout, buffers, batches, what)
-        answer = graph.steps[0].answers()[0]
-        fields, blocks = answer.fields, 2 * len(calls[0].hot_offsets)
-        facts = {
-            "error_over_bound": check(answer, *sessions[0]), "bound_over_vbar": float(np.median(fields["bound"] / fields["value_norm"])),
-            "promoted": float(np.mean(fields["promoted_key_blocks"] + fields["promoted_value_blocks"])) / blocks,
-            "read": 0.0 if answer.marks is None else float(np.mean([answer.marks & 15 > 0, answer.marks & 240 > 0])),
-            "exact": float(np.mean(answer.states != backend.CERTIFIED)), "rtol": calls[0].rtol, "quantised_bytes": quantised,
-        }  # fmt: skip
-        found[name] = graph.times(), facts
+        found[name] = graph.times(), facts_of(graph.answers(), sessions, calls[0], quantised)
         if name == "certified step":
-            facts |= profile(graph)
+            found[name][1].update(profile(graph.graph, graph.stream, len(graph.steps)))
 
     found["naive"] = Graph(layout, buffers, batches, "naive").times(), {"quantised_bytes": quantised}
     measure("certified rung 0", "rung 0")
     measure("certified step")
     found["candidates, behind the answers"] = Graph(layout, buffers, batches, "candidates").times(), {}  # of what the last step left
     for share in SHARES:
-        rtol = promoting(layout, memory, calls[0], share)
+        rtol = needed(layout, memory, batches, share)
         for where in ("host", "scratch"):
             for call in calls:
                 call.rtol = rtol
@@ -286,7 +224,7 @@ def appended(layout: Layout) -> Times:
 
 
 def main() -> int:
-    columns = "B", "tokens", "batch", "what", "p20 us", "p50 us", "p80 us", "TB/s", "to dense", "bound / Vbar", "promoted", "exact"
+    columns = "B", "tokens", "batch", "what", "p20 us", "p50 us", "p80 us", "TB/s", "to dense", "bound / Vbar", "read", "a row", "exact"
     table = Table(*columns)
     headline: dict[str, float] = {}
     rows: list[dict[str, Any]] = []
@@ -309,7 +247,7 @@ def main() -> int:
                 rows.append({"block_size": block, "tokens": tokens, "batch": batch, "what": name, **times, "ratio_to_best_dense": ratio})
                 rows[-1] |= facts | {"tb_per_s": nbytes / times["p50_us"] / 1e6}
                 shown = [f"{times[x]:.1f}" for x in ("p20_us", "p50_us", "p80_us")]
-                more = [f"{facts[x]:.4f}" for x in ("bound_over_vbar", "promoted", "exact") if x in facts]
+                more = [f"{facts[x]:.4f}" for x in ("bound_over_vbar", "read", "a_row", "exact") if x in facts]
                 table.add_row(str(block), str(tokens), str(batch), name, *shown, f"{rows[-1]['tb_per_s']:.2f}", f"{ratio:.2f}", *more)
             if block == BLOCKS[0] and batch == 1:
                 headline[f"ratio_rung0_{tokens // 1024}k"] = results["certified rung 0"][0]["p50_us"] / best

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import corpus
 import torch
+import xxhash
 from model import ByteTokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vocabulary import END, VOCABULARY
@@ -20,6 +21,7 @@ warnings.filterwarnings("ignore", ".past_key_values. is deprecated", FutureWarni
 SMALL = Path(__file__).parent / "byte-llama"  # what TRAINING.md made
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+BYTES = 4096  # of each weight that a fingerprint is made of
 
 
 class Tokenizer(Protocol):
@@ -59,7 +61,8 @@ class Pretrained:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`model` in evaluation mode on its device, attending by SDPA."""
+    """`model` in evaluation mode on its device, attending by SDPA. `name`: the folder's, with a fingerprint unless it is the small model of
+    this repository, for training calls every model's folder `model`, and ledgers tell runs by it."""
 
     name: str
     model: Any
@@ -95,7 +98,16 @@ def load(path: Path, device: str | None = None, dtype: str | None = None) -> Che
     tokenizer = _tokenizer(path, config)
     chosen = "auto" if dtype is None else DTYPES[dtype]
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, local_files_only=True, attn_implementation="sdpa")
-    return Checkpoint(path.name, model.to(device or default_device()).eval().requires_grad_(False), tokenizer)
+    name = path.name if path.resolve() == SMALL.resolve() else f"{path.name}-{fingerprint(model)}"
+    return Checkpoint(name, model.to(device or default_device()).eval().requires_grad_(False), tokenizer)
+
+
+def fingerprint(model: Any) -> str:
+    """Eight hexadecimal digits of the first 4 KiB of every weight: enough to tell models of another seed or another hour of training."""
+    digest = xxhash.xxh64()
+    for weight in model.parameters():
+        digest.update(weight.detach().flatten()[: BYTES // weight.element_size()].view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:8]
 
 
 def _tokenizer(path: Path, config: Any) -> Tokenizer:

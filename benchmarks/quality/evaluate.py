@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import commandline
 import running
 import tasks
 from catastrophic import rescale_value_channels
-from ledger import WHOLE, Ledger, Share
+from ledger import WHOLE, Ledger
 from naive import GROUP
 from summarise import headline, summarise
 from tierd_client import Tier
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=checkpoints.SMALL, help="folder of a checkpoint (default: the small model here)")
+    commandline.add_run(parser, "quality.jsonl")
     parser.add_argument("--text", type=Path, help="PG-19: a text file or a folder of .txt (default: the standard library's source)")
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192], help="tokens")
     parser.add_argument("--tasks", nargs="+", default=list(tasks.NAMES), choices=tasks.NAMES)
@@ -64,12 +65,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=10, help="prompts of one forward")
     parser.add_argument("--windows", type=int, default=4, help="of text, of each context, for perplexity")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, help="start no part after this long")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", choices=tuple(checkpoints.DTYPES))
-    parser.add_argument("--share", type=Share.parse, default=WHOLE, help="of several processes, for instance 2/4; one without it sums up")
     parser.add_argument("--catastrophic", action="store_true", help="rescale value channels first")
-    parser.add_argument("--ledger", type=Path, default=Path("quality.jsonl"), help="where parts are written as they are done")
     return parser.parse_args(arguments)
 
 

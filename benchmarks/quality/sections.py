@@ -31,6 +31,11 @@ All layers together, with no original cached on the device. `paper's formulas` p
 is within the tolerance. `coverage` is its policy; heads that miss the tolerance or one of its checks are computed exactly, many of them for
 the boundary check, that the chosen blocks certainly outweigh all others; `coverage, no boundary check` goes without it."""
 
+PEERS = """\
+Prompts one at a time. `device` and `host`: what a cache holds after the last token, ours with all originals on the host; `peak`: the most
+that was allocated on the device at any moment of decoding beyond the model, which of a quantised cache has the layer that it decodes.
+Tokens are timed by one process alone, each prompt a second time."""
+
 
 def document(results: "Results", headline: dict[str, float], figures: dict[str, str]) -> str:
     """The whole report. `figures`: links by name."""
@@ -151,16 +156,19 @@ def peers(results: "Results", figures: dict[str, str]) -> list[str]:
         "cache": itemgetter("peer"),
         "tokens": itemgetter("tokens"),
         "device MiB": lambda row: f"{row['device_bytes'] / MIB:.2f}",
+        "peak MiB": lambda row: f"{row['peak_bytes'] / MIB:.2f}" if "peak_bytes" in row else "",
         "host MiB": lambda row: f"{row['host_bytes'] / MIB:.2f}",
-        "ms a token, p50 (p20 to p80)": lambda row: f"{row['p50_ms']:.2f} ({row['p20_ms']:.2f} to {row['p80_ms']:.2f})",
+        "ms a token, p50 (p20 to p80)": times,
+        "examples": itemgetter("examples"),
         "score": shown("variant_score"),
+        "by task": lambda row: ", ".join(f"{task} {number(score)}" for task, score in row["task_scores"].items()),
         "delta": interval,
         "critical failures": itemgetter("critical_failures"),
     }
     rows = results.rows("peers")
     absent = [f"Not run: {row['peer']} at {row['tokens']} tokens, because {row['missing']}." for row in rows if "missing" in row]
     ran = table(columns, [row for row in rows if "missing" not in row])
-    return ["## Other caches in the same run", source(results, "peers"), ran, *absent, figures["memory"]]
+    return ["## Other caches", source(results, "peers"), PEERS, ran, *absent, figures["memory"]]
 
 
 def source(results: "Results", part: str) -> str:
@@ -187,6 +195,11 @@ def shown(name: Any) -> Callable[[Row], str]:
 
 def rungs(row: Row) -> str:
     return " ".join(map(str, row.get("rungs", [])))
+
+
+def times(row: Row) -> str:
+    """Milliseconds a token; nothing where none was timed."""
+    return f"{row['p50_ms']:.2f} ({row['p20_ms']:.2f} to {row['p80_ms']:.2f})" if "p50_ms" in row else ""
 
 
 def interval(row: Row) -> str:

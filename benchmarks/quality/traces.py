@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import checkpoints
+import commandline
 import numpy as np
 import tasks
 import torch
@@ -141,7 +142,7 @@ def _layer_file(path: Path, layer: int) -> Path:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=checkpoints.SMALL, help="folder of a checkpoint (default: the small model here)")
+    commandline.add_model(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder of the trace")
     parser.add_argument("--context", type=int, default=8192, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=256)
@@ -149,8 +150,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--text", type=Path, help="a text file or a folder of .txt (default: the standard library's source)")
     parser.add_argument("--variant", default="rtol5")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", choices=tuple(checkpoints.DTYPES))
     options = parser.parse_args(arguments)
     checkpoint = checkpoints.load(options.model, options.device, options.dtype)
     variant = named([options.variant])[-1]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoints
+import commandline
 import tasks
 import torch
 from ledger import WHOLE, Ledger, Share
@@ -30,7 +31,8 @@ CERTIFIED = [variant for variant in ALL if variant.certified and variant.rtol]  
 def main(arguments: list[str]) -> int:
     options = parse(arguments)
     checkpoint = checkpoints.load(options.model, options.device, options.dtype)
-    identity = {"model": checkpoint.name, "dtype": str(checkpoint.model.dtype), "context": options.context, "seed": options.seed}
+    identity = {"text": str(options.text), "context": options.context, "seed": options.seed}
+    identity |= {"model": checkpoint.name, "dtype": str(checkpoint.model.dtype)}
     ledger = Ledger(options.ledger, identity, options.minutes, options.share)
     with connection(checkpoint.model, options.context) as tier:
         for index, window in enumerate(inputs(checkpoint, options)):
@@ -56,16 +58,11 @@ def main(arguments: list[str]) -> int:
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=checkpoints.SMALL, help="folder of a checkpoint (default: the small model here)")
+    commandline.add_run(parser, "violations.jsonl")
     parser.add_argument("--text", type=Path, help="a text file or a folder of .txt (default: the standard library's source)")
     parser.add_argument("--context", type=int, default=4096, help="tokens of one text or prompt, at most")
     parser.add_argument("--head-steps", type=int, default=10_000_000, help="stop once so many are judged")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, help="start no part after this long")
-    parser.add_argument("--share", type=Share.parse, default=WHOLE, help="of several processes, for instance 2/4; one without it sums up")
-    parser.add_argument("--device", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", choices=tuple(checkpoints.DTYPES))
-    parser.add_argument("--ledger", type=Path, default=Path("violations.jsonl"), help="where parts are written as they are done")
     return parser.parse_args(arguments)
 
 

@@ -77,6 +77,14 @@ class Layout:
         if self.num_kv_heads < 1:
             raise ValueError(f"num_kv_heads is {self.num_kv_heads}; it must be at least 1")
 
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Layouts are what most is looked up by: fifteen times a call."""
+        return hash((self.num_kv_heads, self.head_dim, self.block_size, self.value_group, self.dtype))
+
     @property
     def itemsize(self) -> int:
         return ITEMSIZE[self.dtype]

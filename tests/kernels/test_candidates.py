@@ -78,7 +78,7 @@ class Left:
     """What a step of one call has left in the workspace, in float64."""
 
     def __init__(self, step: Any) -> None:
-        self.call, self.memory = step.calls[0], step.memory
+        self.call, self.memory = step.calls[0].copy(), step.memory
         heads, self.full = step.layout.num_kv_heads, self.call["full"]
         self.rows = step.group * self.call["n"]
         tiles = -(-self.rows // 4)
@@ -114,7 +114,8 @@ class Left:
 
 
 def run(cache: Cache, call: Call, split_blocks: int | None = None) -> tuple[Any, Candidates]:
-    from tierd_kernels.cuda.step import Part, Step
+    from tierd_kernels.cuda.packing import Part
+    from tierd_kernels.cuda.step import Step
 
     step = Step(cache.layout, cache.memory, [Part(call, 0, call.q.shape[1])], split_blocks)  # type: ignore[arg-type]
     step.upload()
@@ -181,12 +182,12 @@ def test_of_exact_calls_and_of_several_at_once_everyone_has_his_own() -> None:
 @pytest.mark.usefixtures("cuda")
 def test_answers_do_not_wait_for_candidates_and_those_of_a_step_survive_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     from tierd_kernels.cuda import backend
-    from tierd_kernels.cuda.launch import Kernels
+    from tierd_kernels.cuda.launch import Program
 
     layout = LAYOUTS[0]
     k, v, q = draw(layout, 600, 8, 2, "diffuse", 3)
-    cache, events, begin = store(layout, k, v), [], Kernels.candidates
-    answered, arrived = cache.memory.answered, cache.memory.arrived  # type: ignore[attr-defined]
+    cache, events = store(layout, k, v), []
+    answered, arrived, begin = cache.memory.answered, cache.memory.arrived, cache.memory.graphs.launch  # type: ignore[attr-defined]
 
     class Told:
         def __init__(self, event: Any, name: str) -> None:
@@ -200,17 +201,17 @@ def test_answers_do_not_wait_for_candidates_and_those_of_a_step_survive_the_next
             events.append(f"{self._name} awaited")
             self._event.synchronize()
 
-    def launch(self: Any, *args: Any) -> None:
-        events.append("launched")
-        begin(self, *args)
+    def launch(shape: tuple[Any, ...], *args: Any) -> None:
+        events.append("step launched" if isinstance(shape[-1], Program) else "candidates launched")
+        begin(shape, *args)
 
     monkeypatch.setattr(cache.memory, "answered", Told(answered, "answers"))
     monkeypatch.setattr(cache.memory, "arrived", Told(arrived, "candidates"))
-    monkeypatch.setattr(Kernels, "candidates", launch)
+    monkeypatch.setattr(cache.memory.graphs, "launch", launch)  # type: ignore[attr-defined]
     (first,) = backend.attend(layout, cache.memory, [cache.call(q[:, :1], 0.1, Budget())], 8)
-    assert events == ["answers recorded", "launched", "candidates recorded", "answers awaited"]
+    assert events == ["step launched", "answers recorded", "candidates launched", "candidates recorded", "answers awaited"]
     (second,) = backend.attend(layout, cache.memory, [cache.call(q[:, 1:], 0.1, Budget())], 8)
-    assert events[4] == "candidates awaited" and isinstance(first, Result) and isinstance(second, Result)
+    assert events[5] == "candidates awaited" and isinstance(first, Result) and isinstance(second, Result)
     assert not np.array_equal(first.candidates().scores, second.candidates().scores)
     (again,) = backend.attend(layout, cache.memory, [cache.call(q[:, :1], 0.1, Budget())], 8)
     assert isinstance(again, Result) and np.array_equal(first.candidates().scores, again.candidates().scores)

@@ -224,7 +224,8 @@ def test_every_answer_keeps_its_promise(layout: Layout, query_heads: int, n: int
 
 
 def test_calls_of_different_lengths_in_one_launch_answer_as_alone() -> None:
-    from tierd_kernels.cuda.step import Part, Step
+    from tierd_kernels.cuda.packing import Part
+    from tierd_kernels.cuda.step import Step
 
     layout = LAYOUTS[0]
     B = layout.block_size
@@ -273,7 +274,7 @@ def test_a_call_larger_than_what_is_kept_for_calls_is_answered_in_parts() -> Non
 
 def test_the_parts_of_a_call_are_as_small_as_the_one_that_sees_the_most_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     from tierd_kernels.cuda import backend
-    from tierd_kernels.cuda.step import Part
+    from tierd_kernels.cuda.packing import Part
 
     layout = LAYOUTS[0]
     k, v, q = draw(layout, 100, 2, 100, "diffuse", 2)  # the first query sees one token, the last sees all
@@ -284,6 +285,25 @@ def test_the_parts_of_a_call_are_as_small_as_the_one_that_sees_the_most_needs(mo
     (result,) = backend.attend(layout, memory, [call], 2)
     assert isinstance(result, Result) and result.output.shape == q.shape
     assert (result.certificate["exact"] | np.less_equal(result.certificate["bound"], result.certificate["budget"])).all()
+
+
+@pytest.mark.parametrize("state", [0, 2, 77])  # open, due, and what no kernel writes
+def test_a_row_left_between_the_rungs_is_not_answered(monkeypatch: pytest.MonkeyPatch, state: int) -> None:
+    from tierd_kernels.cuda import backend
+    from tierd_kernels.cuda.step import Step
+
+    layout, answers = LAYOUTS[0], Step.answers
+    k, v, q = draw(layout, 40, 2, 1, "diffuse", 3)
+    cache = store(layout, k, v)
+
+    def left(step: Step) -> Any:
+        found = answers(step)
+        found[0].states[1, 0] = state
+        return found
+
+    monkeypatch.setattr(Step, "answers", left)
+    with pytest.raises(RuntimeError, match=rf"^1 of 2 rows .* states are \[{state}\]$"):
+        backend.attend(layout, cache.memory, [cache.call(q, 0.3, Budget())], 2)
 
 
 def passage(layout: Layout, tokens: int, query_heads: int, n: int, seed: int, pull: float) -> tuple[Raw, Raw, Raw]:
@@ -301,7 +321,8 @@ def passage(layout: Layout, tokens: int, query_heads: int, n: int, seed: int, pu
 @pytest.mark.parametrize("n", [1, 3])
 def test_blocks_of_little_mass_are_skipped_within_the_promise(layout: Layout, n: int) -> None:
     from tierd_kernels.cuda.launch import EXACT
-    from tierd_kernels.cuda.step import Part, Step
+    from tierd_kernels.cuda.packing import Part
+    from tierd_kernels.cuda.step import Step
 
     heads = 4 * layout.num_kv_heads
     k, v, q = passage(layout, 4100, heads, n, 7, 2.0)
@@ -426,7 +447,8 @@ def test_a_context_that_grows_is_not_captured_at_each_step() -> None:
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2]], ids=str)
 def test_the_naive_passes_answer_as_rung_0_does(layout: Layout) -> None:
     from tierd_kernels.cuda.launch import Kernels
-    from tierd_kernels.cuda.step import Part, Step
+    from tierd_kernels.cuda.packing import Part
+    from tierd_kernels.cuda.step import Step
 
     k, v, q = draw(layout, 2048, 4 * layout.num_kv_heads, 1, "diffuse", 5)
     cache = store(layout, k, v)

@@ -7,7 +7,6 @@ from typing import Any
 
 import common
 import evaluate
-import peers
 import pytest
 import summarise
 import tiny
@@ -114,28 +113,15 @@ def test_violations_are_counted_and_end_the_command_with_an_error(
     assert rows(results, "violations")[1]["violations"] > 0
 
 
-def test_peers_are_measured_or_named_with_the_reason(checkpoint: Path, tmp_path: Path, results: Path) -> None:
-    arguments = ["--model", str(checkpoint), "--contexts", "1200", "--tasks", "niah", "--examples", "1", "--device", "cpu"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peers.importlib.util, "find_spec", lambda name: None)  # quanto compiles for half a minute when first used
-        timed: list[bool] = []
-        inner = peers.complete
-
-        def complete(*arguments: Any) -> Any:
-            timed.append(len(arguments) == 5)
-            return inner(*arguments)
-
-        patch.setattr(peers, "complete", complete)
-        assert peers.main([*arguments, "--ledger", str(tmp_path / "peers.jsonl")]) == 0
-    assert timed == [False, True] + [True] * len(peers.OURS), "dense, which is first, is answered once before it is timed"
-    found = {row["peer"]: row for row in rows(results, "peers")[0]}
-    assert found["QuantizedCache int4"]["missing"] == "optimum-quanto is not installed"
-    assert found["offloaded"]["missing"] == "offloading needs a GPU"
-    # Two layers of two KV heads: 512 bytes a token, head and layer in FP32, keys and values; when quantised 9.5 bits a number at most.
-    assert 900 * 2 * 2 * 512 < found["dense"]["device_bytes"] <= 1200 * 2 * 2 * 512
-    assert found["naive"]["device_bytes"] < found["rtol5"]["device_bytes"] * 1.1 < 0.35 * found["dense"]["device_bytes"]
-    assert found["rtol5"]["host_bytes"] > 0.9 * found["dense"]["device_bytes"]
-    assert all(row["p50_ms"] > 0.0 for row in found.values() if "missing" not in row)
+@pytest.mark.parametrize("command", [evaluate, violations], ids=lambda command: str(command.__name__))
+def test_what_was_read_of_another_text_is_another_run(checkpoint: Path, tmp_path: Path, command: Any) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("Of each part that is done, a line. " * 100)
+    arguments = ["--model", str(checkpoint), "--device", "cpu", "--minutes", "0", "--share", "1/2", "--ledger", str(tmp_path / "run.jsonl")]
+    contexts = ["--windows", "0"] if command is evaluate else ["--context", "1200"]
+    command.main([*arguments, *contexts])
+    with pytest.raises(ValueError, match=r"another run.*text\.txt"):
+        command.main([*arguments, *contexts, "--text", str(text)])
 
 
 def test_a_trace_is_recorded_by_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,13 +37,14 @@ def parts() -> dict[str, tuple[dict[str, float], list[dict[str, Any]]]]:
         {"kind": "point", "error": 0.01, "ours": 0.1, "paper": 1e300}, {"kind": "microseconds", "what": "bounds", "p50": 9.0},
         {"kind": "trace", "source": "text", "model": "m", "dtype": "float16", "prefill": 10, "steps": 3},
     ]  # fmt: skip
-    peer = {"peer": "dense", "tokens": 8192, "device_bytes": 2**20, "host_bytes": 0, "p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0} | COMPARED
+    peer = {"peer": "dense", "tokens": 8192, "device_bytes": 2**20, "host_bytes": 0, "task_scores": {"vt": 0.625}} | COMPARED
+    measured = peer | {"tokens": 16384, "peak_bytes": 3 * 2**20, "p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0}
     return {
         "evaluate": (evaluated, [*tasks, text, depth]),
         "catastrophic": (accuracies, [*tasks, text]),
         "violations": ({}, [JUDGED | {"variant": "rtol1"}]),
         "tightness": ({"bytes_vs_paper_rtol5": 12.5}, tight),
-        "peers": ({}, [peer, {"peer": "offloaded", "tokens": 8192, "missing": "there is no GPU"}]),
+        "peers": ({}, [peer, measured, {"peer": "offloaded", "tokens": 8192, "missing": "there is no GPU"}]),
     }
 
 
@@ -61,6 +62,8 @@ def test_every_number_of_the_report_is_in_a_result(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert text.count("](figures/") == 4
     assert "Not run: offloaded at 8192 tokens, because there is no GPU." in text
+    assert "| dense | 8192 | 1.00 |  | 0.00 |  | 4 | 0.5 | vt 0.625 |" in text, "neither timed nor on a GPU"
+    assert "| dense | 16384 | 1.00 | 3.00 | 0.00 | 2.00 (1.00 to 3.00) | 4 | 0.5 | vt 0.625 |" in text
     assert "| `head_steps` | 3,000 |" in text and "25.0% of the head-steps" in text and "| 12.5 |" in text
     top = json.loads((tmp_path / f"quality__{MACHINE}.json").read_text())["headline"]
     assert top == {

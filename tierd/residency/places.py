@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd.residency.blocks import BlockTable, Ids
+from tierd.residency.counting import refresh
 
 NONE: Ids = np.empty(0, dtype=np.int64)
 
@@ -20,7 +21,6 @@ class Places:
     def __init__(self) -> None:
         self.held = NONE
         self._at = np.empty((2, 0, 0), dtype=np.int64)
-        self._resident = np.empty(0, dtype=np.int32)  # as the table's, of each block of `_at`
         self._known = 0  # so many blocks are as the table had them at `_seen`
         self._seen = -1
 
@@ -28,24 +28,19 @@ class Places:
         """int64 [2, m, Hkv] of these full blocks, as `BlockTable.location`; None: no record of theirs lies in scratch. The next call writes
         into the same array. `ids`: those of the last call, cut anywhere, and blocks behind them that were added to the table since, or
         were not full then."""
-        if not table.resident[ids].any():
+        if not self._known and not table.resident[ids].any():
             self.held = NONE
             return None
         self._grow(table, len(ids))
-        # At a place that was known there may be another block by now, if it was added after `_seen`.
-        changed = np.concatenate([np.flatnonzero(table.stamp[ids[: self._known]] > self._seen), np.arange(self._known, len(ids))])
-        self._at[:, changed] = table.location[:, ids[changed]]
-        self._resident[changed] = table.resident[ids[changed]]
-        self._known, self._seen = len(ids), table.now
-        # Of booleans: of integers it takes three times as long.
-        self.held = ids[np.flatnonzero(self._resident[: len(ids)] != 0)]
-        return self._at[:, : len(ids)]
+        held = np.empty(len(ids), np.int64)
+        count = refresh(ids, self._known, self._seen, table.stamp, table.resident, table.location, self._at, held)
+        self._known, self._seen, self.held = len(ids), table.now, held[:count]
+        return self._at[:, : len(ids)] if count else None
 
     def _grow(self, table: BlockTable, count: int) -> None:
         if self._at.shape[1] >= count:
             return
         longer = np.empty((2, max(64, 2 * self._at.shape[1], count), table.layout.num_kv_heads), dtype=np.int64)
-        resident = np.empty(longer.shape[1], dtype=np.int32)
         if self._known:
-            longer[:, : self._known], resident[: self._known] = self._at[:, : self._known], self._resident[: self._known]
-        self._at, self._resident = longer, resident
+            longer[:, : self._known] = self._at[:, : self._known]
+        self._at = longer

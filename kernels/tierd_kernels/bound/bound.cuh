@@ -63,11 +63,11 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
   return t;
 }
 
-// The sums of a split over its blocks' statistics, relative to `reference`, the row's largest score in it, to call.partials; thread (block, row), rows fastest. All
-// threads of the thread block come here. `marked`: some blocks were promoted, and scores changed. Returns, in a tile's first threads, the mass
-// of the lightest block.
+// The sums of a split over its blocks' statistics, relative to `reference`, the row's largest score in it, to call.partials; thread (block,
+// row), rows fastest. All threads of the thread block come here. `marked`: some blocks were promoted, as `marks` says, and scores changed.
+// Returns, in a tile's first threads, the mass of the lightest block.
 template <bool marked>
-__device__ __forceinline__ float split_sums(const Call &call, const float *of_split, int base, int split, float reference) {
+__device__ __forceinline__ float split_sums(const Call &call, const float *of_split, int base, int split, float reference, const u32 *marks = nullptr) {
   __shared__ float sums[WARPS][RUN_MASS][ROW_TILE], least[WARPS][ROW_TILE];
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4, row = threadIdx.x % ROW_TILE;
   const int pairs = max(0, min(call.per, call.full - split * call.per)) * ROW_TILE;
@@ -89,7 +89,7 @@ __device__ __forceinline__ float split_sums(const Call &call, const float *of_sp
       lightest = 0.f;
       continue;
     }
-    const bool exact_values = marked && call.marks[base * call.full + split * call.per + p / ROW_TILE] >> (4 + row) & 1;
+    const bool exact_values = marked && marks[p / ROW_TILE] >> (4 + row) & 1;
     const Terms t = block_terms(x, exp2_approx(x[TOP] - reference), exact_values);
     p0[MASS] += t.rho, p0[LOW] += t.low, p0[T1] += t.t1, p0[MASS_ERROR] += t.g, p0[SPREAD] += t.spread, p0[USED] += t.used;
     p0[ERROR2] += t.error2, p0[AMPLITUDE] += t.amplitude;

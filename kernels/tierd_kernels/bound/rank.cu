@@ -1,7 +1,7 @@
 // Ranking (CERTIFICATE.md, section "Ranking"): whether a set of blocks outweighs all others under exact scores too. One thread block a row.
 //
-// Before the value pass (`again` 0), where a call requires it: the set of the heaviest block alone. After promotion under the coverage policy:
-// that set, and the promoted one. A row that fails is due to be computed exactly.
+// Before the value pass (`again` 0), where a call requires it: the set of the heaviest block alone. After promotion under the coverage
+// policy: that set, and the promoted one. A row that fails is due to be computed exactly.
 constexpr int RANK_WARPS = 8, THREADS = RANK_WARPS * LANES;
 constexpr double RANK_ROUNDING = 84. * U32F * (1. + 1e-4), UNITS = 2. * U32F;  // as in bound/cpu.py::certify_set
 

@@ -14,19 +14,24 @@ from numpy.typing import NDArray
 
 from tierd_kernels.call import Call, Result
 from tierd_kernels.cuda import launch
-from tierd_kernels.cuda.launch import CERTIFIED, EXACT, FIELDS, Kernels
-from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, reserve
+from tierd_kernels.cuda.launch import CALL, CERTIFIED, EXACT, FIELDS, kernels
+from tierd_kernels.cuda.marks import NOWHERE, count_reads
+from tierd_kernels.cuda.marks import prepare as prepare_marks
+from tierd_kernels.cuda.memory import ALIGNMENT, BLOCK_BYTES_MIN, DeviceMemory, reserve
 from tierd_kernels.cuda.norms import group_bounds
+from tierd_kernels.cuda.packing import UNIT_MAX, UNIT_MIN, Part, plan_of
 from tierd_kernels.cuda.record import Record
 from tierd_kernels.cuda.sources import ROW_TILE
 from tierd_kernels.cuda.start import FAULTS
-from tierd_kernels.cuda.step import UNIT_MAX, UNIT_MIN, Answer, Part, Step, workspace_bytes
+from tierd_kernels.cuda.step import Answer, Step
 from tierd_kernels.errors import SCORE_MAX, DeviceLost, ScoreOverflow
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.select.candidates import Candidates, joined
 
 ROWS_AT_ONCE = 64  # query tokens of a call handled together, at most
+CALL_ROOM = 2 * CALL.itemsize + ALIGNMENT  # of a call's numbers, of which a launch may carry twice as many as it has calls
 COUNTS = "promoted_key_blocks", "promoted_value_blocks", "skipped_blocks"
+IN_CERTIFICATE = tuple(name for name in FIELDS if name != "score_top")
 
 
 def hot_block_bytes(layout: Layout) -> int:
@@ -49,6 +54,7 @@ def faults() -> Iterator[None]:
 
 def prepare(layout: Layout) -> None:
     """Compiles the layout's kernels, unless they are there. Raises DeviceLost."""
+    prepare_marks()
     with faults():
         launch.prepare(layout)
 
@@ -68,7 +74,7 @@ def quantise_blocks(
     with faults(), own.stream:
         at = cp.asarray(np.stack([original_offsets, hot_offsets]))
         norms = cp.empty((len(hot_offsets), layout.num_kv_heads), cp.float32)
-        Kernels(layout).quantise(own.originals_at, own.hot_at, at[0], at[1], norms, own.stream)
+        kernels(layout).quantise(own.originals_at, own.hot_at, at[0], at[1], norms, own.stream)
         largest = norms.max(axis=1).get(stream=own.stream).astype(np.float64)
         own.stream.synchronize()
     exponent = np.frexp(np.where(np.isfinite(largest), largest, 2.0**UNIT_MAX))[1]
@@ -161,15 +167,9 @@ def _limits(memory: DeviceMemory) -> tuple[int, int, int]:
 
 def _needs(layout: Layout, memory: DeviceMemory, part: Part) -> tuple[int, int, int]:
     """What a part takes of each of them, at most."""
-    full, rows, heads = part.full(layout), part.call.q.shape[0] * part.n, layout.num_kv_heads
-    per = Kernels(layout).split_blocks(full, 1, memory.processors)  # the most splits: more tiles make fewer
-    return (
-        workspace_bytes(layout, part.call.q.shape[0] // heads, part, -(-full // per)),
-        (full + 1) * 16 * (1 + heads) + rows * (layout.head_dim * layout.itemsize + 1) + part.call.group_value_norms.nbytes * 2
-        + 8192 + 8 * heads,
-        rows * (layout.head_dim * layout.itemsize + 8 * len(FIELDS) + 4) + (len(part.call.canary_blocks) + 1) * heads
-        + 16 * heads * min(part.call.candidates_max, full) + 4096,
-    )
+    per = kernels(layout).split_blocks(part.full(layout), 1, memory.processors)  # the most splits: more tiles make fewer
+    workspace, inputs, answers, late = plan_of(layout, part, per).sizes
+    return workspace, inputs + CALL_ROOM, answers + late
 
 
 def _fits(needs: tuple[int, ...], limits: tuple[int, ...]) -> bool:
@@ -192,29 +192,39 @@ def _batches(memory: DeviceMemory, waiting: list[Waiting]) -> Iterator[list[Wait
 
 
 def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
-    """Views of the only answer, if there is one only."""
+    """Views of the only answer, if there is one only. Raises ScoreOverflow, and RuntimeError where a row was left between the rungs:
+    a fault of the kernels, with which nothing of a call may leave. Most often no row is exact and nothing was promoted, which is not worked
+    out then."""
 
     def joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    found = {name: joined([x.fields[name] for x in answers]) for name in FIELDS}
+    found: dict[str, NDArray[Any]] = {name: joined([x.fields[name] for x in answers]) for name in IN_CERTIFICATE}
     states = joined([x.states for x in answers])
-    exact = states == EXACT
-    assert (exact | (states == CERTIFIED)).all(), "a row was left between the rungs"
-    top = found.pop("score_top")[exact]
-    if not np.all(top <= SCORE_MAX):
-        raise ScoreOverflow(f"a score of {np.nanmax(top):.3g} is above {SCORE_MAX:g}, the largest that is answered")
-    rung = np.where(found["promoted_value_blocks"] > 0, 2, found["promoted_key_blocks"] > 0)
-    if top.size:
+    exact = states != CERTIFIED
+    some_exact = bool(exact.any())
+    if some_exact:
+        between = states[exact & (states != EXACT)]
+        if between.size:
+            found_states = sorted(set(between.tolist()))
+            raise RuntimeError(f"{between.size} of {states.size} rows are neither certified nor exact: their states are {found_states}")
+        top = joined([x.fields["score_top"] for x in answers])[exact]
+        if not np.all(top <= SCORE_MAX):
+            raise ScoreOverflow(f"a score of {np.nanmax(top):.3g} is above {SCORE_MAX:g}, the largest that is answered")
+    rung = np.zeros(states.shape, np.int64)
+    if any(x.marks is not None for x in answers):
+        rung = np.where(found["promoted_value_blocks"] > 0, 2, found["promoted_key_blocks"] > 0)
+    if some_exact:
         rung[exact] = 3
         rung[:, exact.all(axis=0)] = 4
-    reads, host = _reads(layout, call, answers, exact)
-    fields: dict[str, NDArray[np.generic]] = {**found, **{name: found[name].astype(np.int64) for name in COUNTS}}
-    fields |= {"exact": exact, "rank_certified": found["rank_certified"] > 0, "rung": rung, "host_bytes": host}
-    failed = np.argwhere(answers[0].failures) if answers[0].failures.size else ()
-    failures = [(int(call.canary_blocks[i]), int(h)) for i, h in failed]
+    reads, host = _reads(layout, call, answers, exact, some_exact)
+    for name in COUNTS:
+        found[name] = found[name].astype(np.int64)
+    found |= {"exact": exact, "rank_certified": found["rank_certified"] > 0, "rung": rung, "host_bytes": host}
+    failures = answers[0].failures
+    failed = [(int(call.canary_blocks[i]), int(h)) for i, h in np.argwhere(failures)] if failures.size and failures.any() else []
     output = joined([x.output for x in answers])
-    return Result(output, fields, reads[0], reads[1], partial(_candidates, call, [x.candidates for x in answers]), failures)
+    return Result(output, found, reads[0], reads[1], partial(_candidates, call, [x.candidates for x in answers]), failed)
 
 
 def _candidates(call: Call, parts: list[Callable[[], Candidates]]) -> Candidates:
@@ -222,28 +232,26 @@ def _candidates(call: Call, parts: list[Callable[[], Candidates]]) -> Candidates
         return joined([part() for part in parts], len(call.hot_offsets), call.candidates_max)
 
 
-def _reads(layout: Layout, call: Call, answers: list[Answer], exact: NDArray[np.bool_]) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+def _reads(
+    layout: Layout, call: Call, answers: list[Answer], exact: NDArray[np.bool_], some_exact: bool
+) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Which original records were read, [2, full, Hkv], and bytes from the host by row, [Hq, n]."""
     heads, full = layout.num_kv_heads, len(call.hot_offsets)
-    host = exact * (2 * call.num_tokens * layout.head_dim * layout.itemsize)
-    reads = np.zeros((2, full, heads), np.bool_)
-    if exact.any():
+    host, reads = np.zeros(exact.shape, np.int64), np.zeros((2, full, heads), np.bool_)
+    if some_exact:
+        host += exact * (2 * call.num_tokens * layout.head_dim * layout.itemsize)
         reads |= exact.reshape(heads, -1).any(axis=1)
     start = 0
     for answer in answers:
         n = answer.output.shape[1]
         if answer.marks is not None:
-            # Few blocks are marked: all of [Hkv, tiles, 8, full] would take 2.5 ms at 131,072 tokens of 8 KV heads.
-            tile, block = np.divmod(np.flatnonzero(answer.marks), answer.marks.shape[1])
-            marks, head = answer.marks[tile, block], tile // (len(answer.marks) // heads)
-            row = tile[:, None] * ROW_TILE + np.arange(ROW_TILE)
-            for kind, locations in enumerate((call.key_locations, call.value_locations)):
-                read = (marks[:, None] >> np.arange(ROW_TILE * kind, ROW_TILE * (kind + 1), dtype=np.uint32) & 1).astype(bool)
-                some = read.any(axis=1)
-                reads[kind, block[some], head[some]] = True
-                cold = row[read if locations is None else read & (locations[block, head] < 0)[:, None]]
-                counts = np.bincount(cold, minlength=len(answer.marks) * ROW_TILE).reshape(heads, -1)[:, : exact.shape[0] // heads * n]
-                host[:, start : start + n] += counts.reshape(exact.shape[0], n) * layout.original_record_bytes
+            rows, cold = exact.shape[0] // heads * n, np.zeros(len(answer.marks) * ROW_TILE, np.int64)
+            keys, values = call.key_locations, call.value_locations
+            if keys is None or values is None:
+                count_reads(answer.marks, heads, False, NOWHERE, NOWHERE, reads, cold)
+            else:
+                count_reads(answer.marks, heads, True, keys, values, reads, cold)
+            host[:, start : start + n] += cold.reshape(heads, -1)[:, :rows].reshape(exact.shape[0], n) * layout.original_record_bytes
         start += n
     return reads, host
 

@@ -6,6 +6,9 @@
 #ifndef NAIVE  // the passes without what only the certificate needs, for a benchmark of its cost
 #define NAIVE 0
 #endif
+// Bytes that global memory is read by. A copy that puts them on the wrong side of such a boundary in shared memory reads them twice:
+// sixteen bytes off, records of the host's memory came at 28 GB/s instead of 51.
+constexpr int LINE = 128;
 constexpr int SPLITS_MAX = 2048, ROW_TILE = 4, WARPS = 4, LANES = 32, TILE = 16;
 constexpr int KEY_STEPS = (D + 31) / 32, KEY_DIM = 32 * KEY_STEPS;  // channels of the score MMA, padded with zeros
 constexpr int SPLIT_TOKENS = 2048, SPLIT_BLOCKS = SPLIT_TOKENS / BLOCK;  // at most
@@ -15,6 +18,7 @@ constexpr int KEY_SCALE_AT = 0, KEY_OFFSET_AT = 2 * KEY_DIM, NOTES_AT = 4 * KEY_
 constexpr int NORMS_AT = KEY_CODES_AT + BLOCK * KEY_DIM, SCORE_BYTES = NORMS_AT + 4 * BLOCK;
 constexpr int VALUE_SCALES_AT = 8 * D, VALUE_BYTES = VALUE_SCALES_AT + 64 * VALUE_GROUPS;  // of a tile
 constexpr int RECORD_BYTES = SCORE_BYTES + TILES * VALUE_BYTES;
+constexpr bool LINED = RECORD_BYTES % LINE == 0;  // else lines begin elsewhere in every other head's records, and to follow them gains nothing
 constexpr int ITEM = DTYPE == 2 ? 4 : 2, ORIGINAL_BYTES = BLOCK * D * ITEM;
 enum { H, RK, SK, SV, AMP, C1, VALUE_NORM_MAX, KEY_NORM_MAX, OFFSET_NORM, KEYS_RAW, VALUES_RAW };  // the last two: 1 or 0, as integers
 
@@ -25,12 +29,13 @@ constexpr int TOPS_AT = ROW_TILE * TILE, WEIGHT_FLOATS = TOPS_AT + ROW_TILE;
 // is the largest score in log2 units.
 enum { SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, SUM_SQUARE_USED, SUM_SQUARE_ERROR, TOP, DELTA, D_NORM, STATISTICS };
 constexpr int BLOCK_NOTES = STATISTICS * ROW_TILE, STATISTIC_FLOATS = BLOCK_NOTES + 4;
-// Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE]. The score pass leaves
-// SPLIT_TOP and the last two, mass and mass times norms as it went, from which the value pass of all splits takes what may be skipped.
+// Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE]. The score pass
+// leaves SPLIT_TOP and the last two, mass and mass times norms as it went, from which the value pass of all splits takes what may be
+// skipped.
 enum { MASS, LOW, T1, MASS_ERROR, SPREAD, USED, ERROR2, AMPLITUDE, KEY_SQUARES, VALUE, SQUARES, NORM, SPLIT_TOP, DELTA_MAX, NORM_TOP, ERROR, AMPLITUDE_TOP,
        RUN_MASS, RUN_NORM, PARTIALS };
-// What the value pass left out of a split, relative to the row's largest score: [SKIPS][ROW_TILE]. Sums over skipped blocks of their mass m, of
-// m e^Delta and of m e^Delta nu, and their number.
+// What the value pass left out of a split, relative to the row's largest score: [SKIPS][ROW_TILE]. Sums over skipped blocks of their mass
+// m, of m e^Delta and of m e^Delta nu, and their number.
 enum { SKIP_MASS, SKIP_GROWN, SKIP_NORM, SKIP_COUNT, SKIPS };
 
 constexpr float LOWEST = -3e38f;       // below all scores; its difference to -infinity is no NaN
@@ -39,9 +44,9 @@ constexpr float U32F = 5.9604644775390625e-8f;
 constexpr float NORM_FLOOR = 8.8817841970012523e-16f;  // 2^-50: squares stay far from underflow, and the bound only grows
 constexpr float LOG2_MIN = -124.f;                     // a weight below 2^-124 of its block's largest counts as zero
 
-// One session and layer. Offsets are bytes: hot [full] in the device pool, original [blocks] in the host pool, locations [full][Hkv]
-// into scratch, or ~offset of the record among the originals; none where nothing lies in scratch. What the passes need first lies together, in one line of the cache: at 8,192 tokens
-// a kernel is waiting for its call for a tenth of its time.
+// One session and layer. Offsets are bytes: hot [full] in the device pool, original [blocks] in the host pool, locations [full][Hkv] into
+// scratch, or ~offset of the record among the originals; none where nothing lies in scratch. What the passes need first lies together, in
+// one line of the cache: at 8,192 tokens a kernel is waiting for its call for a tenth of its time.
 struct Call {
   int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
   int unit;                                        // within [-60, 120]: norms are counted in units of 2^unit
@@ -69,9 +74,10 @@ struct Call {
   int *tickets;                                    // [Hkv], then [tiles], zero between launches
   int *candidate_blocks;                           // [2][Hkv][candidates_max]
   float *candidate_scores;
+  float2 *row_weights;                             // [tiles][full][ROW_TILE]: keys' and values' shares of the row's target
   double rtol, atol, skip_share;                   // of the budget, for skipped blocks
   double tau_cov, key_bound_max, v_tol;            // of the coverage policy
-  int end[6];                                      // to whole lines
+  int end[4];                                      // to whole lines
 };
 static_assert(sizeof(Call) == 384, "as in launch.py");
 
@@ -79,8 +85,9 @@ static_assert(sizeof(Call) == 384, "as in launch.py");
 enum { OPEN, CERTIFIED, DUE, EXACT };
 enum { BOUND, BUDGET, KEY_ERROR, VALUE_ERROR, SKIP_ERROR, ARITH_ERROR, VALUE_NORM, OUTPUT_NORM, SKIPPED, CANDIDATE, KEYS, VALUES, SCORE_TOP, RANKED,
        PAPER_KEY_BOUND, FIELDS };
-// What finish leaves for selection: largest score, mass, ||O||, the budget, and what promotion does not change of the numerator; in units. From
-// selection: whether the trailing block is one of those that cover the mass; the weight from which on its blocks are promoted, infinite where none is.
+// What finish leaves for selection: largest score, mass, ||O||, the budget, and what promotion does not change of the numerator; in units.
+// From selection: whether the trailing block is one of those that cover the mass; the weight from which on its blocks are promoted,
+// infinite where none is.
 enum { ROW_TOP, ROW_MASS, ROW_NORM, ROW_BUDGET, ROW_FIXED, ROW_TAIL, ROW_LIMIT, ROW_FACTS };
 // Of a split, exactly: largest score, sum of weights, of weights times norms, largest |score|, squares of the largest norms.
 enum { DENSE_TOP, DENSE_MASS, DENSE_NORM, DENSE_SCORE, DENSE_KEY, DENSE_VALUE, DENSE_FACTS };

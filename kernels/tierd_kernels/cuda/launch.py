@@ -4,6 +4,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
+from struct import Struct
 from typing import Any, NamedTuple
 
 import cupy as cp
@@ -49,14 +50,15 @@ NUMBERS = (
 POINTERS = (
     "q", "hot", "pool", "weights", "statistics", "partials", "marks", "scratch", "originals", "output", "original", "key_at", "value_at",
     "group_values", "group_errors", "sums", "skips", "fields", "facts", "dots", "state", "counts", "picks", "dense", "canaries", "failures",
-    "shares", "tickets", "candidate_blocks", "candidate_scores",
+    "shares", "tickets", "candidate_blocks", "candidate_scores", "row_weights",
 )  # fmt: skip
 REALS = ("rtol", "atol", "skip_share", "tau_cov", "key_bound_max", "v_tol")
 CALL = np.dtype([
     *((name, np.int32) for name in NUMBERS), ("scale", np.float64), *((name, np.uint64) for name in POINTERS),
-    *((name, np.float64) for name in REALS), ("end", np.int32, (6,)),
+    *((name, np.float64) for name in REALS), ("end", np.int32, (4,)),
 ])  # fmt: skip
-assert CALL.itemsize == 384
+PACKED = Struct(f"={len(NUMBERS)}id{len(POINTERS)}Q{len(REALS)}d16x")  # the same: a record of numpy takes five times as long to fill
+assert CALL.itemsize == PACKED.size == 384
 
 
 @cache
@@ -99,11 +101,11 @@ class Grid(NamedTuple):
     def rounded(self) -> "Grid":
         """Up to a size that many launches share, so that a context that grows is not captured anew at each step."""
         return Grid(
-            _above(self.calls, 1), _above(self.splits, 4), _above(self.tiles, 2), _above(self.rows, 2), self.group, _above(self.canaries, 1)
+            above(self.calls, 1), above(self.splits, 4), above(self.tiles, 2), above(self.rows, 2), self.group, above(self.canaries, 1)
         )
 
 
-def _above(x: int, bits: int) -> int:
+def above(x: int, bits: int) -> int:
     """The least number that is at least x and has at most that many significant bits."""
     unit = 1 << max(0, (x - 1).bit_length() - bits)
     return -(-x // unit) * unit
@@ -116,6 +118,12 @@ class Program(NamedTuple):
     certifies: bool
     ranks: bool
     covers: bool
+
+
+@cache
+def kernels(layout: Layout, naive: bool = False) -> "Kernels":
+    """Those of a layout."""
+    return Kernels(layout, naive)
 
 
 class Kernels:

@@ -1,5 +1,7 @@
 """The pools on a device, pinned host memory, and the buffers that calls pass through. Needs CuPy."""
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import cupy as cp
@@ -19,7 +21,6 @@ STAGING_BYTES = 64 << 20  # what a launch carries in, and out
 LANDING_BYTES = 1 << 20  # records on their way back from scratch
 # Blocks are larger than this, so that the offset over it tells them apart.
 BLOCK_BYTES_MIN = 1024
-BLOCK_BITS_MIN = 10
 ALIGNMENT = 256
 
 
@@ -46,18 +47,10 @@ class Staging:
         self.at = int(self.device.data.ptr)
         self.region = Region(nbytes)
 
-    def reset(self) -> None:
+    def reset(self) -> Region:
+        """The whole range, to be carved anew."""
         self.region = Region(len(self.host))
-
-    def put(self, array: NDArray[Any]) -> int:
-        """Copies an array into the host's range; returns the address that it will have on the device."""
-        at = self.room(array.nbytes)
-        self.view(at, array.shape, array.dtype)[...] = array
-        return at
-
-    def room(self, nbytes: int) -> int:
-        """An address on the device for `nbytes` more."""
-        return self.at + self.region.take(nbytes)
+        return self.region
 
     def view(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         """The host's side of what lies at `address` on the device."""
@@ -73,9 +66,25 @@ class Staging:
         cp.cuda.runtime.memcpyAsync(self.host.ctypes.data + start, self.at + start, stop - start, to_host, stream.ptr)
 
 
+class OfArray:
+    """What `work` makes of an array, worked out once: the array must not change while it lives."""
+
+    def __init__(self, work: Callable[[NDArray[np.int64]], int]) -> None:
+        self._work = work
+        self._known: dict[int, tuple[Any, int]] = {}
+
+    def __call__(self, array: NDArray[np.int64]) -> int:
+        key = id(array)
+        if key not in self._known:
+            # It goes with the array, before another can have its identity.
+            self._known[key] = weakref.ref(array, lambda _: self._known.pop(key, None)), self._work(array)
+        return self._known[key][1]
+
+
 class DeviceMemory(Memory):
     """The arenas of one daemon: hot and scratch on the device, originals pinned; and what calls need besides. `exponents` int16: of the
-    largest value norm of the block whose offset in hot, over BLOCK_BYTES_MIN, is the index. `*_at`: addresses. `answered`, `arrived`:
+    largest value norm of the block whose offset in hot, over BLOCK_BYTES_MIN, is the index; `exponent`: the largest of blocks at these
+    offsets. `*_at`: addresses. `answered`, `arrived`:
     events behind the copies of a step's answers and of its candidates, which are the `late` of the last step."""
 
     hot_at: int
@@ -84,10 +93,12 @@ class DeviceMemory(Memory):
     stream: Any
     copier: Any
     workspace: Any
+    workspace_at: int
     inputs: Staging
     outputs: Staging
     landing: NDArray[np.uint8]
     exponents: NDArray[np.int16]
+    exponent: OfArray
     processors: int
     graphs: Graphs
     answered: Any
@@ -122,8 +133,11 @@ def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: 
     memory = DeviceMemory(hot, scratch, pinned(originals_bytes, f"originals_bytes {originals_bytes}"))
     memory.hot_at, memory.scratch_at, memory.originals_at = int(hot.data.ptr), int(scratch.data.ptr), int(memory.originals.ctypes.data)
     memory.stream, memory.copier = stream, copier
+    memory.workspace_at = int(workspace.data.ptr)
     memory.workspace, memory.inputs, memory.outputs, memory.landing = workspace, inputs, outputs, pinned(LANDING_BYTES, "copies")
     memory.exponents = np.zeros(hot_bytes // BLOCK_BYTES_MIN + 1, np.int16)
+    exponents = memory.exponents
+    memory.exponent = OfArray(lambda hot_offsets: int(exponents[hot_offsets // BLOCK_BYTES_MIN].max()))
     memory.processors, memory.graphs = int(device.attributes["MultiProcessorCount"]), Graphs()
     memory.answered, memory.arrived = (cp.cuda.Event(disable_timing=True) for _ in range(2))
     memory.late = None

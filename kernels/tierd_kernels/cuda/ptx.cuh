@@ -53,8 +53,8 @@ __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncwarp();
 }
-// A kernel may begin while the one before it on the stream still runs, once all thread blocks of that one have said so, or ended; it waits for
-// all that the one before has written. Only what no kernel of the step writes may be read before the wait.
+// A kernel may begin while the one before it on the stream still runs, once all thread blocks of that one have said so, or ended; it waits
+// for all that the one before has written. Only what no kernel of the step writes may be read before the wait.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // What was initialised is seen by the copies that complete on it.
@@ -104,7 +104,8 @@ __device__ __forceinline__ u32 either(u32 w, u32 mask, u32 magic) {
   return x;
 }
 
-// d += A B. Rows of A are r and r + 8 (a0 and a1, then their later columns), columns of B are r; d holds rows r and r + 8, columns 2c, 2c + 1.
+// d += A B. Rows of A are r and r + 8 (a0 and a1, then their later columns), columns of B are r; d holds rows r and r + 8, columns 2c, 2c +
+// 1.
 __device__ __forceinline__ void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

@@ -1,5 +1,6 @@
-// What the bounds assume of the hardware (CERTIFICATE.md, "An MMA"), tried on drawn numbers: the largest error of an FP16 MMA over its terms' absolute
-// sum and of ex2.approx over its value, in units of 2^-24, and whether an INT8 MMA was ever not exact. One warp; `worst` [3].
+// What the bounds assume of the hardware (CERTIFICATE.md, "An MMA"), tried on drawn numbers: the largest error of an FP16 MMA over its
+// terms' absolute sum and of ex2.approx over its value, in units of 2^-24, and whether an INT8 MMA was ever not exact. One warp; `worst`
+// [3].
 __device__ u32 drawn(u32 &state) {
   state = state * 1664525u + 1013904223u;
   u32 x = state;

@@ -1,5 +1,5 @@
-// Copies records of `nbytes`, a multiple of 16, between memories that the device can address: pinned host memory too, which it reads and writes
-// over the link at the speed of one large copy. One thread block a record. Offsets are from `source` and `target`.
+// Copies records of `nbytes`, a multiple of 16, between memories that the device can address: pinned host memory too, which it reads and
+// writes over the link at the speed of one large copy. One thread block a record. Offsets are from `source` and `target`.
 constexpr int THREADS = 256;
 
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -1,6 +1,6 @@
-// out [D][D] = x^T x of matrix `blockIdx.y` of x [matrices][rows][D], in double; of a symmetric matrix that is its square. Of an x that is a Gram
-// matrix itself, `before` are its facts: it is divided by its trace first. A thread block computes tile (i, j) of out, i <= j, and mirrors it;
-// facts [matrices][tiles][2]: what the tile adds to the trace of out, and to the sum of the squares of all its entries.
+// out [D][D] = x^T x of matrix `blockIdx.y` of x [matrices][rows][D], in double; of a symmetric matrix that is its square. Of an x that is
+// a Gram matrix itself, `before` are its facts: it is divided by its trace first. A thread block computes tile (i, j) of out, i <= j, and
+// mirrors it; facts [matrices][tiles][2]: what the tile adds to the trace of out, and to the sum of the squares of all its entries.
 constexpr int SIDE = 64, DEPTH = 16, EACH = 4, ACROSS = SIDE / EACH, THREADS = ACROSS * ACROSS, GRAM_WARPS = THREADS / LANES;
 constexpr int SIDES = (D + SIDE - 1) / SIDE, GRAM_TILES = SIDES * (SIDES + 1) / 2;
 

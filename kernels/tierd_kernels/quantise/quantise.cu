@@ -1,5 +1,5 @@
-// Codes, scales and annotations of full blocks: one thread block a block, KV head, and keys or values. Codes, scales and offsets are those of
-// quantise/reference.py bit for bit; a value is dequantised with one rounding to FP16, as the value pass does it, and all annotations
+// Codes, scales and annotations of full blocks: one thread block a block, KV head, and keys or values. Codes, scales and offsets are those
+// of quantise/reference.py bit for bit; a value is dequantised with one rounding to FP16, as the value pass does it, and all annotations
 // are measured from that, in double, rounded up.
 constexpr int QUANTISE_WARPS = 16, THREADS = QUANTISE_WARPS * LANES, ROW = D + 1;
 constexpr double SUM_ROOM = 1. + 1e-12, SPECTRAL_ROOM = 1. + 1e-9, LEAST_SCALE = 6.103515625e-05;  // 2^-14, FP16's smallest normal

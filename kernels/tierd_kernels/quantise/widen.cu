@@ -1,6 +1,6 @@
 // The values of full blocks, and what their quantised form is off by, in double: record `blockIdx.x` of one KV head, at `original_at` and
-// `hot_at`. `per` records after one another are a group: out [group][2][per * BLOCK][D], V and then V - V_hat, with V_hat as the value pass sees
-// it; zero where the values stay original.
+// `hot_at`. `per` records after one another are a group: out [group][2][per * BLOCK][D], V and then V - V_hat, with V_hat as the value pass
+// sees it; zero where the values stay original.
 constexpr int THREADS = 256;
 
 __device__ __forceinline__ double decoded(const unsigned char *record, int token, int channel) {

@@ -1,5 +1,5 @@
-// The canary (CERTIFICATE.md, section "Canary"): chosen blocks scored from codes and from originals, both in double. They may differ by what
-// the stored annotations allow. One thread block a block and KV head.
+// The canary (CERTIFICATE.md, section "Canary"): chosen blocks scored from codes and from originals, both in double. They may differ by
+// what the stored annotations allow. One thread block a block and KV head.
 extern "C" __global__ void __launch_bounds__(WARPS *LANES) canary(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
   float *x = (float *)shared;  // [BLOCK][D + 1]

@@ -1,13 +1,13 @@
-// Which blocks come near needing their originals, for whoever copies them ahead of need: of every KV head the at most `candidates_max` blocks whose
-// keys, and whose values, have the largest share of the bound in any of its rows, relative to what selection aims at (threshold.cuh). It
-// runs when the answers are on their way to the host already; nobody waits for it.
+// Which blocks come near needing their originals, for whoever copies them ahead of need: of every KV head the at most `candidates_max`
+// blocks whose keys, and whose values, have the largest share of the bound in any of its rows, relative to what selection aims at
+// (threshold.cuh). It runs when the answers are on their way to the host already; nobody waits for it.
 //
 // Promotion has replaced what it promoted, so what those shares were is gone; they were above the row's threshold, and that is their score.
 // A skipped block has no share: it can spend none. Of the coverage policy, which promotes by mass, a promoted record's score is 1.
 //
 // A thread block reduces a part of the blocks over all rows of a KV head; the last of them to end sees all shares and chooses. Its
-// threshold is found by counting, a digit of the float's bits a pass: positive floats are ordered as integers. Of equal scores at the threshold
-// the first blocks are taken. Sums are of integers, and maxima depend on no order: the same bits each time, whoever is last.
+// threshold is found by counting, a digit of the float's bits a pass: positive floats are ordered as integers. Of equal scores at the
+// threshold the first blocks are taken. Sums are of integers, and maxima depend on no order: the same bits each time, whoever is last.
 constexpr int CANDIDATE_PARTS = 16, CANDIDATE_WARPS = 16, THREADS = CANDIDATE_WARPS * LANES;
 constexpr int DIGITS = 4, DIGIT_BITS = 8, DIGIT_VALUES = 1 << DIGIT_BITS;  // of 32 bits, the sign's zero
 constexpr float SHARE_MAX = 3e38f;                                 // an infinite share is a large one
@@ -40,8 +40,9 @@ __device__ __forceinline__ void reduce_rows(const Call &call, int h, int rows, i
       const int b = start + threadIdx.x / ROW_TILE;
       float key = 0.f, value = 0.f;
       if (b < last && index < rows && own.target > 0.f) {
-        const u32 mark = call.marks[(i64)base * call.full + b] >> row;
-        const Shares found = ::shares(call, base, b, row, own);
+        const Seen block = seen(call, base, b, row);
+        const u32 mark = block.mark >> row;
+        const Shares found = ::shares(block, own);
         key = fminf(fmaxf(found.key / own.target, 0.f), SHARE_MAX), value = fminf(fmaxf(found.value / own.target, 0.f), SHARE_MAX);  // a NaN is 0
         if (mark & 1) key = fmaxf(key, limits.score[row][0]);
         if (mark & 16) value = fmaxf(value, limits.score[row][1]);

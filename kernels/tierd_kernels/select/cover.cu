@@ -1,6 +1,6 @@
-// Selection by the coverage policy (CERTIFICATE.md, section "Policies"): keys of the heaviest blocks until tau_cov of the mass, between k_min
-// and k_max blocks, twice as many where the paper's key bound is above key_bound_max; values by the error that their block may make. One
-// thread block a row. A mass is found among all by the bits of its float: positive ones are ordered as integers.
+// Selection by the coverage policy (CERTIFICATE.md, section "Policies"): keys of the heaviest blocks until tau_cov of the mass, between
+// k_min and k_max blocks, twice as many where the paper's key bound is above key_bound_max; values by the error that their block may make.
+// One thread block a row. A mass is found among all by the bits of its float: positive ones are ordered as integers.
 constexpr int COVER_WARPS = 16, THREADS = COVER_WARPS * LANES;
 
 struct Heap { double mass; int count; };

@@ -1,14 +1,14 @@
-// Selection under the hard budget: for a row that missed it, the fewest blocks whose keys or values, read as originals, are predicted to bring it
-// within.
+// Selection under the hard budget: for a row that missed it, the fewest blocks whose keys or values, read as originals, are predicted to
+// bring it within.
 //
-// A key and a value record cost the same bytes, so one threshold on both shares ranks them (as select/reference.py's cheapest_within does). What is
-// promoted counts as without error, which a target below the budget makes up for. Selection may be wrong at will: only what finish computes
-// from what was used opens the gate.
+// A key and a value record cost the same bytes, so one threshold on both shares ranks them (as select/reference.py's cheapest_within does).
+// What is promoted counts as without error, which a target below the budget makes up for. Selection may be wrong at will: only what finish
+// computes from what was used opens the gate.
 //
-// One pass tries all thresholds: a thread block takes groups of 1024 tokens, one after the other, and sorts their blocks' terms into the bins between
-// thresholds; what stays below each threshold is a running sum over bins, and from it comes the group's part of the bound. The thread block of a tile
-// that ends last adds the parts up and chooses. Bins are integers, in parts of the largest term relative to its bin's edge: their sums depend on no
-// order.
+// One pass tries all thresholds: a thread block takes groups of 1024 tokens, one after the other, and sorts their blocks' terms into the
+// bins between thresholds; what stays below each threshold is a running sum over bins, and from it comes the group's part of the bound. The
+// thread block of a tile that ends last adds the parts up and chooses; promotion finds the blocks' weights where they were written. Bins
+// are integers, in parts of the largest term relative to its bin's edge: their sums depend on no order.
 constexpr int PICK_WARPS = 8, THREADS = PICK_WARPS * LANES, EACH = BINS / LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
 enum { OF_T1, OF_G, OF_SPREAD, OF_SQUARES, OF_LOW, OF_VALUE, OF_CODED, SORTED };  // the last two by the weight of values, the others of keys
 constexpr float UNITS = 0x1p24f;  // 128 blocks of a group, in 32 bits
@@ -26,20 +26,32 @@ struct __align__(16) Room {
   bool last;
 };
 
-// Sorts the full blocks [first, end) into bins. For all threads: a thread has a row of every 64th block.
-__device__ __forceinline__ void sort_blocks(const Call &call, int base, int first, int end, const RowState &own, const Bins &scale, Room &room) {
+// Of the full blocks [first, end): a thread has a row of every 64th block.
+__device__ __forceinline__ void read_blocks(const Call &call, int base, int first, int end, const RowState &own, Seen (&blocks)[ROUNDS]) {
+#pragma unroll
+  for (int i = 0; i < ROUNDS; i++) {
+    const int b = first + (threadIdx.x + i * THREADS) / ROW_TILE;
+    if (b < end && own.joins) blocks[i] = seen(call, base, b, threadIdx.x % ROW_TILE);
+  }
+}
+// Sorts them into bins. For all threads.
+__device__ __forceinline__ void sort_blocks(const Call &call, int base, int first, int end, const RowState &own, const Bins &scale, const Seen (&blocks)[ROUNDS],
+                                            Room &room) {
   const int row = threadIdx.x % ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  float2 *weights = call.row_weights + (i64)base * call.full * ROW_TILE;
   for (int i = threadIdx.x; i < ROW_TILE * SORTED * BINS; i += THREADS) (&room.bins[0][0][0])[i] = 0;
   float terms[ROUNDS][SORTED], most[SORTED] = {0.f};
   int bins[ROUNDS][2];
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++) {
     const int b = first + (threadIdx.x + i * THREADS) / ROW_TILE;
+    const bool joins = b < end && own.joins;
     Shares s = {0.f, 0.f, {}};
-    if (b < end && own.joins) s = shares(call, base, b, row, own);
+    if (joins) s = shares(blocks[i], own);
     const float found[SORTED] = {s.terms.t1, s.terms.g, s.terms.spread, s.terms.squares, s.terms.low, s.terms.value, s.terms.coded};
-#pragma unroll
-    for (int kind = 0; kind < 2; kind++) bins[i][kind] = b < end && own.joins ? scale.of(weight(kind ? s.value : s.key, own.target)) : BINS;
+    const float key = weight(s.key, own.target), value = weight(s.value, own.target);
+    bins[i][0] = joins ? scale.of(key) : BINS, bins[i][1] = joins ? scale.of(value) : BINS;
+    if (joins) weights[b * ROW_TILE + row] = make_float2(key, value);
 #pragma unroll
     for (int k = 0; k < SORTED; k++) {
       const int bin = bins[i][of_values(k)];
@@ -71,12 +83,15 @@ __device__ __forceinline__ void sort_blocks(const Call &call, int base, int firs
   __syncthreads();
 }
 
-// What stays of group k below each of this lane's thresholds: its part of the bound, and of the denominator's loss. A warp a row.
-__device__ __forceinline__ void add_group(const Call &call, const Groups &groups, int k, bool trailing, int heads, int h, int rows, int index, int base,
-                                          const RowState &own, const Bins &scale, const Room &room, float (&bound)[EACH], float (&lost)[EACH]) {
+// What promotion does not change of a group; of the trailing block, everything.
+struct Fixed { Group all; float low; float2 norms; };
+
+// Of group k. A warp a row.
+__device__ __forceinline__ Fixed fixed_part(const Call &call, const Groups &groups, int k, bool trailing, int heads, int h, int rows, int index, int base,
+                                            const RowState &own) {
   const int row = index % ROW_TILE, lane = threadIdx.x % LANES;
   const int first = min(k * groups.together, call.splits), end = trailing ? first + 1 : min(first + groups.together, call.splits);
-  Group all = {};  // what promotion does not change; of the trailing block, everything
+  Group all = {};
   float all_low = 0.f;
   for (int i = first + lane; i < end; i += LANES) {
     const float *p = call.partials + ((i64)base * (call.splits + 1) + i) * PARTIALS * ROW_TILE + row;
@@ -93,6 +108,13 @@ __device__ __forceinline__ void add_group(const Call &call, const Groups &groups
   float *sums[] = {&all.used, &all.error, &all.amplitude, &all.rho, &all.dot, &all.t1, &all.g, &all.spread, &all.squares, &all_low};
 #pragma unroll
   for (float *sum : sums) *sum = warp_sum(*sum);
+  return {all, all_low, norms};
+}
+
+// What stays of a group below each of this lane's thresholds: its part of the bound, and of the denominator's loss. A warp a row.
+__device__ __forceinline__ void add_group(const Fixed &fixed, bool trailing, int row, const RowState &own, const Bins &scale, const Room &room,
+                                          float (&bound)[EACH], float (&lost)[EACH]) {
+  const int lane = threadIdx.x % LANES;
   float below[SORTED][EACH];
 #pragma unroll
   for (int x = 0; x < SORTED; x++) {
@@ -114,21 +136,22 @@ __device__ __forceinline__ void add_group(const Call &call, const Groups &groups
   }
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
-    Group x = all;
+    Group x = fixed.all;
     x.t1 += below[OF_T1][i], x.g += below[OF_G][i], x.spread += below[OF_SPREAD][i], x.squares += below[OF_SQUARES][i];
     x.coded = below[OF_VALUE][i], x.a2 = below[OF_CODED][i];
-    const float2 found = group_terms(x, norms, own.output);
-    bound[i] += found.x + found.y, lost[i] += all_low + below[OF_LOW][i];
+    const float2 found = group_terms(x, fixed.norms, own.output);
+    bound[i] += found.x + found.y, lost[i] += fixed.low + below[OF_LOW][i];
   }
 }
 
-// Of each row the largest threshold with which it is within, from all parts, to its facts; infinite where none does. For all threads: one a row and bin.
+// Of each row the largest threshold with which it is within, from all parts, to its facts; infinite where none does. For all threads: one a
+// row and bin.
 __device__ __forceinline__ void choose(const Call &call, int h, int rows, int tile, const volatile float *picks, int parts, const Bins &scale, Room &room) {
   static_assert(THREADS == ROW_TILE * BINS, "a thread a row and bin");
   const int row = threadIdx.x / BINS, bin = threadIdx.x % BINS;
   const RowState own(call, h, rows, tile * ROW_TILE + row);
   float terms = 0.f, low = 0.f;
-#pragma unroll 8
+#pragma unroll 16
   for (int part = 0; part < parts; part++) {
     terms += picks[part * 2 * THREADS + threadIdx.x], low += picks[(part * 2 + 1) * THREADS + threadIdx.x];
   }
@@ -158,22 +181,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
   if (blockIdx.x >= heads * tiles) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x;
-  wait_for_previous();
-  if (!any_row(call, h, group, tile, OPEN)) return;
   const Groups groups(call);
   const int parts = min(groups.count, PICK_PARTS), per_group = groups.together * call.per;
   if (call.exact_only || call.coverage || blockIdx.y >= parts) return;
-  __shared__ Room room;
   const int index = tile * ROW_TILE + warp;  // of warps that have a row
   const bool tail = call.tokens > call.full * BLOCK;
+  wait_for_previous();
   const RowState own(call, h, rows, tile * ROW_TILE + threadIdx.x % ROW_TILE), summed(call, h, rows, index);
+  if (!__ballot_sync(~0u, own.open)) return;
+  __shared__ Room room;
   const Bins scale(call.full);
   float bound[EACH] = {0.f}, lost[EACH] = {0.f};
   for (int k = blockIdx.y; k < groups.count; k += PICK_PARTS) {
     const bool trailing = tail && k == groups.count - 1;
-    const int first = k * per_group;
-    if (!trailing) sort_blocks(call, base, first, min(first + per_group, call.full), own, scale, room);
-    if (warp < ROW_TILE && index < rows) add_group(call, groups, k, trailing, heads, h, rows, index, base, summed, scale, room, bound, lost);
+    const int first = k * per_group, end = trailing ? first : min(first + per_group, call.full);
+    Seen blocks[ROUNDS];
+    read_blocks(call, base, first, end, own, blocks);
+    Fixed fixed = {};  // while these are on their way
+    if (warp < ROW_TILE && index < rows) fixed = fixed_part(call, groups, k, trailing, heads, h, rows, index, base, summed);
+    if (!trailing) sort_blocks(call, base, first, end, own, scale, blocks, room);
+    if (warp < ROW_TILE && index < rows) add_group(fixed, trailing, warp, summed, scale, room, bound, lost);
     __syncthreads();
   }
   float *picks = call.picks + (i64)base * parts * 2 * THREADS;

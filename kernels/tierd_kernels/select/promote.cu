@@ -1,14 +1,20 @@
-// Promotion: what the first passes made of the blocks that a row needs original is taken back, and what their originals give is put in its place:
-// scores and statistics, the splits' sums of the bound, and the sums of weights times values. One thread block a tile of rows and a split; a warp
-// a promoted block. Most find nothing to do.
+// Promotion: what the first passes made of the blocks that a row needs original is taken back, and what their originals give is put in its
+// place: scores and statistics, the splits' sums of the bound, and the sums of weights times values. One thread block a tile of rows and a
+// split; a warp a promoted block. Most find nothing to do.
 //
-// Weights stay relative to the row's largest score of the first pass. Scores of originals are sums in FP32 of exact or once rounded products; what was
-// taken back has been rounded once already, which the split's ERROR remembers.
+// Weights stay relative to the row's largest score of the first pass. Scores of originals are sums in FP32 of exact or once rounded
+// products; what was taken back has been rounded once already, which the split's ERROR remembers: a quarter of VALUE_ROUNDING, 279 u, is
+// more than the 16 tokens' two products and one difference of weights each, and the sums over a warp's blocks, over warps and over what was
+// there.
 constexpr int THREADS = WARPS * LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
-constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM + 16;  // of a staged key: rows begin four banks apart
-// What a warp stages of a block, of a tile of tokens each: original keys, original and coded values, weights as they were, norms; and the notes.
-constexpr int VALUES_STAGED_AT = TILE * ROW_BYTES, CODES_STAGED_AT = VALUES_STAGED_AT + TILE * D * ITEM, WEIGHTS_STAGED_AT = CODES_STAGED_AT + VALUE_BYTES;
-constexpr int NORMS_STAGED_AT = WEIGHTS_STAGED_AT + 4 * WEIGHT_FLOATS, NOTES_STAGED_AT = NORMS_STAGED_AT + 4 * TILE, STAGED_BYTES = NOTES_STAGED_AT + 64;
+constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM;
+// What a warp stages of a block, of a tile of tokens each: original keys, original and coded values, weights as they were, norms; and the
+// notes.
+constexpr int VALUES_STAGED_AT = TILE * ROW_BYTES, CODES_STAGED_AT = VALUES_STAGED_AT + TILE * ROW_BYTES, WEIGHTS_STAGED_AT = CODES_STAGED_AT + VALUE_BYTES;
+constexpr int NORMS_STAGED_AT = WEIGHTS_STAGED_AT + 4 * WEIGHT_FLOATS, NOTES_STAGED_AT = NORMS_STAGED_AT + 4 * TILE, STAGED_BYTES = (NOTES_STAGED_AT + 64 + LINE - 1) / LINE * LINE;
+// Of a thread of what the split has: its sums; its statistics, four at a time.
+constexpr int OWN_SUMS = (ROW_TILE * D + THREADS - 1) / THREADS, OWN_STATISTICS = (SPLIT_BLOCKS * STATISTIC_FLOATS / 4 + THREADS - 1) / THREADS;
+static_assert(SPLIT_BLOCKS * STATISTIC_FLOATS * 4 <= WARPS * (STAGED_BYTES + 4 * ROW_TILE * D), "a split's statistics fit where blocks were staged");
 constexpr int CHANNELS = 4 /* `Four` */, STEPS = (D + CHANNELS * LANES - 1) / (CHANNELS * LANES);  // of a value, a lane's neighbouring ones
 // Eight sums of HALF / 8 fused products each, and what joins them; q is scaled, its norm is at least 1/2.
 constexpr float KEY_ROUNDINGS = (HALF / 8 + 8) * U32F * (1.f + 1e-4f);
@@ -16,24 +22,27 @@ constexpr float KEY_FLOOR = 0x1p-90f;  // products and keys that FP32 flushes
 
 struct __align__(16) Scratch {
   float q[ROW_TILE][D], scale[ROW_TILE], size[ROW_TILE], q_norm[ROW_TILE];
-  float weight[WARPS][TILE][2 * ROW_TILE];  // of a tile of tokens and row: as it shall be, as it was
+  int seen[ROW_TILE];  // tokens
+  float weight[WARPS][TILE][2 * ROW_TILE];  // of a tile of tokens and row: by how much that of the coded value changes; that of the original
   float extra[WARPS][ROW_TILE];             // mass times norms that is taken back
   u32 marks[SPLIT_BLOCKS];
   int list[SPLIT_BLOCKS], found[ROUNDS][WARPS];
 };
 
 constexpr int PER_LANE = (D + LANES - 1) / LANES;
-// A row's query: a warp's, a lane has every 32nd channel.
-__device__ __forceinline__ void read_query(const Call &call, int h, int group, int index, float (&q)[PER_LANE]) {
+// A row's query: a warp's, a lane has every 32nd channel. Returns how many tokens it sees.
+__device__ __forceinline__ int read_query(const Call &call, int h, int group, int index, float (&q)[PER_LANE]) {
   const Row query = query_row(call, h, group, index);
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) {
     const int channel = i * LANES + threadIdx.x % LANES;
     q[i] = query.real && channel < D ? as_float(call.q, query.at + channel) : 0.f;
   }
+  return query.seen;
 }
-// The same, scaled by a power of two into [-1, 1], and the scales that undo it, in binary units and, as sizes, natural ones. A warp a row.
-__device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[PER_LANE], Scratch &to) {
+// The same, which sees so many tokens, scaled by a power of two into [-1, 1], and the scales that undo it, in binary units and, as sizes,
+// natural ones. A warp a row.
+__device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[PER_LANE], int seen, Scratch &to) {
   const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
   float top = 0.f, norm = 0.f;
 #pragma unroll
@@ -48,26 +57,31 @@ __device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[
   }
   norm = warp_sum(norm);
   if (lane) return;
-  to.q_norm[row] = sqrtf(norm) * STORE, to.scale[row] = downscale((float)(call.scale * 1.4426950408889634), -e);
+  to.seen[row] = seen, to.q_norm[row] = sqrtf(norm) * STORE, to.scale[row] = downscale((float)(call.scale * 1.4426950408889634), -e);
   to.size[row] = fabsf(to.scale[row]) * 0.69314724f;
 }
 
-// Which blocks of the split are promoted in which rows, to `marks` (the row's own are decided here, those of the coverage policy were before), and, in
-// order, the blocks that are promoted in any; returns their number. For all threads.
-__device__ __forceinline__ int decide(const Call &call, int h, int rows, int group, int tile, int base, int first, int count, const float (&limits)[ROW_TILE],
-                                      Scratch &to) {
+// Which blocks of the split are promoted in which rows, to `marks` (the row's own are decided here, those of the coverage policy were
+// before), and, in order, the blocks that are promoted in any; returns their number. For all threads: `limit` is that of row threadIdx.x %
+// ROW_TILE.
+__device__ __forceinline__ int decide(const Call &call, int h, int rows, int tile, int base, int first, int count, float limit, Scratch &to) {
   const int row = threadIdx.x % ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-  const RowState own(call, h, rows, min(tile * ROW_TILE + row, rows - 1));
   u32 *marks = call.marks + (i64)base * call.full + first;
+  const float2 *written = call.row_weights + ((i64)base * call.full + first) * ROW_TILE;
+  float2 weights[ROUNDS];
+#pragma unroll
+  for (int i = 0; i < ROUNDS; i++) {
+    const int at = threadIdx.x + i * THREADS;  // of a row that nothing has chosen for, whatever lies there
+    weights[i] = at < count * ROW_TILE ? written[at] : make_float2(0.f, 0.f);
+  }
   int keys = 0, values = 0;
   u32 mine[ROUNDS];
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++) {
     const int b = (threadIdx.x + i * THREADS) / ROW_TILE;
     u32 mark = 0;
-    if (b < count && limits[row] < INFINITY) {
-      const Shares s = shares(call, base, first + b, row, own);
-      const bool key = weight(s.key, own.target) >= limits[row], value = weight(s.value, own.target) >= limits[row];
+    if (b < count && limit < INFINITY) {
+      const bool key = weights[i].x >= limit, value = weights[i].y >= limit;
       keys += key, values += value, mark = (key ? 1u : 0u) << row | (value ? 16u : 0u) << row;
     }
 #pragma unroll
@@ -102,19 +116,21 @@ __device__ __forceinline__ int decide(const Call &call, int h, int rows, int gro
 // Where the records of a block lie, and its weights.
 struct Place { const unsigned char *record, *keys, *values; const float *weights; };
 
+// Where a byte of the keys is staged: sixteen bytes of a line change places by the row, so that the same ones of eight rows lie in different banks.
+__device__ __forceinline__ int key_at(int at) { return at ^ (((ROW_BYTES % LINE ? at / LINE : at / ROW_BYTES) & 7) << 4); }
 // Copies to a warp's stage; `copies_wait` waits.
 __device__ __forceinline__ void stage_bytes(u32 to, const void *from, int count, int lane, u64 policy) {
 #pragma unroll 1
   for (int at = lane * 16; at < count; at += LANES * 16) copy16(to + at, (const unsigned char *)from + at, policy);
 }
 __device__ __forceinline__ void stage_keys(u32 stage, const Place &of, int t, int lane, u64 policy) {
-  const unsigned char *keys = of.keys + t * TILE * D * ITEM;
+  const unsigned char *keys = of.keys + t * TILE * ROW_BYTES;
 #pragma unroll 4
-  for (int at = lane * 16; at < TILE * D * ITEM; at += LANES * 16) copy16(stage + at / (D * ITEM) * ROW_BYTES + at % (D * ITEM), keys + at, policy);
+  for (int at = lane * 16; at < TILE * ROW_BYTES; at += LANES * 16) copy16(stage + key_at(at), keys + at, policy);
 }
 // All else of a tile; original values where some row needs them.
 __device__ __forceinline__ void stage_values(u32 stage, const Place &of, int t, bool originals, int lane, u64 policy) {
-  if (originals) stage_bytes(stage + VALUES_STAGED_AT, of.values + t * TILE * D * ITEM, TILE * D * ITEM, lane, policy);
+  if (originals) stage_bytes(stage + VALUES_STAGED_AT, of.values + t * TILE * ROW_BYTES, TILE * ROW_BYTES, lane, policy);
   stage_bytes(stage + CODES_STAGED_AT, of.record + SCORE_BYTES + t * VALUE_BYTES, VALUE_BYTES, lane, policy);
   stage_bytes(stage + WEIGHTS_STAGED_AT, of.weights + t * WEIGHT_FLOATS, 4 * WEIGHT_FLOATS, lane, policy);
   stage_bytes(stage + NORMS_STAGED_AT, of.record + NORMS_AT + 4 * t * TILE, 4 * TILE, lane, policy);
@@ -122,8 +138,7 @@ __device__ __forceinline__ void stage_values(u32 stage, const Place &of, int t, 
 
 // Scores, in binary units, of the staged tile of sixteen tokens of an original record for the four rows: a lane has token lane % 16.
 __device__ __forceinline__ void score_originals(const unsigned char *stage, const Scratch &with, int lane, float (&s)[ROW_TILE]) {
-  const unsigned char *own = stage + lane % TILE * ROW_BYTES + lane / TILE * HALF * ITEM;
-  const int begin = lane / TILE * HALF;
+  const int begin = lane / TILE * HALF, own = lane % TILE * ROW_BYTES + begin * ITEM;
   float sums[ROW_TILE][8];
 #pragma unroll
   for (int row = 0; row < ROW_TILE; row++)
@@ -133,7 +148,7 @@ __device__ __forceinline__ void score_originals(const unsigned char *stage, cons
   for (int i = 0; i < HALF; i += 8) {
     uint4 bits[8 / PER_LOAD];
 #pragma unroll
-    for (int k = 0; k < 8 / PER_LOAD; k++) bits[k] = ((const uint4 *)(own + i * ITEM))[k];
+    for (int k = 0; k < 8 / PER_LOAD; k++) bits[k] = *(const uint4 *)(stage + key_at(own + i * ITEM + 16 * k));
 #pragma unroll
     for (int k = 0; k < 8; k++) {
       const float key = as_float(&bits[k / PER_LOAD], k % PER_LOAD);
@@ -149,9 +164,9 @@ __device__ __forceinline__ void score_originals(const unsigned char *stage, cons
   }
 }
 
-// One block: its statistics anew, and by how much the split's sums change, which is added to `change` [ROW_TILE][D]. A warp's. All that it reads
-// is under way together: one part after the other waited four times for memory.
-__device__ __forceinline__ void promote_block(const Call &call, int h, int group, int tile, int block, u32 mark, const Place &at, float *statistics,
+// One block: its statistics anew, and by how much the split's sums change, which is added to `change` [ROW_TILE][D]. A warp's. All that it
+// reads is under way together: one part after the other waited four times for memory.
+__device__ __forceinline__ void promote_block(const Call &call, int block, u32 mark, const Place &at, float *statistics,
                                               const float (&tops)[ROW_TILE], unsigned char *stage, Scratch &room, float *change) {
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, token = lane % TILE, pair = lane / TILE * 2;
   const float unit = unit_factor(call.unit), *weights = (const float *)(stage + WEIGHTS_STAGED_AT), *notes = (const float *)(stage + NOTES_STAGED_AT);
@@ -177,7 +192,7 @@ __device__ __forceinline__ void promote_block(const Call &call, int h, int group
       score_originals(stage, room, lane, s[t]);
 #pragma unroll
       for (int row = 0; row < ROW_TILE; row++) {
-        const bool seen = block * BLOCK + t * TILE + token < query_row(call, h, group, tile * ROW_TILE + row).seen;
+        const bool seen = block * BLOCK + t * TILE + token < room.seen[row];
         wrong = wrong || (seen && !(fabsf(s[t][row]) < INFINITY));
         if (seen) magnitude[row] = fmaxf(magnitude[row], fabsf(s[t][row]));
         s[t][row] = seen ? s[t][row] : -INFINITY;
@@ -233,8 +248,9 @@ __device__ __forceinline__ void promote_block(const Call &call, int h, int group
       if (value) sums[k].v[SUM_SQUARE_ERROR] = 0.f;
       const bool touched = key || value;
       if (touched) extra[k] += was * factor_was[k] * (raw ? nu : nu + stored);
-      room.weight[warp][token][pair + k] = touched ? is * factor_is[k] : 0.f;
-      room.weight[warp][token][ROW_TILE + pair + k] = touched ? was * factor_was[k] : 0.f;
+      const float now = touched ? is * factor_is[k] : 0.f, before = touched ? was * factor_was[k] : 0.f;
+      room.weight[warp][token][pair + k] = value ? -before : now - before;
+      room.weight[warp][token][ROW_TILE + pair + k] = value ? now : 0.f;
     }
     __syncwarp();
     const unsigned char *part = stage + CODES_STAGED_AT, *values = stage + VALUES_STAGED_AT;
@@ -251,21 +267,27 @@ __device__ __forceinline__ void promote_block(const Call &call, int h, int group
         for (int k = 0; k < CHANNELS; k++) words[k] = ((const u32 *)part)[channel / 16 * LANES + (channel % 8 + k) * 4 + c];
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-          const int i = 2 * c + j % 2 + j / 2 * 8;
-          Four original = {};
-          if (mark & 240) original = four_of(values, i * D + channel);
-          const float4 is = *(const float4 *)room.weight[warp][i], was = *(const float4 *)(room.weight[warp][i] + ROW_TILE);
-          const float news[ROW_TILE] = {is.x, is.y, is.z, is.w}, olds[ROW_TILE] = {was.x, was.y, was.z, was.w};
+          const int i = 2 * c + j % 2 + j / 2 * 8, shift = 8 * (channel % 16 / 8) + 4 * (j / 2) + 16 * (j % 2);
+          float of_codes[ROW_TILE], of_original[ROW_TILE];
+          *(float4 *)of_codes = *(const float4 *)room.weight[warp][i];
+          const __half2 scale = __half2half2(pairs[j]), offset = __half2half2(pairs[4 + j]), thousand = __half2half2(__ushort_as_half(0x6400));
 #pragma unroll
-          for (int k = 0; k < CHANNELS; k++) {
-            const u32 code = words[k] >> (8 * (channel % 16 / 8) + 4 * (j / 2) + 16 * (j % 2)) & 15;
-            const float stored = __half2float(__hfma(__uint2half_rn(code), pairs[j], pairs[4 + j]));
+          for (int k = 0; k < CHANNELS; k += 2) {  // as FP16 with 1024 added: no conversion
+            const u32 codes = (words[k] >> shift & 15) | (words[k + 1] >> shift & 15) << 16 | 0x64006400u;
+            const float2 stored = __half22float2(__hfma2(__hsub2(as_half2(codes), thousand), scale, offset));
 #pragma unroll
             for (int row = 0; row < ROW_TILE; row++) {
-              const float used = mark >> (4 + row) & 1 ? as_float(&original, k) : stored;
-              of_block[step][row][k] = fmaf(news[row], used, fmaf(-olds[row], stored, of_block[step][row][k]));
+              of_block[step][row][k] = fmaf(of_codes[row], stored.x, of_block[step][row][k]);
+              of_block[step][row][k + 1] = fmaf(of_codes[row], stored.y, of_block[step][row][k + 1]);
             }
           }
+          if (!(mark & 240)) continue;
+          const Four original = four_of(values, i * D + channel);
+          *(float4 *)of_original = *(const float4 *)(room.weight[warp][i] + ROW_TILE);
+#pragma unroll
+          for (int k = 0; k < CHANNELS; k++)
+#pragma unroll
+            for (int row = 0; row < ROW_TILE; row++) of_block[step][row][k] = fmaf(of_original[row], as_float(&original, k), of_block[step][row][k]);
         }
       }
     }
@@ -306,27 +328,25 @@ __device__ __forceinline__ void promote_block(const Call &call, int h, int group
 extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && 128 % D == 0 ? 4 : 1) promote(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];  // of each warp, what it stages of a block; then the changes of the sums
   __shared__ Scratch room;
-  __shared__ float limits[ROW_TILE], tops[ROW_TILE], after[ROW_TILE];
+  __shared__ float tops[ROW_TILE], after[ROW_TILE];
   let_next_begin();
   const Call &call = calls[blockIdx.z];
-  wait_for_previous();
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   if (blockIdx.x >= heads * tiles || split >= call.splits || call.exact_only) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x;
-  if (!any_row(call, h, group, tile, OPEN)) return;
-  const int first = split * call.per, count = min(call.per, call.full - first);
-  if (threadIdx.x < ROW_TILE) {
-    const int index = tile * ROW_TILE + threadIdx.x;
-    const float *facts = call.facts + (i64)(h * rows + min(index, rows - 1)) * ROW_FACTS;
-    // Of a row that is not open nothing has chosen this.
-    const bool open = index < rows && !call.coverage && call.state[h * rows + index] == OPEN;
-    limits[threadIdx.x] = open ? facts[ROW_LIMIT] : INFINITY, tops[threadIdx.x] = index < rows ? facts[ROW_TOP] : 0.f;
-  }
+  const int first = split * call.per, count = min(call.per, call.full - first), index = tile * ROW_TILE + lane % ROW_TILE;
+  const int at_row = h * rows + min(index, rows - 1);
+  const bool coverage = call.coverage;
   float q[PER_LANE];
-  read_query(call, h, group, tile * ROW_TILE + warp, q);
+  const int seen = read_query(call, h, group, tile * ROW_TILE + warp, q);  // which no kernel of the step writes
+  wait_for_previous();
+  const float *facts = call.facts + (i64)at_row * ROW_FACTS, top = facts[ROW_TOP], chosen = facts[ROW_LIMIT];
+  const bool open = index < rows && call.state[at_row] == OPEN;
+  const float limit = open && !coverage ? chosen : INFINITY;  // of a row that is not open nothing has chosen it
+  if (!__ballot_sync(~0u, coverage ? open : limit < INFINITY)) return;
+  if (threadIdx.x < ROW_TILE) tops[threadIdx.x] = index < rows ? top : 0.f;
   if (threadIdx.x < WARPS * ROW_TILE) room.extra[threadIdx.x / ROW_TILE][threadIdx.x % ROW_TILE] = 0.f;
-  __syncthreads();
-  const int number = decide(call, h, rows, group, tile, base, first, count, limits, room);
+  const int number = decide(call, h, rows, tile, base, first, count, limit, room);
   if (!number) return;
   const int own = warp + lane * WARPS;  // in the list, of this warp's lane-th block
   const i64 before = (i64)base * (call.full + 1) + first;
@@ -335,7 +355,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && 128 % D == 0
     const int block = first + room.list[own];
     record = call.pool + call.hot[block] + (i64)h * RECORD_BYTES, keys = located(call, 0, heads, h, block), values = located(call, 1, heads, h, block);
   }
-  scaled_query(call, q, room);
+  scaled_query(call, q, seen, room);
   float *changes = (float *)(shared + WARPS * STAGED_BYTES);
   for (int i = threadIdx.x; i < WARPS * ROW_TILE * D; i += THREADS) changes[i] = 0.f;
   __syncthreads();
@@ -344,23 +364,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, TILES == 1 && 128 % D == 0
     auto of_lane = [&](const unsigned char *x) { return (const unsigned char *)__shfl_sync(~0u, (u64)x, i); };
     const Place at = {of_lane(record), of_lane(keys), of_lane(values), call.weights + (before + b) * TILES * WEIGHT_FLOATS};
     float *statistics = call.statistics + (before + b) * STATISTIC_FLOATS;
-    promote_block(call, h, group, tile, first + b, room.marks[b], at, statistics, tops, shared + warp * STAGED_BYTES, room, changes + warp * ROW_TILE * D);
+    promote_block(call, first + b, room.marks[b], at, statistics, tops, shared + warp * STAGED_BYTES, room, changes + warp * ROW_TILE * D);
   }
+  // What the split has, all on its way together; its statistics then lie where promoted blocks were staged.
+  float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D, were[OWN_SUMS];
+#pragma unroll
+  for (int k = 0; k < OWN_SUMS; k++) were[k] = threadIdx.x + k * THREADS < ROW_TILE * D ? sums[threadIdx.x + k * THREADS] : 0.f;
   __syncthreads();
-  float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
-  for (int i = threadIdx.x; i < ROW_TILE * D; i += THREADS) {
+  const float4 *written = (const float4 *)(call.statistics + before * STATISTIC_FLOATS);
+  float4 statistics[OWN_STATISTICS];
+#pragma unroll
+  for (int k = 0; k < OWN_STATISTICS; k++)
+    if (threadIdx.x + k * THREADS < count * (STATISTIC_FLOATS / 4)) statistics[k] = written[threadIdx.x + k * THREADS];
+#pragma unroll
+  for (int k = 0; k < OWN_SUMS; k++) {
+    const int i = threadIdx.x + k * THREADS;
     float x = 0.f;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) x += changes[w * ROW_TILE * D + i];
-    sums[i] += x;
+    for (int w = 0; w < WARPS; w++) x += i < ROW_TILE * D ? changes[w * ROW_TILE * D + i] : 0.f;
+    if (i < ROW_TILE * D) sums[i] = were[k] + x;
   }
-  const float *of_split = call.statistics + before * STATISTIC_FLOATS;
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < OWN_STATISTICS; k++)
+    if (threadIdx.x + k * THREADS < count * (STATISTIC_FLOATS / 4)) ((float4 *)shared)[threadIdx.x + k * THREADS] = statistics[k];
+  __syncthreads();
+  const float *of_split = (const float *)shared;
   float largest = -INFINITY;
   for (int b = lane; b < count; b += LANES) largest = fmaxf(largest, of_split[b * STATISTIC_FLOATS + TOP * ROW_TILE + warp]);
   largest = warp_max(largest);
   if (lane == 0) after[warp] = largest;
   __syncthreads();
-  split_sums<true>(call, of_split, base, split, after[threadIdx.x % ROW_TILE]);
+  split_sums<true>(call, of_split, base, split, after[threadIdx.x % ROW_TILE], room.marks);
   __syncthreads();
   if (threadIdx.x >= ROW_TILE) return;
   float extra = 0.f;

@@ -1,31 +1,39 @@
 // What selection knows of a row and of a block's shares of its bound, and the scale of its thresholds.
 constexpr float TARGET = 0.85f;  // of the budget
-// Thresholds, in targets: upper edges of bins that are a quarter of an octave wide, and from FINE on two octaves. Blocks of less than the lowest
-// have, all together, at most a thirty-second of the target.
+// Thresholds, in targets: upper edges of bins that are a quarter of an octave wide, and from FINE on two octaves. Blocks of less than the
+// lowest have, all together, at most a thirty-second of the target.
 constexpr int BINS = 64, FINE = 56, FINE_SHIFT = 21, COARSE_SHIFT = FINE_SHIFT + 3, ROOM_BELOW = 6;
 
 struct RowState {
   float top, mass, output, target, fixed;
-  bool joins;  // open, and there is something that promotion could do
+  bool open, joins;  // and there is something that promotion could do
   __device__ __forceinline__ RowState(const Call &call, int h, int rows, int index) {
     const int at = h * rows + min(index, rows - 1);
     const float *facts = call.facts + (i64)at * ROW_FACTS;
     top = facts[ROW_TOP], mass = facts[ROW_MASS], output = facts[ROW_NORM], target = TARGET * facts[ROW_BUDGET], fixed = facts[ROW_FIXED];
-    joins = index < rows && call.state[at] == OPEN && target > 0.f && fixed * ((1.f + THETA) * SAFETY) <= target;
+    open = index < rows && call.state[at] == OPEN;
+    joins = open && target > 0.f && fixed * ((1.f + THETA) * SAFETY) <= target;
   }
 };
 struct Shares { float key, value; Terms terms; };
 
-// Of full block b; what was skipped can have no share less.
-__device__ __forceinline__ Shares shares(const Call &call, int base, int b, int row, const RowState &own) {
+// What the passes left of a full block and a row. Read apart from what is made of it, so that several blocks' are under way together.
+struct Seen { Stats x; u32 mark; };
+__device__ __forceinline__ Seen seen(const Call &call, int base, int b, int row) {
   const float *p = call.statistics + ((i64)base * (call.full + 1) + b) * STATISTIC_FLOATS;
-  Stats x;
+  Seen found;
 #pragma unroll
-  for (int k = 0; k < STATISTICS + 3; k++) x[k] = p[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS];
+  for (int k = 0; k < STATISTICS + 3; k++) found.x[k] = p[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS];
+  found.mark = call.marks[(i64)base * call.full + b];
+  return found;
+}
+// What was skipped can have no share less.
+__device__ __forceinline__ Shares shares(const Seen &block, const RowState &own) {
+  const Stats &x = block.x;
   Shares s = {0.f, 0.f, {}};
   if (x[SUM] <= 0.f) return s;
   s.terms = block_terms(x, exp2_approx(x[TOP] - own.top) / own.mass, false);
-  if (call.marks[(i64)base * call.full + b] & SKIPPED_BLOCK) return s;
+  if (block.mark & SKIPPED_BLOCK) return s;
   s.key = s.terms.t1 + s.terms.g * own.output, s.value = s.terms.value;
   return s;
 }

@@ -1,0 +1,120 @@
+"""Where everything of a part lies in what is kept for calls, worked out once for all parts of a shape: laying it out anew took the host
+0.2 ms a call.
+
+Legend: a tile is `ROW_TILE` rows (query tokens times query heads of a KV head); a split, blocks that one thread block goes through.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from tierd_kernels.cuda.launch import FIELDS, NUMBERS, POINTERS, above
+from tierd_kernels.cuda.memory import ALIGNMENT
+from tierd_kernels.cuda.record import TILE
+from tierd_kernels.cuda.sources import (
+    DENSE_FACTS,
+    PARTIALS,
+    PICK_BINS,
+    PICK_PARTS,
+    ROW_FACTS,
+    ROW_TILE,
+    SKIPS,
+    STATISTIC_FLOATS,
+    TILE_WEIGHT_FLOATS,
+)
+from tierd_kernels.layout import Layout
+from tierd_kernels.policy import Coverage, Policy
+
+# Where an address may lie: in the workspace; in what a launch carries in; in what comes back with the answers, and behind them; in a pool.
+WORKSPACE, INPUTS, ANSWERS, LATE, HOT, SCRATCH, ORIGINALS, NOWHERE = range(8)
+SIZED = 4  # the first of these hold arrays of calls
+PLANS_MAX, POLICIES_MAX = 4096, 256
+COUNT_MAX = 2**31 - 1
+
+
+class Shape(NamedTuple):
+    """What decides how much room a part takes: query heads of a KV head, query tokens, full blocks and blocks that the newest of them
+    sees, complete groups, blocks of a split, canaries, candidates; `located`, whether records lie in scratch."""
+
+    group: int
+    n: int
+    full: int
+    blocks: int
+    groups: int
+    per: int
+    canaries: int
+    candidates: int
+    located: bool
+
+    def rounded(self) -> "Shape":
+        """Up to one that many parts share, so that a context that grows has few plans: a sixteenth more, at most."""
+        full = above(self.full, 5)
+        return self._replace(full=full, blocks=max(full + 1, self.blocks), groups=above(self.groups, 5), canaries=above(self.canaries, 3))
+
+
+class Plan(NamedTuple):
+    """`sizes`: bytes that a part takes of each of the first four places; `places`: of every address of CALL, where it lies and its offset
+    there; `pointers`: the same in the order of CALL; `tiles`: of all KV heads."""
+
+    sizes: tuple[int, ...]
+    places: dict[str, tuple[int, int]]
+    pointers: tuple[tuple[int, int], ...]
+    tiles: int
+
+
+@lru_cache(PLANS_MAX)
+def plan(layout: Layout, shape: Shape) -> Plan:
+    """Of a part of that shape, or of less."""
+    heads, d, full = layout.num_kv_heads, layout.head_dim, shape.full
+    of_head = shape.group * shape.n
+    rows, tiles, splits = heads * of_head, heads * -(-of_head // ROW_TILE), -(-full // shape.per)
+    weights = layout.block_size // TILE * TILE_WEIGHT_FLOATS
+    outputs, of_candidates = rows * d * layout.itemsize, 4 * 2 * heads * shape.candidates
+    locations = {"key_at": 8 * full * heads, "value_at": 8 * full * heads} if shape.located else {}
+    wanted: dict[int, dict[str, int]] = {
+        WORKSPACE: {
+            "weights": 4 * tiles * (full + 1) * weights, "statistics": 4 * tiles * (full + 1) * STATISTIC_FLOATS,
+            "partials": 4 * tiles * (splits + 1) * PARTIALS * ROW_TILE, "sums": 4 * tiles * (splits + 1) * ROW_TILE * d,
+            "skips": 4 * tiles * (splits + 1) * SKIPS * ROW_TILE, "dense": 8 * tiles * (splits + 1) * ROW_TILE * (DENSE_FACTS + d),
+            "facts": 4 * rows * ROW_FACTS, "dots": 4 * rows * (splits + 1), "marks": 4 * tiles * full, "counts": 8 * rows,
+            "picks": tiles * 4 * 2 * min(PICK_PARTS, splits + 1) * ROW_TILE * PICK_BINS, "shares": 8 * heads * full,
+            "row_weights": 8 * tiles * full * ROW_TILE,
+        },
+        INPUTS: {
+            "q": outputs, "hot": 8 * full, "original": 8 * shape.blocks, "group_values": 4 * shape.groups * heads,
+            "group_errors": 4 * shape.groups * heads, "canaries": 4 * shape.canaries, "tickets": 4 * (heads + tiles), **locations,
+        },
+        # In this order in `answers`: numbers of eight bytes first.
+        ANSWERS: {"fields": 8 * len(FIELDS) * rows, "state": 4 * rows, "output": outputs, "failures": shape.canaries * heads},
+        LATE: {"candidate_blocks": of_candidates, "candidate_scores": of_candidates},
+    }  # fmt: skip
+    places = {"pool": (HOT, 0), "scratch": (SCRATCH, 0), "originals": (ORIGINALS, 0)}
+    if not shape.located:
+        places |= {"key_at": (NOWHERE, 0), "value_at": (NOWHERE, 0)}
+    sizes = []
+    for place in range(SIZED):
+        used = 0
+        for name, nbytes in wanted[place].items():
+            places[name] = place, used
+            used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        sizes.append(used)
+    return Plan(tuple(sizes), places, tuple(places[name] for name in POINTERS), tiles)
+
+
+class Terms(NamedTuple):
+    """What CALL says of a policy, in its order."""
+
+    numbers: tuple[int, int, int, int, int]
+    reals: tuple[float, float, float, float]
+
+
+@lru_cache(POLICIES_MAX)
+def terms_of(policy: Policy, relative_to: str) -> Terms:
+    """Blocks are skipped where the budget is one of values: that of an output is not known before."""
+    if isinstance(policy, Coverage):
+        numbers = 0, 1, min(policy.k_min, COUNT_MAX), min(policy.k_max, COUNT_MAX), int(policy.boundary_check)
+        return Terms(numbers, (0.0, policy.tau_cov, policy.key_bound_max, policy.v_tol))
+    skip_share = policy.skip_share if relative_to == "values" else 0.0
+    return Terms((int(policy.require_rank), 0, 0, 0, 0), (skip_share, 0.0, 0.0, 0.0))
+
+
+assert NUMBERS[10:15] == ("require_rank", "coverage", "k_min", "k_max", "boundary_check")

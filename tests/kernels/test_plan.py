@@ -1,0 +1,86 @@
+"""Where a part's arrays lie: apart from one another, and with room for every part that shares the plan."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_cuda import LAYOUTS
+from tierd_kernels.policy import Budget, Coverage
+
+COUNTS = st.integers(0, 9000)
+SHAPES = st.tuples(
+    st.integers(1, 16), st.integers(1, 64), COUNTS, COUNTS, st.sampled_from([4, 16, 64]), st.integers(0, 40), st.integers(0, 64),
+    st.booleans(), st.integers(0, 1),
+)  # fmt: skip
+
+
+def rooms(plan: Any, place: int) -> dict[str, int]:
+    """Bytes from each array of a place to the next, or to the end."""
+    starts = {name: at for name, (where, at) in plan.places.items() if where == place}  # in order: empty ones begin where the next does
+    ends = [*list(starts.values())[1:], plan.sizes[place]]
+    return {name: end - at for (name, at), end in zip(starts.items(), ends, strict=True)}
+
+
+@pytest.mark.usefixtures("cuda")
+@given(st.sampled_from(LAYOUTS), SHAPES)
+def test_arrays_have_the_room_that_each_part_of_the_plan_needs(layout: Any, drawn: tuple[int, ...]) -> None:
+    from tierd_kernels.cuda.plan import SIZED, Shape, plan
+
+    group, n, full, groups, per, canaries, candidates, located, tail = drawn
+    shape = Shape(group, n, full, full + tail, groups, per, canaries, candidates, bool(located))
+    own, shared = plan(layout, shape), plan(layout, shape.rounded())
+    assert shape.rounded() == shape.rounded().rounded()
+    for place in range(SIZED):
+        least, most = rooms(own, place), rooms(shared, place)
+        assert least.keys() == most.keys() and all(most[name] >= nbytes >= 0 for name, nbytes in least.items())
+        assert sum(most.values()) == shared.sizes[place], "arrays overlap, or do not begin at the beginning"
+
+
+@pytest.mark.usefixtures("cuda")
+def test_arrays_of_a_plan_hold_what_they_are_for() -> None:
+    from tierd_kernels.cuda.plan import ANSWERS, INPUTS, LATE, NOWHERE, Shape, plan
+
+    layout = LAYOUTS[0]
+    found = plan(layout, Shape(4, 3, 129, 161, 2, 4, 5, 7, False))
+    rows = layout.num_kv_heads * 12
+    for place, sizes in (
+        (INPUTS, {"q": rows * 2 * layout.head_dim, "hot": 8 * 129, "original": 8 * 161, "canaries": 20}),
+        (ANSWERS, {"output": rows * 2 * layout.head_dim, "state": 4 * rows, "failures": 5 * layout.num_kv_heads}),
+        (LATE, {"candidate_blocks": 8 * layout.num_kv_heads * 7, "candidate_scores": 8 * layout.num_kv_heads * 7}),
+    ):
+        room = rooms(found, place)
+        assert all(nbytes <= room[name] < nbytes + 256 for name, nbytes in sizes.items())
+    assert found.places["key_at"] == found.places["value_at"] == (NOWHERE, 0)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_growing_context_has_few_plans() -> None:
+    from tierd_kernels.cuda.plan import Shape
+
+    shapes = {Shape(4, 1, full, full + 1, full // 64, 64, 0, 32, False).rounded() for full in range(4096, 8192)}
+    assert len(shapes) <= 16 * 16
+
+
+@pytest.mark.usefixtures("cuda")
+def test_what_a_policy_says() -> None:
+    from tierd_kernels.cuda.plan import COUNT_MAX, terms_of
+
+    assert terms_of(Budget(skip_share=0.25, require_rank=True), "values") == ((1, 0, 0, 0, 0), (0.25, 0.0, 0.0, 0.0))
+    assert terms_of(Budget(skip_share=0.25), "output") == ((0, 0, 0, 0, 0), (0.0, 0.0, 0.0, 0.0))
+    coverage = Coverage(tau_cov=0.5, k_min=1, k_max=2**40, key_bound_max=0.125, v_tol=2.0, boundary_check=False)
+    assert terms_of(coverage, "values") == ((0, 1, 1, COUNT_MAX, 0), (0.0, 0.5, 0.125, 2.0))
+
+
+@pytest.mark.usefixtures("cuda")
+def test_what_is_known_of_an_array_goes_with_it() -> None:
+    import numpy as np
+    from tierd_kernels.cuda.memory import OfArray
+
+    worked: list[int] = []
+    of = OfArray(lambda array: worked.append(len(array)) or int(array.max()))
+    first = np.array([3, 9])
+    assert (of(first), of(first), worked) == (9, 9, [2])
+    del first
+    assert not of._known
+    assert [of(np.array([number])) for number in range(50)] == list(range(50))  # which lie where the one before lay
