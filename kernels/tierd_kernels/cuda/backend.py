@@ -165,8 +165,8 @@ def _needs(layout: Layout, memory: DeviceMemory, part: Part) -> tuple[int, int, 
     per = Kernels(layout).split_blocks(full, 1, memory.processors)  # the most splits: more tiles make fewer
     return (
         workspace_bytes(layout, part.call.q.shape[0] // heads, part, -(-full // per)),
-        (full + 1) * 16 * (1 + heads) + rows * (layout.head_dim * layout.itemsize + 1) + part.call.group_value_norms.nbytes * 2
-        + 8192 + 8 * heads,
+        (full + 1) * 16 * (1 + heads) + rows * (layout.head_dim * layout.itemsize + 2) + part.call.group_value_norms.nbytes * 2
+        + 8192 + 12 * heads,
         rows * (layout.head_dim * layout.itemsize + 8 * len(FIELDS) + 4) + (len(part.call.canary_blocks) + 1) * heads
         + 16 * heads * min(part.call.candidates_max, full) + 4096,
     )

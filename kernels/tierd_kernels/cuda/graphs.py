@@ -4,7 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
-GRAPHS_MAX = 64  # of about thirteen kernels each
+GRAPHS_MAX = 64  # of about ten kernels each
 
 
 class Graphs:

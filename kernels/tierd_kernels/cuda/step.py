@@ -178,7 +178,7 @@ class Step:
         arrays = {
             "q": q, "hot": call.hot_offsets[:full], "original": call.original_offsets[:blocks], "group_values": call.group_value_norms,
             "group_errors": call.group_error_norms, "canaries": canaries.astype(np.int32),
-            "tickets": np.zeros(heads * (1 + -(-self.group * part.n // ROW_TILE)), np.int32),
+            "tickets": np.zeros(heads * (1 + 2 * -(-self.group * part.n // ROW_TILE)), np.int32),
         }  # fmt: skip
         if call.key_locations is not None and call.value_locations is not None:  # 1 MB at 131,072 tokens of 8 KV heads
             arrays |= {"key_at": call.key_locations[:full], "value_at": call.value_locations[:full]}
