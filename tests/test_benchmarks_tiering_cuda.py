@@ -109,7 +109,7 @@ def test_what_is_read_again_is_counted() -> None:
 
 def test_needs_of_made_traces_are_seen_as_the_engine_sees_them() -> None:
     needed = made(tokens=2048, stress=False)
-    assert needed.shape[1:] == (2, 128, 1) and 0 < needed.mean() < 0.9
+    assert needed.shape[1:] == (2, 128, 2) and 0 < needed.mean() < 0.9
     assert 0.3 < figures(needed[:, 1])["again in 1"] < 1.0
 
 

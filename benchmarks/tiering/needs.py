@@ -2,7 +2,7 @@
 
     python benchmarks/tiering/needs.py [--trace FOLDER ...] [--tokens N]
 
-Of recorded traces by layer, and of the made ones (`needle_trace.py`) as one layer of one KV head over N tokens asks on the CPU backend.
+Of recorded traces by layer, and of the made ones (`needle_trace.py`) as one layer of two KV heads over N tokens asks on the CPU backend.
 Records are originals that a call read, of one KV head and kind; "again": the share of them that was read in the step before, in one of the
 eight before, in any before.
 """
@@ -27,7 +27,7 @@ from tierd.policy import Choice, Nothing, Snapshot
 from tierd.policy.snapshot import NOTHING
 
 WINDOWS = 1, 8
-STEPS = 64
+STEPS = 128
 
 
 class Watching(Nothing):
@@ -56,8 +56,8 @@ def figures(needed: NDArray[np.bool_]) -> dict[str, float]:
 
 
 def made(tokens: int, stress: bool, seed: int = 0) -> NDArray[np.bool_]:
-    """Needs [T, 2, m, 1] of a made trace."""
-    trace, watching = Trace(Shape(layers=1, tokens=tokens, q_heads=4, kv_heads=1, head_dim=128, steps=STEPS), seed, stress), Watching()
+    """Needs [T, 2, m, 2] of a made trace."""
+    trace, watching = Trace(Shape(layers=1, tokens=tokens, q_heads=8, kv_heads=2, head_dim=128, steps=STEPS), seed, stress), Watching()
     with driven(trace, Setting("watched", "none", 0.0), "cpu") as run:
         run.engine._cache._policy = watching
         for step in range(STEPS):
