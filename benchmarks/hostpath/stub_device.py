@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from device import emulated
 
-QUIET = ("score", "value", "finish", "pick", "promote", "cover", "rank", "canary", "dense", "widen")
+QUIET = ("score", "value", "finish", "pick", "promote", "cover", "rank", "canary", "widen")
 BOTH_KINDS = 0x11  # of a mark: the first of a tile's four rows read the block's keys and its values
 
 
@@ -102,7 +102,7 @@ class Kernels:
     def __init__(self, script: Script, real: Any, device: Callable[[Callable[..., None]], Callable[..., None]]) -> None:
         self._real = real
         self._known: dict[str, Callable[..., None]] = dict.fromkeys(QUIET, lambda *args: None) | {
-            "dense_finish": lambda grid, *args: answer(script, *map(int, args[:3])),
+            "dense": lambda grid, *args: answer(script, *map(int, args[:3])),
             "candidates": lambda grid, *args: tell_candidates(script, *map(int, args[:3])),
             "gather": lambda grid, *args: gather(*args),
             "quantise": lambda grid, *args: args[4].fill(1.0),

@@ -4,12 +4,12 @@ The numbers are those of tierd's own INT8 keys and INT4 values, decoded from its
 and here. As with the other caches, a forward over an empty cache attends to the originals.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tierd_kernels.host import reserve
 from tierd_kernels.layout import KEY_TILE, RAW_KEYS, RAW_VALUES, Layout
 from tierd_kernels.quantise.cpu import quantise_blocks
@@ -19,7 +19,8 @@ BLOCK, GROUP = 16, 16  # as tierd_client.Geometry has them
 
 
 def stored(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the hot tier makes of `k`, `v` [heads, tokens, d] of a type that it stores, tokens a multiple of 16: float32, on the CPU."""
+    """What the hot tier makes of `k`, `v` [heads, tokens, d] of a type that it stores, tokens a multiple of 16: float32, on the
+    device of `k`. The codes are made on the CPU."""
     heads, tokens, d = k.shape
     layout = Layout(heads, d, BLOCK, GROUP, str(k.dtype).removeprefix("torch."))
     blocks = tokens // BLOCK
@@ -28,37 +29,34 @@ def stored(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     memory.originals[:] = both.view(torch.uint8).numpy().reshape(-1)
     at = np.arange(blocks, dtype=np.int64)
     quantise_blocks(layout, memory, at * layout.original_block_bytes, at * layout.hot_block_bytes)
-    records = memory.hot.reshape(blocks * heads, layout.hot_record_bytes)
-    originals = both.float().view(blocks, 2, heads, BLOCK, d).transpose(0, 1).reshape(2, blocks * heads, BLOCK, d).numpy()
-    decoded = decode_records(records, layout, originals)
-    keys, values = (torch.from_numpy(x).view(blocks, heads, BLOCK, d).transpose(0, 1).reshape(k.shape) for x in decoded)
+    records = torch.from_numpy(memory.hot).view(blocks * heads, layout.hot_record_bytes).to(k.device)
+    originals = torch.stack([x.view(heads, blocks, BLOCK, d).transpose(0, 1).reshape(blocks * heads, BLOCK, d) for x in (k, v)])
+    decoded = decode_records(records, layout, originals.float())
+    keys, values = (x.view(blocks, heads, BLOCK, d).transpose(0, 1).reshape(k.shape) for x in decoded)
     return keys, values
 
 
-def decode_records(
-    records: NDArray[np.uint8], layout: Layout, originals: NDArray[np.float32]
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Keys and values [n, block, d] of hot records uint8 [n, hot_record_bytes]; halves that could not be quantised are taken from
-    `originals` [2, n, block, d]. Code times scale plus offset in float64, then rounded to float32."""
+def decode_records(records: torch.Tensor, layout: Layout, originals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values float32 [n, block, d] of hot records uint8 [n, hot_record_bytes], on their device; halves that could not be
+    quantised are taken from `originals` float32 [2, n, block, d]. Code times scale plus offset in float64, then rounded."""
     n, tokens, d, groups = len(records), layout.block_size, layout.head_dim, layout.num_value_groups
 
-    def field(at: int, dtype: Any, *shape: int) -> NDArray[np.float64]:
-        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        raw: NDArray[Any] = np.ascontiguousarray(records[:, at : at + size]).view(dtype)
-        return raw.reshape(n, *shape).astype(np.float64)
+    def field(at: int, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        return records[:, at : at + size].contiguous().view(dtype).view(n, *shape)
 
-    codes = field(0, np.int8, tokens // KEY_TILE, d // 2, KEY_TILE, 2).transpose(0, 1, 3, 2, 4).reshape(n, tokens, d)
-    keys = codes * field(layout.key_scale_at, np.float16, 1, d) + field(layout.key_offset_at, np.float16, 1, d)
-    nibbles = field(layout.value_codes_at, np.uint8, tokens, d // 2).astype(np.uint8)
-    codes = np.concatenate([nibbles & 15, nibbles >> 4], axis=2)
-    group_d = np.arange(d) // layout.value_group
-    scale, offset = (
-        field(at, np.float16, groups, tokens).transpose(0, 2, 1)[:, :, group_d] for at in (layout.value_scale_at, layout.value_offset_at)
-    )
-    values = codes * scale + offset
-    flags = field(layout.flags_at, np.uint32, 1, 1).astype(np.uint32)
-    keys, values = np.where(flags & RAW_KEYS, originals[0], keys), np.where(flags & RAW_VALUES, originals[1], values)
-    return keys.astype(np.float32), values.astype(np.float32)
+    codes = field(0, torch.int8, tokens // KEY_TILE, d // 2, KEY_TILE, 2).transpose(2, 3).reshape(n, tokens, d).double()
+    scale, offset = (field(at, torch.float16, 1, d).double() for at in (layout.key_scale_at, layout.key_offset_at))
+    keys = codes * scale + offset
+    nibbles = field(layout.value_codes_at, torch.uint8, tokens, d // 2)
+    codes = torch.cat((nibbles & 15, nibbles >> 4), dim=2).view(n, tokens, groups, d // groups).double()
+    by_group = (field(at, torch.float16, groups, tokens) for at in (layout.value_scale_at, layout.value_offset_at))
+    scale, offset = (x.transpose(1, 2)[..., None].double() for x in by_group)
+    values = (codes * scale + offset).view(n, tokens, d)
+    flags = field(layout.flags_at, torch.int32, 1, 1)
+    pairs = zip((RAW_KEYS, RAW_VALUES), originals, (keys, values), strict=True)
+    keys, values = (torch.where((flags & raw).bool(), original, decoded.float()) for raw, original, decoded in pairs)
+    return keys, values
 
 
 class NaiveLayer(DynamicLayer):
@@ -83,9 +81,7 @@ class NaiveLayer(DynamicLayer):
         for row, start in enumerate(self._decoded):
             stop = start + (self.keys.shape[2] - start) // BLOCK * BLOCK
             if stop > start:
-                self.keys[row, :, start:stop], self.values[row, :, start:stop] = (
-                    x.to(key_states.device) for x in stored(*(x[row, :, start:stop] for x in self._originals))
-                )
+                self.keys[row, :, start:stop], self.values[row, :, start:stop] = stored(*(x[row, :, start:stop] for x in self._originals))
                 self._decoded[row] = stop
         return new if before is None else (self.keys, self.values)
 

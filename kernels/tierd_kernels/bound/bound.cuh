@@ -72,19 +72,12 @@ __device__ __forceinline__ float split_sums(const Call &call, const float *of_sp
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4, row = threadIdx.x % ROW_TILE;
   const int pairs = max(0, min(call.per, call.full - split * call.per)) * ROW_TILE;
   float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f, lightest = INFINITY;
-  auto read = [&](int p, Stats &x) {
-    const float *from = of_split + p / ROW_TILE * STATISTIC_FLOATS;
-#pragma unroll
-    for (int k = 0; k < STATISTICS + 3; k++)
-      x[k] = p < pairs ? from[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS] : 0.f;
-  };
-  Stats x, ahead;
-  read(threadIdx.x, ahead);
 #pragma unroll 1  // instructions that run once are waited for as they come
   for (int p = threadIdx.x; p < pairs; p += WARPS * LANES) {
+    const float *from = of_split + p / ROW_TILE * STATISTIC_FLOATS;
+    Stats x;
 #pragma unroll
-    for (int k = 0; k < STATISTICS + 3; k++) x[k] = ahead[k];
-    read(p + WARPS * LANES, ahead);
+    for (int k = 0; k < STATISTICS + 3; k++) x[k] = from[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS];
     if (!(x[SUM] > 0.f)) {
       lightest = 0.f;
       continue;

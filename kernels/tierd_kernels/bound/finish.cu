@@ -18,20 +18,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   int share = 1;  // lanes to a group
   while (share < LANES && share < groups.together) share <<= 1;
   const float2 ahead = group_norms(call, groups, warp * (LANES / share) + lane / share, heads, h);
-  int *state = call.state + h * rows + index;
+  int *state = call.state + h * rows + index, *counts = call.counts + 2 * (h * rows + index);
+  float *facts = call.facts + (i64)(h * rows + index) * ROW_FACTS;
+  // What is needed last, and by one thread: each first look at a line of the call costs as much as a look at the splits' sums.
+  const double atol = call.atol, rtol = call.rtol;
+  const int relative_to_output = call.relative_to_output, require_rank = call.require_rank, coverage = call.coverage;
+  double *out = call.fields + h * rows + index;
+  const int splits = own_splits + (tokens > full * BLOCK), base = h * tiles + tile;
+  const float *partials = call.partials + (i64)base * (own_splits + 1) * PARTIALS * ROW_TILE + row;
+  const float *sums = call.sums + ((i64)base * (own_splits + 1) * ROW_TILE + row) * D;
+  const float *skips = call.skips + (i64)base * (own_splits + 1) * SKIPS * ROW_TILE + row;
+  float *out_dots = call.dots + (i64)(h * rows + index) * (own_splits + 1);
+  void *output = call.output;
   wait_for_previous();
   if (exact_only) {
     if (threadIdx.x == 0) *state = DUE;
     return;
   }
-  if (again && *state != OPEN) return;
+  float top_before = 0.f;
+  int promoted_keys = 0, promoted_values = 0;
+  if (again) {
+    top_before = facts[ROW_TOP], promoted_keys = counts[0], promoted_values = counts[1];
+    if (*state != OPEN) return;
+  }
   __shared__ double wide_of[FINISH_WARPS][D];
   __shared__ float stored[D], norms[2][FINISH_WARPS], dots[SPLITS_MAX], found[8][FINISH_WARPS], of_row[2];
   extern __shared__ float own[];  // the row's partials, [splits][SUMMED], and skips, [splits][SKIPS]
-  const int splits = own_splits + (tokens > full * BLOCK), base = h * tiles + tile;
-  const float *partials = call.partials + (i64)base * (own_splits + 1) * PARTIALS * ROW_TILE + row;
-  const float *sums = call.sums + ((i64)base * (own_splits + 1) * ROW_TILE + row) * D;
-  const float *skips = call.skips + (i64)base * (own_splits + 1) * SKIPS * ROW_TILE + row;
   float held[AHEAD][PER_LANE];  // of the sums, from split `first` on
   auto hold = [&](int first) {
 #pragma unroll
@@ -67,7 +79,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   __syncthreads();
 
   // One warp finds the row's largest score, its mass, and what was skipped; others add up the channels meanwhile.
-  float *facts = call.facts + (i64)(h * rows + index) * ROW_FACTS;
   constexpr int CHANNELS_FROM = THREADS - 256;  // the threads that have a channel each
   const int channel = threadIdx.x - CHANNELS_FROM;
   float left[SKIPS] = {0.f};
@@ -76,7 +87,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
     float top = LOWEST, mass = 0.f;
 #pragma unroll 1
     for (int i = lane; i < splits; i += LANES) top = fmaxf(top, part(i, SPLIT_TOP));
-    top = again ? facts[ROW_TOP] : warp_max(top);  // to which the value pass has weighed
+    top = again ? top_before : warp_max(top);  // to which the value pass has weighed
 #pragma unroll 1
     for (int i = lane; i < splits; i += LANES) {
       mass += exp2_approx(part(i, SPLIT_TOP) - top) * part(i, MASS);
@@ -101,7 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   if (channel >= 0 && channel < D) {
     const i64 at = ((i64)(h * group + index / n) * n + index % n) * D;
     sum /= mass;
-    const double y = store(call.output, at + channel, sum);
+    const double y = store(output, at + channel, sum);
     const float scaled = (float)(y * unit_factor(unit)), off = (float)((y - sum) * unit_factor(unit));
     stored[channel] = scaled;
     norm2 = scaled * scaled, error2 = off * off;
@@ -116,7 +127,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
 #pragma unroll
   for (int w = 0; w < PER_LANE; w++) norm2 += norms[0][w], error2 += norms[1][w];
   const float o = sqrtf(norm2) * ROOM + LEAST, rounding = sqrtf(error2) * ROOM + LEAST;
-  float *out_dots = call.dots + (i64)(h * rows + index) * (own_splits + 1);
 #pragma unroll 1
   for (int first = 0; first < splits; first += AT_ONCE) {
     if (first) hold(first);
@@ -191,18 +201,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   if (!(failed < INFINITY) || !(total < INFINITY) || !(mass > 0.f)) total = INFINITY;
   // The budget, rounded down; in double, as the fields: tolerances and values may lie where units do not.
   const float vbar = fmaxf((norm - left_norm) * NORM_RETURN - 2.f * NORM_FLOOR, 0.f);
-  const double size = power_of_two(unit), reference = call.relative_to_output ? sqrtf(norm2) * (1.f - 1e-5f) : vbar;
-  const double asked = call.atol * power_of_two(-unit) + call.rtol * reference, budget = asked < 1e-250 ? 0. : fmin(asked * (1. - 2e-5), BUDGET_MAX);
+  const double size = power_of_two(unit), reference = relative_to_output ? sqrtf(norm2) * (1.f - 1e-5f) : vbar;
+  const double asked = atol * power_of_two(-unit) + rtol * reference, budget = asked < 1e-250 ? 0. : fmin(asked * (1. - 2e-5), BUDGET_MAX);
   const bool good = total <= budget && o < INFINITY;
-  double *out = call.fields + h * rows + index;
   const i64 stride = (i64)heads * rows;
   if (!again) {
-    const bool unranked = call.require_rank && !(out[RANKED * stride] > 0.);
-    *state = unranked ? DUE : good && !call.coverage ? CERTIFIED : OPEN;
+    const bool unranked = require_rank && !(out[RANKED * stride] > 0.);
+    *state = unranked ? DUE : good && !coverage ? CERTIFIED : OPEN;
   } else {
     *state = good ? CERTIFIED : DUE;
   }
-  int *counts = call.counts + 2 * (h * rows + index);
   if (!again) {
     // Blocks that stay original make it infinite, until they are promoted.
     const float fixed = skip + arithmetic < INFINITY ? skip + arithmetic
@@ -214,9 +222,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   const double fields[CANDIDATE] = {total * size, fmin(budget * size, BUDGET_MAX), key * stretch * size, value * stretch * size,
                                     skip * stretch * size, arithmetic * stretch * size, vbar * size, o * size, left_count};
   for (int k = 0; k < CANDIDATE; k++) out[k * stride] = fields[k];
-  out[KEYS * stride] = counts[0], out[VALUES * stride] = counts[1];
+  out[KEYS * stride] = promoted_keys, out[VALUES * stride] = promoted_values;
   if (again) return;
   out[CANDIDATE * stride] = total * size, out[SCORE_TOP * stride] = 0.;
   out[PAPER_KEY_BOUND * stride] = NAN;
-  if (!call.require_rank) out[RANKED * stride] = 0.;
+  if (!require_rank) out[RANKED * stride] = 0.;
 }

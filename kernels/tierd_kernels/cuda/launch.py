@@ -162,7 +162,6 @@ class Kernels:
         else:
             self._finish(calls, grid, 0, stream, first=True)
         self._passes("dense", calls, grid, stream)
-        self._rows("dense_finish", -(-self.layout.head_dim // LANES) * LANES, calls, grid, stream)
 
     def candidates(self, calls: int, grid: Grid, stream: Any) -> None:
         """What comes near needing its originals, of a step that has run. Reads what it has left; nothing of it changes."""

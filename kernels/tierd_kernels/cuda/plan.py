@@ -81,7 +81,7 @@ def plan(layout: Layout, shape: Shape) -> Plan:
         },
         INPUTS: {
             "q": outputs, "hot": 8 * full, "original": 8 * shape.blocks, "group_values": 4 * shape.groups * heads,
-            "group_errors": 4 * shape.groups * heads, "canaries": 4 * shape.canaries, "tickets": 4 * (heads + tiles), **locations,
+            "group_errors": 4 * shape.groups * heads, "canaries": 4 * shape.canaries, "tickets": 4 * (heads + 2 * tiles), **locations,
         },
         # In this order in `answers`: numbers of eight bytes first.
         ANSWERS: {"fields": 8 * len(FIELDS) * rows, "state": 4 * rows, "output": outputs, "failures": shape.canaries * heads},

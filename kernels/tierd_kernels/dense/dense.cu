@@ -1,5 +1,5 @@
 // Rungs 3 and 4: rows that are due, from the originals, in double. One thread block a tile of rows and a split: keys first, the scores stay
-// in shared memory, then values, so that nothing is scaled twice; `dense_finish` puts the splits together.
+// in shared memory, then values, so that nothing is scaled twice. The thread block of a tile that ends last puts the splits together.
 extern "C" __global__ void __launch_bounds__(WARPS *LANES) dense(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
   let_next_begin();
@@ -101,4 +101,17 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) dense(const Call *cal
     if (channel < D)
       for (int row = 0; row < ROW_TILE; row++) out[row * (DENSE_FACTS + D) + DENSE_FACTS + channel] = sums[k][row];
   }
+  __threadfence();
+  __shared__ bool ends;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    const int parts = (call.full ? call.splits : 0) + (call.tokens > call.full * BLOCK);
+    int *ticket = call.tickets + heads * (1 + tiles) + base;
+    ends = atomicAdd(ticket, 1) == parts - 1;
+    if (ends) *ticket = 0;  // for another launch of the same step
+  }
+  __syncthreads();
+  if (!ends) return;
+  __threadfence();
+  finish_rows(call, heads, group, h, tile);
 }

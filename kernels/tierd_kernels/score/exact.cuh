@@ -46,7 +46,7 @@ struct RowSums {
   float v[8];
   __device__ __forceinline__ RowSums() {
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = 0.f;
+    for (int i = 0; i < 8; i++) v[i] = -0.f;  // to which adding is no instruction
   }
   __device__ __forceinline__ void add(float w, float nu, float eta, float used) {
     float normed = w * nu, failed = w * eta;

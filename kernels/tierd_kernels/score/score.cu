@@ -258,7 +258,12 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   const u32 keep_bytes = limb ? 0x5410 : 0x7632, give_bytes = limb ? 0x7632 : 0x5410;
   const u32 keep_flip = limb ? 0x80808080u : 0u, give_flip = limb ? 0u : 0x80808080u;  // a low limb is stored + 128
   const i64 place = (i64)(h * tiles + tile) * (full + 1) + first;
-  float *weights = call.weights + place * TILES * WEIGHT_FLOATS, *statistics = call.statistics + place * STATISTIC_FLOATS;
+  // Where a lane writes of a block: weights of row c, tokens r and r + 8; sum r of row c; and besides, the first two of a row Delta or D, others the
+  // largest score to a tile's weights.
+  const bool annotates = r < 2, tops_weights = NAIVE ? r < TILES : r >= 4 && r < 4 + TILES;
+  float *weights = call.weights + place * TILES * WEIGHT_FLOATS + c * TILE + r, *statistics = call.statistics + place * STATISTIC_FLOATS + lane;
+  float *besides = tops_weights ? call.weights + (place * TILES + r % 4) * WEIGHT_FLOATS + TOPS_AT + c : statistics + LANES;
+  const int besides_step = tops_weights ? TILES * WEIGHT_FLOATS : STATISTIC_FLOATS;
 
   __shared__ BlockFacts facts_of[WARPS][CHUNK][ROW_TILE];
   __shared__ float c1_of[WARPS][CHUNK];
@@ -267,7 +272,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   u32 parity = 0;
   float highest = LOWEST, running = 0.f;  // largest score, and sum r relative to it, of row c
   auto next = [&](int i) {
-    statistics += STATISTIC_FLOATS, weights += TILES * WEIGHT_FLOATS;
+    statistics += STATISTIC_FLOATS, weights += TILES * WEIGHT_FLOATS, besides += besides_step;
     __syncwarp();
     if (i + SCORE_STAGES < count) issue(i + SCORE_STAGES, now);
     now = now + 1 == SCORE_STAGES ? 0 : now + 1;
@@ -281,7 +286,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       if (!NAIVE) {
         auto note = [&](int k) { return __uint_as_float(shared32(own + SCALE_BYTES + 4 * k)); };
         if (c == 3) c1_of[warp][r] = note(C1);
-        else if (i + r < count) statistics[r * STATISTIC_FLOATS + BLOCK_NOTES + c] = note(c == 0 ? SV : c == 1 ? AMP : VALUE_NORM_MAX) * unit;
+        else if (i + r < count) statistics[r * STATISTIC_FLOATS + BLOCK_NOTES + c - lane] = note(c == 0 ? SV : c == 1 ? AMP : VALUE_NORM_MAX) * unit;
       }
       __syncwarp();
       if (i + CHUNK < count) fetch(i + CHUNK);
@@ -344,11 +349,11 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       for (int t = 0; t < 2 * TILES; t++) {
         const float w = exp2_approx(s[t] - largest);
         mass += w;
-        store_kept(weights + (t / 2) * WEIGHT_FLOATS + c * TILE + (t & 1) * 8 + r, w, kept);
+        store_kept(weights + (t / 2) * WEIGHT_FLOATS + (t & 1) * 8, w, kept);
       }
 #pragma unroll
       for (int bit = 4; bit < 32; bit <<= 1) mass += __shfl_xor_sync(~0u, mass, bit);
-      if (r < TILES) weights[r * WEIGHT_FLOATS + TOPS_AT + c] = largest;
+      if (tops_weights) *besides = largest;
       running = fmaf(running, keep, mass * take);
       next(i);
       continue;
@@ -361,15 +366,15 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       const float eta = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
       const float w = x >= LOG2_MIN ? exp2_approx(x) : 0.f;  // x is NaN where the row sees nothing: zero too
       sum.add(w, nu, eta, nu + eta);
-      store_kept(weights + (t / 2) * WEIGHT_FLOATS + c * TILE + (t & 1) * 8 + r, w, kept);
+      store_kept(weights + (t / 2) * WEIGHT_FLOATS + (t & 1) * 8, w, kept);
     }
     float mine = fold8(sum.v, lane);  // sum r of row c
     running = fmaf(running, keep, mine * take);
     if (r == TOP) mine = largest;
     const float eps = fmaf(c1_of[warp][i % CHUNK] * step, size * (0.5f * (1.f + 64.f * U32F)), fact.eps);
-    store_kept(statistics + lane, mine, kept);
-    if (r < 2) store_kept(statistics + LANES + lane, (r ? fmaf(BLOCK_ROOT, eps, fact.d_norm) : fact.delta + eps) * STORE, kept);
-    else if (r >= 4 && r < 4 + TILES) weights[(r - 4) * WEIGHT_FLOATS + TOPS_AT + c] = largest;
+    store_kept(statistics, mine, kept);
+    const float annotation = (r ? fmaf(BLOCK_ROOT, eps, fact.d_norm) : fact.delta + eps) * STORE;
+    if (annotates || tops_weights) store_kept(besides, annotates ? annotation : largest, kept);
     next(i);
   }
   __shared__ float tops[WARPS][ROW_TILE], runs[WARPS][8][ROW_TILE];

@@ -96,7 +96,7 @@ __device__ __forceinline__ Fixed fixed_part(const Call &call, const Groups &grou
   for (int i = first + lane; i < end; i += LANES) {
     const float *p = call.partials + ((i64)base * (call.splits + 1) + i) * PARTIALS * ROW_TILE + row;
     auto part = [&](int x) { return p[x * ROW_TILE]; };
-    const float f = exp2_approx(part(SPLIT_TOP) - own.top) / own.mass;
+    const float f = __fdividef(exp2_approx(part(SPLIT_TOP) - own.top), own.mass);
     all.used += f * part(USED), all.error += f * part(ERROR2), all.amplitude += f * part(AMPLITUDE), all.rho += f * part(MASS);
     all.dot += call.dots[(i64)(h * rows + index) * (call.splits + 1) + i];
     if (trailing) {

@@ -164,6 +164,22 @@ __device__ __forceinline__ void score_originals(const unsigned char *stage, cons
   }
 }
 
+// Joins eight values over the sixteen lanes of each half of a warp: lane i of eight returns value i. Eight shuffles where butterflies take 32.
+template <typename Join>
+__device__ __forceinline__ float fold_half(float (&v)[8], int lane, Join join) {
+#pragma unroll
+  for (int half = 4; half; half >>= 1) {
+    const bool upper = lane & half;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+      if (i < half) {
+        const float keep = upper ? v[i + half] : v[i], give = upper ? v[i] : v[i + half];
+        v[i] = join(keep, __shfl_xor_sync(~0u, give, half));
+      }
+  }
+  return join(v[0], __shfl_xor_sync(~0u, v[0], 8));
+}
+
 // One block: its statistics anew, and by how much the split's sums change, which is added to `change` [ROW_TILE][D]. A warp's. All that it
 // reads is under way together: one part after the other waited four times for memory.
 __device__ __forceinline__ void promote_block(const Call &call, int block, u32 mark, const Place &at, float *statistics,
@@ -177,10 +193,10 @@ __device__ __forceinline__ void promote_block(const Call &call, int block, u32 m
   stage_bytes(shared_at(stage) + NOTES_STAGED_AT, at.record + NOTES_AT, 64, lane, policy);
   copies_wait();
 
-  float s[TILES][ROW_TILE], largest[ROW_TILE], magnitude[ROW_TILE];
+  float s[TILES][ROW_TILE], most[2 * ROW_TILE];  // most: the rows' largest scores, then the largest of their sizes
   bool wrong = false;
 #pragma unroll
-  for (int row = 0; row < ROW_TILE; row++) largest[row] = -INFINITY, magnitude[row] = 0.f;
+  for (int row = 0; row < ROW_TILE; row++) most[row] = -INFINITY, most[ROW_TILE + row] = 0.f;
   if (mark & 15) {
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
@@ -194,9 +210,9 @@ __device__ __forceinline__ void promote_block(const Call &call, int block, u32 m
       for (int row = 0; row < ROW_TILE; row++) {
         const bool seen = block * BLOCK + t * TILE + token < room.seen[row];
         wrong = wrong || (seen && !(fabsf(s[t][row]) < INFINITY));
-        if (seen) magnitude[row] = fmaxf(magnitude[row], fabsf(s[t][row]));
+        if (seen) most[ROW_TILE + row] = fmaxf(most[ROW_TILE + row], fabsf(s[t][row]));
         s[t][row] = seen ? s[t][row] : -INFINITY;
-        largest[row] = fmaxf(largest[row], s[t][row]);
+        most[row] = fmaxf(most[row], s[t][row]);
       }
     }
   }
@@ -209,16 +225,15 @@ __device__ __forceinline__ void promote_block(const Call &call, int block, u32 m
     for (int row = 0; row < ROW_TILE; row++)
 #pragma unroll
       for (int c = 0; c < CHANNELS; c++) of_block[k][row][c] = 0.f;
-#pragma unroll
-  for (int row = 0; row < ROW_TILE; row++) largest[row] = warp_max(largest[row]), magnitude[row] = warp_max(magnitude[row]);
+  const float folded = fold_half(most, lane, [](float x, float y) { return fmaxf(x, y); });
   // Of this half's rows from here on: selected, for registers are not indexed at run time.
   const bool upper = lane >= TILE;
   float top[2], size[2], score[TILES][2], factor_was[2], factor_is[2];
 #pragma unroll
   for (int k = 0; k < 2; k++) {
     const float before = weights[TOPS_AT + pair + k], reference = tops[pair + k];
-    const float after = upper ? largest[2 + k] : largest[k];
-    top[k] = mark >> (pair + k) & 1 ? after : before, size[k] = upper ? magnitude[2 + k] : magnitude[k];
+    const float after = __shfl_sync(~0u, folded, pair + k);
+    top[k] = mark >> (pair + k) & 1 ? after : before, size[k] = __shfl_sync(~0u, folded, ROW_TILE + pair + k);
     factor_was[k] = exp2_approx(before - reference), factor_is[k] = exp2_approx(top[k] - reference);
 #pragma unroll
     for (int t = 0; t < TILES; t++) score[t][k] = upper ? s[t][2 + k] : s[t][k];
@@ -303,18 +318,13 @@ __device__ __forceinline__ void promote_block(const Call &call, int block, u32 m
   }
 #pragma unroll
   for (int k = 0; k < 2; k++) {
-#pragma unroll
-    for (int bit = 1; bit < TILE; bit <<= 1) {
-#pragma unroll
-      for (int i = 0; i < TOP; i++) sums[k].v[i] += __shfl_xor_sync(~0u, sums[k].v[i], bit);
-      extra[k] += __shfl_xor_sync(~0u, extra[k], bit);
-    }
     const int row = pair + k;
-    if (token || !(mark >> row & 0x11)) continue;
-    room.extra[warp][row] += extra[k];
-#pragma unroll
-    for (int i = 0; i < TOP; i++) statistics[i * ROW_TILE + row] = sums[k].v[i];
-    if (!(mark >> row & 1)) continue;
+    sums[k].v[TOP] = extra[k];  // a place that sums have free
+    const float sum = fold_half(sums[k].v, lane, [](float x, float y) { return x + y; });
+    if (token > TOP || !(mark >> row & 0x11)) continue;
+    if (token == TOP) room.extra[warp][row] += sum;
+    else statistics[token * ROW_TILE + row] = sum;
+    if (token || !(mark >> row & 1)) continue;
     if (wrong) statistics[SUM * ROW_TILE + row] = 1.f;  // a block without mass would not be looked at
     const float eps = wrong ? INFINITY
                             : (room.size[row] * (room.q_norm[row] * notes[KEY_NORM_MAX] * KEY_ROUNDINGS + KEY_FLOOR) +

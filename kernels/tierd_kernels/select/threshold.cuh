@@ -32,15 +32,15 @@ __device__ __forceinline__ Shares shares(const Seen &block, const RowState &own)
   const Stats &x = block.x;
   Shares s = {0.f, 0.f, {}};
   if (x[SUM] <= 0.f) return s;
-  s.terms = block_terms(x, exp2_approx(x[TOP] - own.top) / own.mass, false);
+  s.terms = block_terms(x, __fdividef(exp2_approx(x[TOP] - own.top), own.mass), false);
   if (block.mark & SKIPPED_BLOCK) return s;
   s.key = s.terms.t1 + s.terms.g * own.output, s.value = s.terms.value;
   return s;
 }
 
-// A share of the row's target: what thresholds are held against.
+// A share of the row's target: what thresholds are held against. The divisions of selection need not be right to the last bit.
 __device__ __forceinline__ float weight(float share, float target) {
-  const float x = share / target;
+  const float x = __fdividef(share, target);
   return x < INFINITY ? x : INFINITY;  // a NaN too
 }
 
