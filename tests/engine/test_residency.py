@@ -280,6 +280,22 @@ def test_the_integrity_check_notices(damage: str) -> None:
         residency.check_integrity()
 
 
+def test_a_copy_made_again_is_unread_until_it_is_read_itself() -> None:
+    residency = make()
+    table = residency.table(LAYOUT)
+    block = table.add_tails(1)
+    table.give_hot(block)
+    table.seal(block)
+    told: list[bool] = []
+    residency.on_gone(lambda gone, used: told.extend(used.tolist()))
+    for read in (True, False):
+        copies = residency.begin_copies(table, 1, block, ids(0))
+        assert residency.finish_copies(copies, table.checksum[1, block, 0]).settled.tolist() == copies.tolist()
+        table.used[1, block, 0] |= read
+        residency.evict(copies)
+    assert told == [True, False]
+
+
 def test_no_record_gets_two_copies_at_once() -> None:
     residency = make()
     table = residency.table(LAYOUT)
