@@ -3,9 +3,7 @@
 // split; a warp a promoted block. Most find nothing to do.
 //
 // Weights stay relative to the row's largest score of the first pass. Scores of originals are sums in FP32 of exact or once rounded
-// products; what was taken back has been rounded once already, which the split's ERROR remembers: a quarter of VALUE_ROUNDING, 279 u, is
-// more than the 16 tokens' two products and one difference of weights each, and the sums over a warp's blocks, over warps and over what was
-// there.
+// products; what was taken back has been rounded once already, which the split's ERROR remembers (CERTIFICATE.md, "Promotion").
 constexpr int THREADS = WARPS * LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
 constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM + 16;  // of a staged key: rows begin four banks apart
 // What a warp stages of a block, of a tile of tokens each: original keys, original and coded values, weights as they were, norms; and the
