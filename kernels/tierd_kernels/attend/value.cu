@@ -110,8 +110,11 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   const int h = blockIdx.x / tiles, tile = blockIdx.x - h * tiles, base = h * tiles + tile;
   __shared__ float tops[ROW_TILE];
   constexpr int STAGE_BYTES = VALUE_BYTES + WEIGHT_FLOATS * 4;  // a tile of tokens
-  unsigned char *stage = shared + warp * VALUE_STAGES * STAGE_BYTES;
-  float *statistics = (float *)(shared + WARPS * VALUE_STAGES * STAGE_BYTES);  // of the split's blocks
+  // Where codes can keep their lines, all of them come first, then all weights.
+  constexpr int CODES_EACH = LINED ? VALUE_BYTES : STAGE_BYTES, WEIGHTS_EACH = LINED ? WEIGHT_FLOATS * 4 : STAGE_BYTES;
+  unsigned char *stage = shared + (LINED ? SCORE_BYTES % LINE : 0) + warp * VALUE_STAGES * CODES_EACH;
+  unsigned char *of_weights = shared + (LINED ? WARPS * VALUE_STAGES * VALUE_BYTES + LINE : VALUE_BYTES) + warp * VALUE_STAGES * WEIGHTS_EACH;
+  float *statistics = (float *)(shared + WARPS * VALUE_STAGES * STAGE_BYTES + LINE);  // of the split's blocks
   __shared__ u64 bars[WARPS][VALUE_STAGES], statistics_here;
   const bool tail = split == splits;
   const int each = per / WARPS, first = split * per + warp * each, count = tail ? 0 : max(0, min(each, full - first));
@@ -127,12 +130,12 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
     i64 at = __shfl_sync(~0u, offset, i / TILES) + i % TILES * VALUE_BYTES;
     if (lane == 0) {
       barrier_expect(&bars[warp][s], VALUE_BYTES + WEIGHT_FLOATS * 4);
-      bulk_stream(stage + s * STAGE_BYTES, pool + at, VALUE_BYTES, &bars[warp][s], policy);
+      bulk_stream(stage + s * CODES_EACH, pool + at, VALUE_BYTES, &bars[warp][s], policy);
     }
   };
   auto issue_weights = [&](int i, int s) {
     const int tile_of_tokens = __shfl_sync(~0u, block, i / TILES) * TILES + i % TILES;
-    if (lane == 0) bulk_copy(stage + s * STAGE_BYTES + VALUE_BYTES, weights + tile_of_tokens * WEIGHT_FLOATS, WEIGHT_FLOATS * 4, &bars[warp][s]);
+    if (lane == 0) bulk_copy(of_weights + s * WEIGHTS_EACH, weights + tile_of_tokens * WEIGHT_FLOATS, WEIGHT_FLOATS * 4, &bars[warp][s]);
   };
   constexpr int BLOCKS_AHEAD = (VALUE_STAGES + TILES - 1) / TILES;
   int items = count * TILES;
@@ -230,9 +233,9 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   int now = 0;
   u32 parity = 0;
   for (int i = 0; i < items; i++) {
-    const u32 record = shared_at(stage) + now * STAGE_BYTES, w = record + VALUE_BYTES + row * TILE * 4 + 8 * c;
+    const u32 record = shared_at(stage) + now * CODES_EACH, own = shared_at(of_weights) + now * WEIGHTS_EACH, w = own + row * TILE * 4 + 8 * c;
     barrier_wait(&bars[warp][now], parity);
-    const float factor = exp2_approx(__uint_as_float(shared32(record + VALUE_BYTES + (TOPS_AT + row) * 4)) - top) * WEIGHT_SCALE;
+    const float factor = exp2_approx(__uint_as_float(shared32(own + (TOPS_AT + row) * 4)) - top) * WEIGHT_SCALE;
     const uint2 x = shared64(w), y = shared64(w + 32);
     const u32 b0 = part(__uint_as_float(x.x) * factor, __uint_as_float(x.y) * factor, low);
     const u32 b1 = part(__uint_as_float(y.x) * factor, __uint_as_float(y.y) * factor, low);

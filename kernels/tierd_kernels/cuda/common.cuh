@@ -6,6 +6,9 @@
 #ifndef NAIVE  // the passes without what only the certificate needs, for a benchmark of its cost
 #define NAIVE 0
 #endif
+// Bytes that global memory is read by. A copy that puts them on the wrong side of such a boundary in shared memory reads them twice:
+// sixteen bytes off, records of the host's memory came at 28 GB/s instead of 51.
+constexpr int LINE = 128;
 constexpr int SPLITS_MAX = 2048, ROW_TILE = 4, WARPS = 4, LANES = 32, TILE = 16;
 constexpr int KEY_STEPS = (D + 31) / 32, KEY_DIM = 32 * KEY_STEPS;  // channels of the score MMA, padded with zeros
 constexpr int SPLIT_TOKENS = 2048, SPLIT_BLOCKS = SPLIT_TOKENS / BLOCK;  // at most
@@ -15,6 +18,7 @@ constexpr int KEY_SCALE_AT = 0, KEY_OFFSET_AT = 2 * KEY_DIM, NOTES_AT = 4 * KEY_
 constexpr int NORMS_AT = KEY_CODES_AT + BLOCK * KEY_DIM, SCORE_BYTES = NORMS_AT + 4 * BLOCK;
 constexpr int VALUE_SCALES_AT = 8 * D, VALUE_BYTES = VALUE_SCALES_AT + 64 * VALUE_GROUPS;  // of a tile
 constexpr int RECORD_BYTES = SCORE_BYTES + TILES * VALUE_BYTES;
+constexpr bool LINED = RECORD_BYTES % LINE == 0;  // else lines begin elsewhere in every other head's records, and to follow them gains nothing
 constexpr int ITEM = DTYPE == 2 ? 4 : 2, ORIGINAL_BYTES = BLOCK * D * ITEM;
 enum { H, RK, SK, SV, AMP, C1, VALUE_NORM_MAX, KEY_NORM_MAX, OFFSET_NORM, KEYS_RAW, VALUES_RAW };  // the last two: 1 or 0, as integers
 

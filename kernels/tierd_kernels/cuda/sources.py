@@ -26,6 +26,7 @@ PARTS = {
 SHARED_MAX = 227 * 1024  # of a thread block, static and dynamic, from compute capability 9.0 on
 # As in the sources.
 WARPS, LANES, ROW_TILE, FINISH_THREADS, COVER_THREADS, RANK_THREADS, QUANTISE_THREADS, GATHER_THREADS = 4, 32, 4, 512, 512, 256, 512, 256
+LINE = 128
 GROUP_THREADS, GRAM_SIDE = 256, 64  # of what measures groups; of a tile of a Gram matrix
 SCORE_STAGES, SCORE_CHUNK, VALUE_STAGES = 2, 8, 4
 RESIDENT = 4  # thread blocks of a pass on one multiprocessor, of a head dimension up to 128
@@ -47,20 +48,26 @@ def source(layout: Layout, kernel: str, naive: bool = False) -> tuple[str, tuple
     return text, ("--std=c++17", *(f"-D{name}={value}" for name, value in sizes.items()))
 
 
+def _lines(nbytes: int) -> int:
+    """`nbytes`, up to whole lines."""
+    return -(-nbytes // LINE) * LINE
+
+
 def shared_bytes(layout: Layout, kernel: str) -> int:
     """Dynamic shared memory of a kernel's thread block, at most."""
     record, rows = Record(layout), layout.block_size * (layout.head_dim + 1)
     if kernel == "score":  # a warp's codes under way, scales and offsets of chunks; the trailing block's keys or values in FP32
-        staged = SCORE_STAGES * (record.score_bytes - record.key_codes_at) + SCORE_CHUNK * (record.key_codes_at + 2 * record.key_dim)
+        staged = SCORE_STAGES * _lines(record.score_bytes - record.key_codes_at) + LINE
+        staged += SCORE_CHUNK * (record.key_codes_at + 2 * record.key_dim)
         return max(WARPS * staged + SCORE_SPARE, 4 * rows)
     if kernel == "value":  # tiles of tokens with their weights under way, a warp's sums; statistics of a split
         staged = max(VALUE_STAGES * (record.value_bytes + 4 * TILE_WEIGHT_FLOATS), 4 * ROW_TILE * layout.head_dim)
-        return WARPS * staged + 4 * STATISTIC_FLOATS * SPLIT_TOKENS_MAX // layout.block_size
+        return WARPS * staged + LINE + 4 * STATISTIC_FLOATS * SPLIT_TOKENS_MAX // layout.block_size
     if kernel == "finish":  # the row's partials and skips
         return 4 * SPLITS_MAX * (SUMMED + SKIPS)
     if kernel == "promote":  # of a warp, tiles of original keys, original and coded values, weights, norms; notes; its changes of the sums
-        staged = TILE * (2 * layout.head_dim * layout.itemsize + 16) + record.value_bytes + 4 * TILE_WEIGHT_FLOATS + 4 * TILE + 64
-        return WARPS * (staged + 4 * ROW_TILE * layout.head_dim)
+        staged = TILE * 2 * layout.head_dim * layout.itemsize + record.value_bytes + 4 * TILE_WEIGHT_FLOATS + 4 * TILE + 64
+        return WARPS * (_lines(staged) + 4 * ROW_TILE * layout.head_dim)
     if kernel == "canary":  # a record of keys in FP32
         return 4 * rows
     if kernel == "dense":  # the scores of a split; a record in FP32

@@ -11,7 +11,8 @@
 constexpr int SCORE_STAGES = 2;  // at 131,072 tokens: 2 67 us, 3 66, 4 70; two blocks at once in a warp 73, five or six blocks resident 72 to 87
 constexpr int CHUNK = 8, SCALE_BYTES = 2 * KEY_DIM, REST_BYTES = KEY_CODES_AT - SCALE_BYTES;  // rest: a block's offsets and notes
 constexpr int CODE_BYTES = SCORE_BYTES - KEY_CODES_AT;                                          // and its norms
-constexpr int STAGED_BYTES = SCORE_STAGES * CODE_BYTES + CHUNK * (2 * SCALE_BYTES + REST_BYTES);  // of a warp; scales of two chunks
+constexpr int CODES_EACH = LINED ? (CODE_BYTES + LINE - 1) / LINE * LINE : CODE_BYTES;  // in shared memory
+constexpr int STAGED_BYTES = SCORE_STAGES * CODES_EACH + LINE + CHUNK * (2 * SCALE_BYTES + REST_BYTES);  // of a warp; scales of two chunks
 constexpr float LIMB_MAX = 32512.f;
 constexpr float PRODUCT_FLOOR = 0x1p-90f;                            // entries of q below 2^-126 of the largest, which are flushed, times keys below 2^23
 constexpr float NORM_ROOM = 1.f + 6.103515625e-5f;                  // 2^-14: sixteen MMAs over positive terms, 34 u each, and the root
@@ -210,8 +211,8 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     if (call.tokens > full * BLOCK) score_tail(calls + blockIdx.z, heads, group, h, tile, tiles, (float *)shared);
     return;
   }
-  unsigned char *stage = shared + warp * STAGED_BYTES;
-  const u32 scales = shared_at(stage) + SCORE_STAGES * CODE_BYTES, rest = scales + 2 * CHUNK * SCALE_BYTES;  // [2][CHUNK], [CHUNK]
+  unsigned char *stage = shared + warp * STAGED_BYTES + (LINED ? KEY_CODES_AT % LINE : 0);
+  const u32 scales = shared_at(shared) + warp * STAGED_BYTES + SCORE_STAGES * CODES_EACH + LINE, rest = scales + 2 * CHUNK * SCALE_BYTES;  // [2][CHUNK], [CHUNK]
   __shared__ u64 bars[WARPS][SCORE_STAGES];
 
   const int each = per / WARPS, first = split * per + warp * each, count = max(0, min(each, full - first));
@@ -225,7 +226,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     i64 at = __shfl_sync(~0u, offset, i);
     if (lane == 0) {
       barrier_expect(&bars[warp][s], CODE_BYTES);
-      bulk_stream(stage + s * CODE_BYTES, pool + at + KEY_CODES_AT, CODE_BYTES, &bars[warp][s], policy);
+      bulk_stream(stage + s * CODES_EACH, pool + at + KEY_CODES_AT, CODE_BYTES, &bars[warp][s], policy);
     }
   };
   auto fetch = [&](int i) {  // scales, offsets and notes of the chunk that begins with block i
@@ -290,7 +291,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       __syncwarp();
       if (i + CHUNK < count) fetch(i + CHUNK);
     }
-    const u32 codes = shared_at(stage) + now * CODE_BYTES, own_scales = scales + i % (2 * CHUNK) * SCALE_BYTES;
+    const u32 codes = shared_at(stage) + now * CODES_EACH, own_scales = scales + i % (2 * CHUNK) * SCALE_BYTES;
     barrier_wait(&bars[warp][now], parity);
     float a[KEY_STEPS * 4], tops4[4] = {1e-30f, 0.f, 0.f, 0.f};
 #pragma unroll

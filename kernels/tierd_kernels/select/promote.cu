@@ -5,11 +5,11 @@
 // Weights stay relative to the row's largest score of the first pass. Scores of originals are sums in FP32 of exact or once rounded
 // products; what was taken back has been rounded once already, which the split's ERROR remembers (CERTIFICATE.md, "Promotion").
 constexpr int THREADS = WARPS * LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
-constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM + 16;  // of a staged key: rows begin four banks apart
+constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM;
 // What a warp stages of a block, of a tile of tokens each: original keys, original and coded values, weights as they were, norms; and the
 // notes.
-constexpr int VALUES_STAGED_AT = TILE * ROW_BYTES, CODES_STAGED_AT = VALUES_STAGED_AT + TILE * D * ITEM, WEIGHTS_STAGED_AT = CODES_STAGED_AT + VALUE_BYTES;
-constexpr int NORMS_STAGED_AT = WEIGHTS_STAGED_AT + 4 * WEIGHT_FLOATS, NOTES_STAGED_AT = NORMS_STAGED_AT + 4 * TILE, STAGED_BYTES = NOTES_STAGED_AT + 64;
+constexpr int VALUES_STAGED_AT = TILE * ROW_BYTES, CODES_STAGED_AT = VALUES_STAGED_AT + TILE * ROW_BYTES, WEIGHTS_STAGED_AT = CODES_STAGED_AT + VALUE_BYTES;
+constexpr int NORMS_STAGED_AT = WEIGHTS_STAGED_AT + 4 * WEIGHT_FLOATS, NOTES_STAGED_AT = NORMS_STAGED_AT + 4 * TILE, STAGED_BYTES = (NOTES_STAGED_AT + 64 + LINE - 1) / LINE * LINE;
 // Of a thread of what the split has: its sums; its statistics, four at a time.
 constexpr int OWN_SUMS = (ROW_TILE * D + THREADS - 1) / THREADS, OWN_STATISTICS = (SPLIT_BLOCKS * STATISTIC_FLOATS / 4 + THREADS - 1) / THREADS;
 static_assert(SPLIT_BLOCKS * STATISTIC_FLOATS * 4 <= WARPS * (STAGED_BYTES + 4 * ROW_TILE * D), "a split's statistics fit where blocks were staged");
@@ -114,40 +114,29 @@ __device__ __forceinline__ int decide(const Call &call, int h, int rows, int til
 // Where the records of a block lie, and its weights.
 struct Place { const unsigned char *record, *keys, *values; const float *weights; };
 
+// Where a byte of the keys is staged: sixteen bytes of a line change places by the row, so that the same ones of eight rows lie in different banks.
+__device__ __forceinline__ int key_at(int at) { return at ^ (((ROW_BYTES % LINE ? at / LINE : at / ROW_BYTES) & 7) << 4); }
 // Copies to a warp's stage; `copies_wait` waits.
 __device__ __forceinline__ void stage_bytes(u32 to, const void *from, int count, int lane, u64 policy) {
 #pragma unroll 1
   for (int at = lane * 16; at < count; at += LANES * 16) copy16(to + at, (const unsigned char *)from + at, policy);
 }
-// What a tile's first pass had; `stage_originals` need not have ended.
-__device__ __forceinline__ void stage_quantised(u32 stage, const Place &of, int t, int lane, u64 policy) {
+__device__ __forceinline__ void stage_keys(u32 stage, const Place &of, int t, int lane, u64 policy) {
+  const unsigned char *keys = of.keys + t * TILE * ROW_BYTES;
+#pragma unroll 4
+  for (int at = lane * 16; at < TILE * ROW_BYTES; at += LANES * 16) copy16(stage + key_at(at), keys + at, policy);
+}
+// All else of a tile; original values where some row needs them.
+__device__ __forceinline__ void stage_values(u32 stage, const Place &of, int t, bool originals, int lane, u64 policy) {
+  if (originals) stage_bytes(stage + VALUES_STAGED_AT, of.values + t * TILE * ROW_BYTES, TILE * ROW_BYTES, lane, policy);
   stage_bytes(stage + CODES_STAGED_AT, of.record + SCORE_BYTES + t * VALUE_BYTES, VALUE_BYTES, lane, policy);
   stage_bytes(stage + WEIGHTS_STAGED_AT, of.weights + t * WEIGHT_FLOATS, 4 * WEIGHT_FLOATS, lane, policy);
   stage_bytes(stage + NORMS_STAGED_AT, of.record + NORMS_AT + 4 * t * TILE, 4 * TILE, lane, policy);
 }
-// Original keys and values of a tile, all loads of a lane under way together. They go through registers, which are free at this point:
-// cp.async carried 27 GB/s from pinned host memory on an H100, plain loads 40.
-__device__ __forceinline__ void stage_originals(unsigned char *stage, const Place &of, int t, bool keys, bool values, int lane) {
-  constexpr int BYTES = TILE * D * ITEM, STRIDE = LANES * 16, AT_ONCE = BYTES / STRIDE < 8 ? (BYTES + STRIDE - 1) / STRIDE : 8;
-#pragma unroll 1
-  for (int first = lane * 16; first < BYTES; first += AT_ONCE * STRIDE) {
-    uint4 key[AT_ONCE], value[AT_ONCE];
-    auto each = [&](auto run) {
-#pragma unroll
-      for (int k = 0; k < AT_ONCE; k++)
-        if (BYTES % (AT_ONCE * STRIDE) == 0 || first + k * STRIDE < BYTES) run(k, first + k * STRIDE);
-    };
-    if (keys) each([&](int k, int at) { key[k] = *(const uint4 *)(of.keys + t * BYTES + at); });
-    if (values) each([&](int k, int at) { value[k] = *(const uint4 *)(of.values + t * BYTES + at); });
-    if (keys) each([&](int k, int at) { *(uint4 *)(stage + at / (D * ITEM) * ROW_BYTES + at % (D * ITEM)) = key[k]; });
-    if (values) each([&](int k, int at) { *(uint4 *)(stage + VALUES_STAGED_AT + at) = value[k]; });
-  }
-}
 
 // Scores, in binary units, of the staged tile of sixteen tokens of an original record for the four rows: a lane has token lane % 16.
 __device__ __forceinline__ void score_originals(const unsigned char *stage, const Scratch &with, int lane, float (&s)[ROW_TILE]) {
-  const unsigned char *own = stage + lane % TILE * ROW_BYTES + lane / TILE * HALF * ITEM;
-  const int begin = lane / TILE * HALF;
+  const int begin = lane / TILE * HALF, own = lane % TILE * ROW_BYTES + begin * ITEM;
   float sums[ROW_TILE][8];
 #pragma unroll
   for (int row = 0; row < ROW_TILE; row++)
@@ -157,7 +146,7 @@ __device__ __forceinline__ void score_originals(const unsigned char *stage, cons
   for (int i = 0; i < HALF; i += 8) {
     uint4 bits[8 / PER_LOAD];
 #pragma unroll
-    for (int k = 0; k < 8 / PER_LOAD; k++) bits[k] = ((const uint4 *)(own + i * ITEM))[k];
+    for (int k = 0; k < 8 / PER_LOAD; k++) bits[k] = *(const uint4 *)(stage + key_at(own + i * ITEM + 16 * k));
 #pragma unroll
     for (int k = 0; k < 8; k++) {
       const float key = as_float(&bits[k / PER_LOAD], k % PER_LOAD);
@@ -197,9 +186,9 @@ __device__ __forceinline__ void promote_block(const Call &call, int block, u32 m
   const float unit = unit_factor(call.unit), *weights = (const float *)(stage + WEIGHTS_STAGED_AT), *notes = (const float *)(stage + NOTES_STAGED_AT);
   const u64 policy = stream_policy();
   __syncwarp();  // the block before is done with the stage
-  stage_quantised(shared_at(stage), at, 0, lane, policy);
+  if (mark & 15) stage_keys(shared_at(stage), at, 0, lane, policy);
+  stage_values(shared_at(stage), at, 0, mark & 240, lane, policy);
   stage_bytes(shared_at(stage) + NOTES_STAGED_AT, at.record + NOTES_AT, 64, lane, policy);
-  stage_originals(stage, at, 0, mark & 15, mark & 240, lane);
   copies_wait();
 
   float s[TILES][ROW_TILE], most[2 * ROW_TILE];  // most: the rows' largest scores, then the largest of their sizes
@@ -211,8 +200,8 @@ __device__ __forceinline__ void promote_block(const Call &call, int block, u32 m
     for (int t = 0; t < TILES; t++) {
       if (t) {
         __syncwarp();
-        stage_originals(stage, at, t, true, false, lane);
-        __syncwarp();
+        stage_keys(shared_at(stage), at, t, lane, policy);
+        copies_wait();
       }
       score_originals(stage, room, lane, s[t]);
 #pragma unroll
@@ -251,8 +240,7 @@ __device__ __forceinline__ void promote_block(const Call &call, int block, u32 m
   for (int t = 0; t < TILES; t++) {
     if (t) {
       __syncwarp();
-      stage_quantised(shared_at(stage), at, t, lane, policy);
-      stage_originals(stage, at, t, false, mark & 240, lane);
+      stage_values(shared_at(stage), at, t, mark & 240, lane, policy);
       copies_wait();
     }
     const u32 both = ((const u32 *)(stage + NORMS_STAGED_AT))[token];
