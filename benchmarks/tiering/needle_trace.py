@@ -8,11 +8,11 @@ the step before, in one of the eight before, in any before (`needs.py`; the mode
     model, 4,096 tokens             5.9    16        0.49  0.80  0.94           4.5    13        0.47  0.78  0.93
     model, 8,192                    8.6    25        0.53  0.76  0.92           6.5    19        0.51  0.77  0.92
     model, 16,384                    13    33        0.54  0.76  0.88           9.5    25        0.53  0.75  0.88
-    clusters, 131,072                53    87        0.57  0.84  0.90            25    47        0.50  0.76  0.84
-    needles, 131,072                194   980        0.79  0.84  0.88            76   402        0.77  0.82  0.85
+    clusters, 131,072                54    85        0.56  0.85  0.95            26    43        0.50  0.79  0.92
+    needles, 131,072                190   780        0.73  0.83  0.86            66   289        0.71  0.81  0.83
 
 From 16,384 to 131,072 tokens the model's 13 and 9.5 would become 44 and 29, if they went on growing by half with each doubling, as they
-did. (The mean of its five layers grew by a fifth, to 5.1 and 4.1.) Half of the calls over needles read 4 originals of a head or less.
+did. (The mean of its five layers grew by a fifth, to 5.1 and 4.1.) Half of the calls over needles read 17 keys of a head or less.
 
 Legend: H query heads, K KV heads, N tokens stored first, T steps, d head dimension.
 """
