@@ -61,32 +61,35 @@ class Meter:
     def __init__(self, attend: Attend, device: torch.device) -> None:
         self._attend, self._cuda = attend, device.type == "cuda"
         self._at: list[float] = []
-        self._before = 0
+        self._cache: Any = None
+        self._beside = 0
         self.seconds: list[float] = []
         self.held: list[dict[str, int]] = []
 
     @contextmanager
     def attend(self, max_tokens: int, pads: Sequence[int]) -> Iterator[Any]:
         self._at = []
-        self._before = torch.cuda.memory_allocated() if self._cuda else 0
-        with self._attend(max_tokens, pads) as cache:
-            yield cache
+        with self._attend(max_tokens, pads) as self._cache:
+            yield self._cache
             self.seconds += np.diff(self._at).tolist()
-            held = held_bytes(cache)
+            held = held_bytes(self._cache)
             if self._cuda:
-                held["peak"] = torch.cuda.max_memory_allocated() - self._before + held.get("hot", 0)
+                held["peak"] = torch.cuda.max_memory_allocated() - self._beside + held.get("hot", 0)
             self.held.append(held)
+        self._cache = None
 
     def tick(self) -> None:
         if self._cuda:
             torch.cuda.synchronize()
             if not self._at:
+                self._beside = torch.cuda.memory_allocated() - held_bytes(self._cache).get("cuda", 0)
                 torch.cuda.reset_peak_memory_stats()  # the prefill is the same in all, and takes more than any token
         self._at.append(time.perf_counter())
 
     def largest(self) -> dict[str, int]:
         """Bytes by kind, as `held_bytes` names them, of the example with the most. "peak", on a GPU: the most at any moment of decoding
-        beyond what was allocated before the example; of PyTorch's memory, and of ours besides that what "hot" counts."""
+        beyond what lies beside the cache after the prefill (the model, and 32 MiB that cuBLAS takes in a process's first example); of
+        PyTorch's memory, and of ours besides that what "hot" counts."""
         return {kind: max(one.get(kind, 0) for one in self.held) for kind in self.held[0]}
 
 

@@ -1,5 +1,6 @@
 """Peers answer the same prompts as dense attention; who cannot run is named; times are of a process alone, shares score."""
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import common
 import peers
 import pytest
 import tiny
+import torch
 
 ARGUMENTS = ["--contexts", "1200", "--tasks", "niah", "vt", "--examples", "3", "--device", "cpu"]
 
@@ -74,6 +76,22 @@ def test_each_prompt_is_answered_once_before_its_tokens_are_timed(
     assert len(asked) == 3 * 2 * 2, "three peers, two tasks"
     for (first, metered), (second, again) in zip(asked[::2], asked[1::2], strict=True):
         assert first == second and not metered and again
+
+
+@pytest.mark.parametrize(("held", "peak"), [({"cuda": 20}, 38), ({"cuda": 5, "cpu": 15}, 23), ({"hot": 30, "originals": 40}, 48)])
+def test_the_peak_is_the_caches_alone(held: dict[str, int], peak: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """132 bytes are allocated after the prefill, and 150 at most; what of the 132 is not the cache's has no part in the peak."""
+    allocated = iter([132])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(allocated))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 150)
+    monkeypatch.setattr(caches, "held_bytes", lambda cache: dict(held))
+    meter = caches.Meter(lambda *_: contextlib.nullcontext(object()), torch.device("cuda"))
+    with meter.attend(1, (0,)):
+        for _ in range(3):
+            meter.tick()
+    assert meter.largest() == held | {"peak": peak} and len(meter.seconds) == 2
 
 
 def test_only_what_dense_answered_is_compared_and_the_most_memory_counts() -> None:

@@ -135,7 +135,12 @@ struct Groups {
 };
 struct Group { float t1, g, spread, used, error, amplitude, squares, coded, a2, rho, dot; };
 
+// `rough`: for what opens no gate; a rounded root is a subroutine.
+template <bool rough>
+__device__ __forceinline__ float root(float x) { return rough ? sqrt_approx(x) : sqrtf(x); }
+
 // Spectral norms of group k's values and of their errors, in units; infinite where the group is not complete.
+template <bool rough = false>
 __device__ __forceinline__ float2 group_norms(const Call &call, const Groups &groups, int k, int heads, int h) {
   const float unit = unit_factor(call.unit);
   const bool complete = k * groups.together < call.splits && (k + 1) * groups.spanned * GROUP_TOKENS <= call.groups * GROUP_TOKENS;
@@ -145,17 +150,18 @@ __device__ __forceinline__ float2 group_norms(const Call &call, const Groups &gr
     const float x = call.group_values[i * heads + h] * unit, y = call.group_errors[i * heads + h] * unit;
     value += x * x, error += y * y;
   }
-  return make_float2(sqrtf(value) * ROOM + LEAST, sqrtf(error) * ROOM + LEAST);
+  return make_float2(root<rough>(value) * ROOM + LEAST, root<rough>(error) * ROOM + LEAST);
 }
 
 // E_key and E_val of a group; o: the norm of the output.
+template <bool rough = false>
 __device__ __forceinline__ float2 group_terms(const Group &x, float2 norms, float o) {
   const float slack = 4.f * (VALUE_ROUNDING + THETA) * (x.used + x.rho * o * o + 2.f * o * x.amplitude) + LEAST;
-  const float width = sqrtf(fmaxf(x.used - 2.f * x.dot + x.rho * o * o, 0.f) + slack);
-  float best = x.t1 + x.g * o, other = (width + sqrtf(x.error)) * sqrtf(x.spread);
+  const float width = root<rough>(fmaxf(x.used - 2.f * x.dot + x.rho * o * o, 0.f) + slack);
+  float best = x.t1 + x.g * o, other = (width + root<rough>(x.error)) * root<rough>(x.spread);
   best = other < best ? other : best;
-  other = norms.x * sqrtf(x.squares) + o * x.g;
+  other = norms.x * root<rough>(x.squares) + o * x.g;
   best = other < best ? other : best;
-  other = norms.y * sqrtf(x.a2);
+  other = norms.y * root<rough>(x.a2);
   return make_float2(best, other < x.coded ? other : x.coded);
 }

@@ -323,7 +323,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     }
     const BlockFacts fact = facts[i % CHUNK][c];
     const float step = __shfl_sync(~0u, top, 8 * c) * (1.f / LIMB_MAX);
-    float s[2 * TILES], largest = -INFINITY;
+    float s[2 * TILES], largest = LOWEST;  // no score is lower: where a row sees nothing its weights are 2^-infinity
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
       int d[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // two chains: half the latency
@@ -364,7 +364,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       const u32 both = shared32(codes + BLOCK * KEY_DIM + ((t / 2) * TILE + (t & 1) * 8) * 4 + r * 4);
       const float x = s[t] - largest, nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR);
       const float eta = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
-      const float w = x >= LOG2_MIN ? exp2_approx(x) : 0.f;  // x is NaN where the row sees nothing: zero too
+      const float w = exp2_approx(x);  // which is zero from 2^-126 down
       sum.add(w, nu, eta, nu + eta);
       store_kept(weights + (t / 2) * WEIGHT_FLOATS + (t & 1) * 8, w, kept);
     }

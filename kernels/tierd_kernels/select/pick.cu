@@ -93,7 +93,9 @@ __device__ __forceinline__ Fixed fixed_part(const Call &call, const Groups &grou
   const int first = min(k * groups.together, call.splits), end = trailing ? first + 1 : min(first + groups.together, call.splits);
   Group all = {};
   float all_low = 0.f;
-  for (int i = first + lane; i < end; i += LANES) {
+  int share = 1;  // lanes that share the group's splits; all such runs of lanes do the same
+  while (!trailing && share < LANES && share < groups.together) share <<= 1;
+  for (int i = first + lane % share; i < end; i += share) {
     const float *p = call.partials + ((i64)base * (call.splits + 1) + i) * PARTIALS * ROW_TILE + row;
     auto part = [&](int x) { return p[x * ROW_TILE]; };
     const float f = __fdividef(exp2_approx(part(SPLIT_TOP) - own.top), own.mass);
@@ -104,10 +106,13 @@ __device__ __forceinline__ Fixed fixed_part(const Call &call, const Groups &grou
       all_low = f * part(LOW);
     }
   }
-  const float2 norms = group_norms(call, groups, k, heads, h);
-  float *sums[] = {&all.used, &all.error, &all.amplitude, &all.rho, &all.dot, &all.t1, &all.g, &all.spread, &all.squares, &all_low};
+  const float2 norms = group_norms<true>(call, groups, k, heads, h);
+#pragma unroll 1
+  for (int bit = 1; bit < share; bit <<= 1) {
+    float *sums[] = {&all.used, &all.error, &all.amplitude, &all.rho, &all.dot};
 #pragma unroll
-  for (float *sum : sums) *sum = warp_sum(*sum);
+    for (float *sum : sums) *sum += __shfl_xor_sync(~0u, *sum, bit);
+  }
   return {all, all_low, norms};
 }
 
@@ -139,7 +144,7 @@ __device__ __forceinline__ void add_group(const Fixed &fixed, bool trailing, int
     Group x = fixed.all;
     x.t1 += below[OF_T1][i], x.g += below[OF_G][i], x.spread += below[OF_SPREAD][i], x.squares += below[OF_SQUARES][i];
     x.coded = below[OF_VALUE][i], x.a2 = below[OF_CODED][i];
-    const float2 found = group_terms(x, fixed.norms, own.output);
+    const float2 found = group_terms<true>(x, fixed.norms, own.output);
     bound[i] += found.x + found.y, lost[i] += fixed.low + below[OF_LOW][i];
   }
 }
