@@ -84,7 +84,8 @@ def int8_score_error(K: Raw, q: Raw, softmax_scale: float, block_size: int = 16)
         * (2 * d + 32)
         * np.einsum("hnd,hbd->hnb", queries, np.abs(blocks).max(axis=2)[heads] + 128 * step[heads])
     )
-    worst: NDArray[np.float64] = abs(softmax_scale) * (half_steps + rounding).max(axis=2) + 2e-5
+    with np.errstate(over="ignore"):  # infinite where nothing can be said
+        worst: NDArray[np.float64] = abs(softmax_scale) * (half_steps + rounding).max(axis=2) + 2e-5
     return worst
 
 

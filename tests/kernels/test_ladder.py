@@ -248,6 +248,10 @@ EXPONENTS = st.sampled_from((-45, -30, -10, -3, 0, 0, 3, 12, 25, 38))
     dtype="float32", tokens=64, n=1, k_exponent=0, v_exponent=12, q_exponent=0, where="everywhere", zeros=0.0, scale=1e5, rtol=0.5,
     atol=0.0, relative_to="values", policy=Coverage(), seed=0,
 )  # fmt: skip
+@example(  # scores of tiny keys and a huge scale, of which the judge's own estimate is beyond double
+    dtype="bfloat16", tokens=1, n=1, k_exponent=-45, v_exponent=-45, q_exponent=3, where="everywhere", zeros=0.0, scale=1.7e308, rtol=0.0,
+    atol=0.0, relative_to="values", policy=Budget(), seed=0,
+)  # fmt: skip
 @settings(max_examples=150, deadline=None)
 def test_any_finite_input_is_answered_without_a_warning(
     dtype: str, tokens: int, n: int, k_exponent: int, v_exponent: int, q_exponent: int, where: str, zeros: float, scale: float,
