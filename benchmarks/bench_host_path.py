@@ -89,7 +89,8 @@ def script(setting: Setting, rng: np.random.Generator, calls: int) -> list[tuple
         mixed = np.concatenate([rng.permutation(sets[layer])[round(CHANGED * setting.wanted) :], drawn(setting.wanted)])
         _, first = np.unique(mixed, axis=0, return_index=True)
         sets[layer] = mixed[np.sort(first)[: setting.wanted]]
-        found.append((sets[layer], np.sort(rng.integers(0, setting.blocks, (KV_HEADS, NEAR), dtype=np.int32))))
+        near = [rng.choice(setting.blocks, NEAR, replace=False, shuffle=False) for _ in range(KV_HEADS)]
+        found.append((sets[layer], np.sort(np.array(near, np.int32))))
     return found
 
 

@@ -74,7 +74,8 @@ def tell_candidates(script: Script, calls: int, heads: int, group: int) -> None:
     blocks[...], scores[...] = -1, 0.0
     for head in range(heads):
         promoted = script.promoted[script.promoted[:, 0] == head, 1][:most]
-        others = script.near[head][: most - len(promoted)] if len(script.near) else promoted[:0]
+        # A device names no block twice.
+        others = np.setdiff1d(script.near[head], promoted)[: most - len(promoted)] if len(script.near) else promoted[:0]
         both = np.concatenate([promoted, others])
         order = np.argsort(both)
         blocks[:, head, : len(both)] = both[order]
