@@ -27,7 +27,7 @@ from rich.table import Table
 from shares import read_share, tolerance
 from tierd_kernels.call import Call
 from tierd_kernels.cuda import backend
-from tierd_kernels.cuda.launch import Kernels
+from tierd_kernels.cuda.launch import kernels
 from tierd_kernels.cuda.memory import DeviceMemory
 from tierd_kernels.cuda.packing import Part
 from tierd_kernels.cuda.step import Answer, Step
@@ -103,7 +103,7 @@ class Graph:
         elif self.what == "candidates":
             step.kernels.candidates(step.at, step.grid, on)
         else:
-            Kernels(step.layout, naive=self.what == "naive").certify(step.at, step.grid, False, on)
+            kernels(step.layout, self.what == "naive").certify(step.at, step.grid, False, on)
 
     def answers(self) -> list[Answer]:
         """Of every call. What steps promoted lies in the workspace, which they share: each is asked before the next one runs."""
@@ -216,7 +216,7 @@ def appended(layout: Layout) -> Times:
 
     def run(on: Any) -> None:
         for i in range(count):
-            Kernels(layout).quantise(memory.originals_at, memory.hot_at, at[i : i + 1], hot[i : i + 1], norms, on)
+            kernels(layout).quantise(memory.originals_at, memory.hot_at, at[i : i + 1], hot[i : i + 1], norms, on)
 
     cp.cuda.Device().synchronize()
     graph = captured(run, memory.stream)

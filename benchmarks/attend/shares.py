@@ -6,8 +6,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
+from tierd_kernels.cuda.marks import OF_KIND
+from tierd_kernels.cuda.sources import ROW_TILE
 
-ROW_TILE = 4  # rows that share one word of marks
 CLOSE, TRIES = 0.1, 8  # of the wanted share; measurements, besides those of the ends
 RTOL_MIN, RTOL_MAX = 0.02, 0.05
 
@@ -18,8 +19,7 @@ def read_share(marks: NDArray[np.uint32] | None, heads: int) -> float:
     if marks is None:
         return 0.0
     of_head = np.bitwise_or.reduce(marks.reshape(heads, -1, marks.shape[1]), axis=1)
-    keys, values = (1 << ROW_TILE) - 1, ((1 << ROW_TILE) - 1) << ROW_TILE
-    return float(np.mean([of_head & keys > 0, of_head & values > 0]))
+    return float(np.mean([of_head & OF_KIND > 0, of_head & OF_KIND << ROW_TILE > 0]))
 
 
 def tolerance(share_at: Callable[[float], float], wanted: float) -> float:

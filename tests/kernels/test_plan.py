@@ -45,7 +45,7 @@ def test_arrays_of_a_plan_hold_what_they_are_for() -> None:
     found = plan(layout, Shape(4, 3, 129, 161, 2, 4, 5, 7, False))
     rows = layout.num_kv_heads * 12
     for place, sizes in (
-        (INPUTS, {"q": rows * 2 * layout.head_dim, "hot": 8 * 129, "original": 8 * 161, "canaries": 20}),
+        (INPUTS, {"q": rows * 2 * layout.head_dim, "hot": 8 * 129, "original": 8 * 161, "tickets": 4 * found.tickets}),
         (ANSWERS, {"output": rows * 2 * layout.head_dim, "state": 4 * rows, "failures": 5 * layout.num_kv_heads}),
         (LATE, {"candidate_blocks": 8 * layout.num_kv_heads * 7, "candidate_scores": 8 * layout.num_kv_heads * 7}),
     ):

@@ -107,7 +107,7 @@ class Packed:
         put("group_values", call.group_value_norms)
         put("group_errors", call.group_error_norms)
         tickets = start + at["tickets"][1]
-        host[tickets : tickets + 4 * (self._layout.num_kv_heads + 2 * self.plan.tiles)] = 0
+        host[tickets : tickets + 4 * self.plan.tickets] = 0
         if len(self.canaries):
             put("canaries", self.canaries.astype(np.int32))
         if call.key_locations is not None and call.value_locations is not None:  # 1 MB at 131,072 tokens of 8 KV heads

@@ -53,12 +53,13 @@ class Shape(NamedTuple):
 
 class Plan(NamedTuple):
     """`sizes`: bytes that a part takes of each of the first four places; `places`: of every address of CALL, where it lies and its offset
-    there; `pointers`: the same in the order of CALL; `tiles`: of all KV heads."""
+    there; `pointers`: the same in the order of CALL; `tiles`: of all KV heads; `tickets`, which a call begins with as zeros."""
 
     sizes: tuple[int, ...]
     places: dict[str, tuple[int, int]]
     pointers: tuple[tuple[int, int], ...]
     tiles: int
+    tickets: int
 
 
 @lru_cache(PLANS_MAX)
@@ -67,6 +68,7 @@ def plan(layout: Layout, shape: Shape) -> Plan:
     heads, d, full = layout.num_kv_heads, layout.head_dim, shape.full
     of_head = shape.group * shape.n
     rows, tiles, splits = heads * of_head, heads * -(-of_head // ROW_TILE), -(-full // shape.per)
+    tickets = heads + 2 * tiles
     weights = layout.block_size // TILE * TILE_WEIGHT_FLOATS
     outputs, of_candidates = rows * d * layout.itemsize, 4 * 2 * heads * shape.candidates
     locations = {"key_at": 8 * full * heads, "value_at": 8 * full * heads} if shape.located else {}
@@ -81,7 +83,7 @@ def plan(layout: Layout, shape: Shape) -> Plan:
         },
         INPUTS: {
             "q": outputs, "hot": 8 * full, "original": 8 * shape.blocks, "group_values": 4 * shape.groups * heads,
-            "group_errors": 4 * shape.groups * heads, "canaries": 4 * shape.canaries, "tickets": 4 * (heads + 2 * tiles), **locations,
+            "group_errors": 4 * shape.groups * heads, "canaries": 4 * shape.canaries, "tickets": 4 * tickets, **locations,
         },
         # In this order in `answers`: numbers of eight bytes first.
         ANSWERS: {"fields": 8 * len(FIELDS) * rows, "state": 4 * rows, "output": outputs, "failures": shape.canaries * heads},
@@ -97,7 +99,7 @@ def plan(layout: Layout, shape: Shape) -> Plan:
             places[name] = place, used
             used += -(-nbytes // ALIGNMENT) * ALIGNMENT
         sizes.append(used)
-    return Plan(tuple(sizes), places, tuple(places[name] for name in POINTERS), tiles)
+    return Plan(tuple(sizes), places, tuple(places[name] for name in POINTERS), tiles, tickets)
 
 
 class Terms(NamedTuple):
