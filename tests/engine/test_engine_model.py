@@ -85,7 +85,7 @@ class Machine:
         name, layer, index = place
         session, draw = self.engine.sessions.by_id[name], self.fuzz.random.randrange
         layout, block = session.layout, int(session.layers[layer].ids[index])
-        record = session.table.record_offset(draw(2), block, draw(layout.num_kv_heads))
+        record = session.table.offsets_of(draw(2), block, draw(layout.num_kv_heads))
         command: Command = Truncate(name, index * layout.block_size + 1 + draw(layout.block_size - 1), worker=session.worker)
         if not self.fuzz.one_in(3):
             command = Attend([self.fuzz.row(name, layer, self.fuzz.random.choice([EXACT, LOOSE]))], worker=session.worker)

@@ -97,9 +97,7 @@ def test_blocks_that_take_the_places_of_others_are_noticed(asks: bool) -> None:
 def test_what_is_out_of_step_is_noticed() -> None:
     owner = residency()
     table = owner.table(LAYOUT)
-    ids = table.add_tails(1)
-    table.give_hot(ids)
-    table.seal(ids)
+    ids = filled(table, table.add_tails(1))
     table.resident[ids] += 1
     with pytest.raises(AssertionError, match="miscounted"):
         owner.check_integrity()

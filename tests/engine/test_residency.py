@@ -14,7 +14,7 @@ from tierd_kernels.layout import Layout
 
 from tierd.errors import CapacityExceeded, CertificateUnavailable
 from tierd.pools import Arenas
-from tierd.residency import BARRED, CopyState, Residency, ScratchCopy
+from tierd.residency import BARRED, BlockTable, CopyState, Ids, Residency, ScratchCopy
 
 LAYOUT = Layout(2, 64, 16, 16, "float16")
 BLOCKS, HOT, COPIES = 6, 4, 3  # copies of each kind
@@ -206,7 +206,7 @@ class Machine(RuleBasedStateMachine):
             for kind, head in RECORDS:
                 copy = resident.get((kind, block, head))
                 assert (table.copy_id[kind, block, head] == BARRED) == ((kind, block, head) in self.barred)
-                assert table.location[kind, block, head] == (copy.target if copy else ~table.record_offset(kind, block, head))
+                assert table.location[kind, block, head] == (copy.target if copy else ~table.offsets_of(kind, block, head))
                 if copy:
                     seen = arenas.memory.scratch[copy.target : copy.target + copy.nbytes].view(np.float16)
                     np.testing.assert_array_equal(seen, table.originals(block)[kind][head].reshape(-1))
@@ -280,12 +280,18 @@ def test_the_integrity_check_notices(damage: str) -> None:
         residency.check_integrity()
 
 
+def filled(table: BlockTable, count: int) -> Ids:
+    """Full blocks."""
+    blocks = table.add_tails(count)
+    table.give_hot(blocks)
+    table.seal(blocks)
+    return blocks
+
+
 def test_a_copy_made_again_is_unread_until_it_is_read_itself() -> None:
     residency = make()
     table = residency.table(LAYOUT)
-    block = table.add_tails(1)
-    table.give_hot(block)
-    table.seal(block)
+    block = filled(table, 1)
     told: list[bool] = []
     residency.on_gone(lambda gone, used: told.extend(used.tolist()))
     for read in (True, False):
@@ -299,9 +305,7 @@ def test_a_copy_made_again_is_unread_until_it_is_read_itself() -> None:
 def test_no_record_gets_two_copies_at_once() -> None:
     residency = make()
     table = residency.table(LAYOUT)
-    block = table.add_tails(1)
-    table.give_hot(block)
-    table.seal(block)
+    block = filled(table, 1)
     with pytest.raises(AssertionError, match="given twice"):
         residency.begin_copies(table, 0, np.repeat(block, 2), ids(1, 1))
 
@@ -309,11 +313,9 @@ def test_no_record_gets_two_copies_at_once() -> None:
 def test_a_corrupt_record_is_named() -> None:
     residency = make()
     table = residency.table(LAYOUT)
-    block = int(table.add_tails(1)[0])
-    table.give_hot(ids(block))
-    table.seal(ids(block))
+    block = int(filled(table, 1)[0])
     table.require_sound(block)
-    residency.arenas.memory.originals[table.record_offset(1, block, 1) + 5] ^= 0x20
+    residency.arenas.memory.originals[table.offsets_of(1, block, 1) + 5] ^= 0x20
     with pytest.raises(CertificateUnavailable, match=f"values of block {block}, KV head 1"):
         table.require_sound(block)
     both, heads = np.array([block, block]), np.array([0, 1])

@@ -172,7 +172,7 @@ def test_a_copy_that_arrives_changed_is_made_once_more_and_then_never_again() ->
     assert next(residency.copies()).state is CopyState.IN_FLIGHT and residency.num_copies == RECORDS + 4
     bench.run()
     assert bench.engine.counters.events["corrupt_copy"] == 2 and residency.num_copies == RECORDS - 1 + 4
-    residency.arenas.memory.originals[residency.tables[GEOMETRY.layout()].record_offset(0, 0, 0)] ^= 1
+    residency.arenas.memory.originals[residency.tables[GEOMETRY.layout()].offsets_of(0, 0, 0)] ^= 1
     counts(bench)
     assert len(bench.run(bench.attend(name), bench.attend(name))) == 2
     assert counts(bench) == (2 * (RECORDS - 1), 2, 0, 0), "it is read from the host and not copied again"

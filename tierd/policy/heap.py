@@ -7,15 +7,13 @@ it was last looked at; worths only grow, so it is brought up to date when it com
 All in one module: what is compiled is kept on disk for as long as its own file stays as it is.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-compiled: Callable[[Function], Function] = numba.njit(cache=True)
+from tierd.compiling import compiled
+
 NOBODY = -1
 Ids = NDArray[np.int64]
 Copies = NDArray[Any]  # of COPY, by copy id

@@ -4,18 +4,15 @@ Legend: see `snapshot.py`. Time goes into waiting for notes, which are anywhere 
 is needed of them is fetched first, without a branch, many at once.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd.compiling import compiled
 from tierd.notes import NOTE
 from tierd.policy.snapshot import NO_READS, NONE, Ids, Worths
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-compiled: Callable[[Function], Function] = numba.njit(cache=True)
 Mask = NDArray[np.bool_]
 SAME = 2.5  # steps: what was seen no longer ago was seen when the layer was last looked at
 ZERO, ONE = np.float32(0.0), np.float32(1.0)

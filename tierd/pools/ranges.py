@@ -40,17 +40,11 @@ class RangeAllocator:
 
     def allocate(self, nbytes: int) -> int:
         """The offset of a range of at least `nbytes` (> 0). Raises CapacityExceeded when there is none; nothing changes then."""
-        assert nbytes > 0
-        size = self.size_of(nbytes)
-        offset = self._take(size) if size <= self.free_bytes else None
-        if offset is None:
-            raise self._exceeded(size)
-        self._owned[offset] = size
-        self.used_bytes += size
-        return offset
+        return int(self.allocate_many(nbytes, 1)[0])
 
     def allocate_some(self, nbytes: int, most: int) -> NDArray[np.int64]:
         """Offsets of `most` ranges of at least `nbytes` (> 0) each, int64 [n]; fewer where there is no room for so many."""
+        assert nbytes > 0
         size = self.size_of(nbytes)
         most = min(most, self.free_bytes // size)
         ready = self._bins.get(size, [])
@@ -76,16 +70,13 @@ class RangeAllocator:
 
     def release(self, offset: int) -> None:
         """Give back the range that starts at `offset`. Releasing what is not owned is our fault: AssertionError."""
-        size = self._owned.pop(offset, None)
-        assert size is not None, f"{self.name}: offset {offset} is not owned"
-        self.used_bytes -= size
-        self._bins.setdefault(size, []).append(offset)
+        self.release_many(np.array([offset], dtype=np.int64))
 
     def release_many(self, offsets: NDArray[np.int64]) -> None:
         """Give back the ranges that start there. Releasing what is not owned is our fault: AssertionError."""
         starts = offsets.tolist()
         sizes = [self._owned.pop(offset, 0) for offset in starts]
-        assert all(sizes), f"{self.name}: an offset is not owned"
+        assert all(sizes), f"{self.name}: offset {starts[sizes.index(0)]} is not owned"
         self.used_bytes -= sum(sizes)
         for size in set(sizes):  # mostly one
             self._bins.setdefault(size, []).extend(offset for offset, own in zip(starts, sizes, strict=True) if own == size)

@@ -98,11 +98,10 @@ class BlockTable:
         """Give back blocks that nobody refers to and that have no copies."""
         assert not (self.references[ids].any() or self.in_flight[ids].any() or self.pins[ids].any())
         assert (self.copy_id[:, ids] < 0).all()
-        for block in ids.tolist():
-            if self.hot_offset[block] >= 0:
-                self.take_hot(block)
-            self.arenas.originals.release(int(self.original_offset[block]))
-        self.original_offset[ids] = -1
+        hot = self.hot_offset[ids]
+        self.arenas.hot.release_many(hot[hot >= 0])
+        self.arenas.originals.release_many(self.original_offset[ids])
+        self.hot_offset[ids] = self.original_offset[ids] = -1
         self._free_ids.extend(ids.tolist())
 
     def originals(self, block: int) -> tuple[Raw, Raw]:
@@ -113,13 +112,8 @@ class BlockTable:
         shaped = raw.view(NUMPY_DTYPE[layout.dtype]).reshape(2, layout.num_kv_heads, layout.block_size, layout.head_dim)
         return shaped[KEY], shaped[VALUE]
 
-    def record_offset(self, kind: int, block: int, head: int) -> int:
-        """Byte offset in the originals of one block's keys or values of one head."""
-        record = kind * self.layout.num_kv_heads + head
-        return int(self.original_offset[block]) + record * self.layout.original_record_bytes
-
-    def offsets_of(self, kind: int | Ids, ids: Ids, head: Ids) -> Ids:
-        """Byte offsets in the originals of these n records, int64 [n]."""
+    def offsets_of(self, kind: int | Ids, ids: int | Ids, head: int | Ids) -> Ids:
+        """Byte offsets in the originals of these records, int64 of the shape that indices have together."""
         return np.asarray(self.original_offset[ids] + (kind * self.layout.num_kv_heads + head) * self.layout.original_record_bytes)
 
     def corrupt_records(self, kind: Ids, ids: Ids, head: Ids) -> list[tuple[int, int, int]]:
@@ -142,8 +136,7 @@ class BlockTable:
         return np.array(found, np.uint64).reshape(starts.shape)
 
     def record_offsets(self, kind: int, ids: Ids) -> NDArray[np.int64]:
-        heads = np.arange(self.layout.num_kv_heads, dtype=np.int64) + kind * self.layout.num_kv_heads
-        return self.original_offset[ids][:, None] + heads * self.layout.original_record_bytes
+        return self.offsets_of(kind, ids[:, None], np.arange(self.layout.num_kv_heads))
 
     def _grow(self) -> None:
         """Double the columns. The originals pool bounds the number of blocks, hence this."""

@@ -1,14 +1,10 @@
 """Counts by block, of many records at once."""
 
-from collections.abc import Callable
-from typing import Any, TypeVar
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-compiled: Callable[[Function], Function] = numba.njit(cache=True)
+from tierd.compiling import compiled
 
 
 @compiled
