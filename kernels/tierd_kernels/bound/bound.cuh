@@ -64,14 +64,17 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
 }
 
 // The sums of a split over its blocks' statistics, relative to `reference`, the row's largest score in it, to call.partials; thread (block,
-// row), rows fastest. All threads of the thread block come here. `marked`: some blocks were promoted, as `marks` says, and scores changed.
+// row), rows fastest. All threads of the thread block come here. `marked`: some blocks were promoted, as `marks` says, and scores changed;
+// `error`: what is added to the row's ERROR.
 // Returns, in a tile's first threads, the mass of the lightest block.
 template <bool marked>
-__device__ __forceinline__ float split_sums(const Call &call, const float *of_split, int base, int split, float reference, const u32 *marks = nullptr) {
+__device__ __forceinline__ float split_sums(const Call &call, const float *of_split, int base, int split, float reference, const u32 *marks = nullptr,
+                                            float error = 0.f) {
   __shared__ float sums[WARPS][RUN_MASS][ROW_TILE], least[WARPS][ROW_TILE];
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4, row = threadIdx.x % ROW_TILE;
   const int pairs = max(0, min(call.per, call.full - split * call.per)) * ROW_TILE;
   float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f, lightest = INFINITY;
+  p1[ERROR - 8] = error;
 #pragma unroll 1  // instructions that run once are waited for as they come
   for (int p = threadIdx.x; p < pairs; p += WARPS * LANES) {
     const float *from = of_split + p / ROW_TILE * STATISTIC_FLOATS;
