@@ -136,7 +136,22 @@ struct Groups {
     count = (call.splits + together - 1) / together + (call.tokens > call.full * BLOCK);
   }
 };
-struct Group { float t1, g, spread, used, error, amplitude, squares, coded, a2, rho, dot; };
+struct Group {
+  float t1, g, spread, used, error, amplitude, squares, coded, a2, rho, dot;
+  // Over the lanes that differ in `bit`.
+  __device__ __forceinline__ void join(int bit) {
+    float *sums[] = {&t1, &g, &spread, &used, &error, &amplitude, &squares, &coded, &a2, &rho, &dot};
+#pragma unroll
+    for (float *sum : sums) *sum += __shfl_xor_sync(~0u, *sum, bit);
+  }
+};
+// Adds a split, but for its dot product with the output; f: the factor of its weights, part(k): partial k.
+template <typename Part>
+__device__ __forceinline__ void add_split(Group &x, float f, Part part) {
+  x.t1 += f * part(T1), x.g += f * part(MASS_ERROR), x.spread += f * part(SPREAD), x.used += f * part(USED), x.error += f * part(ERROR2);
+  x.amplitude += f * part(AMPLITUDE), x.squares += f * part(KEY_SQUARES) * f, x.coded += f * part(VALUE), x.a2 += f * part(SQUARES) * f;
+  x.rho += f * part(MASS);
+}
 
 // `rough`: for what opens no gate; a rounded root is a subroutine.
 template <bool rough>
@@ -156,15 +171,19 @@ __device__ __forceinline__ float2 group_norms(const Call &call, const Groups &gr
   return make_float2(root<rough>(value) * ROOM + LEAST, root<rough>(error) * ROOM + LEAST);
 }
 
-// E_key and E_val of a group; o: the norm of the output.
-template <bool rough = false>
-__device__ __forceinline__ float2 group_terms(const Group &x, float2 norms, float o) {
+// What the second bound of a group's key error multiplies the root of its `spread` by; o: the norm of the output.
+template <bool rough>
+__device__ __forceinline__ float spread_factor(const Group &x, float o) {
   const float slack = 4.f * (VALUE_ROUNDING + THETA) * (x.used + x.rho * o * o + 2.f * o * x.amplitude) + LEAST;
-  const float width = root<rough>(fmaxf(x.used - 2.f * x.dot + x.rho * o * o, 0.f) + slack);
-  float best = x.t1 + x.g * o, other = (width + root<rough>(x.error)) * root<rough>(x.spread);
+  return root<rough>(fmaxf(x.used - 2.f * x.dot + x.rho * o * o, 0.f) + slack) + root<rough>(x.error);
+}
+
+// E_key and E_val of a group.
+__device__ __forceinline__ float2 group_terms(const Group &x, float2 norms, float o) {
+  float best = x.t1 + x.g * o, other = spread_factor<false>(x, o) * sqrtf(x.spread);
   best = other < best ? other : best;
-  other = norms.x * root<rough>(x.squares) + o * x.g;
+  other = norms.x * sqrtf(x.squares) + o * x.g;
   best = other < best ? other : best;
-  other = norms.y * root<rough>(x.a2);
+  other = norms.y * sqrtf(x.a2);
   return make_float2(best, other < x.coded ? other : x.coded);
 }

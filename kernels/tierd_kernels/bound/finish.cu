@@ -157,19 +157,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
 #pragma unroll 1
     for (int i = first + lane % share; i < last; i += share) {
       const float f = exp2_approx(part(i, SPLIT_TOP) - top) * inverse;
-      x.t1 += f * part(i, T1), x.g += f * part(i, MASS_ERROR), x.spread += f * part(i, SPREAD), x.used += f * part(i, USED);
-      x.error += f * part(i, ERROR2), x.amplitude += f * part(i, AMPLITUDE), x.squares += f * part(i, KEY_SQUARES) * f;
-      x.coded += f * part(i, VALUE), x.a2 += f * part(i, SQUARES) * f, x.rho += f * part(i, MASS), x.dot += dots[i];
+      add_split(x, f, [&](int k) { return part(i, k); });
+      x.dot += dots[i];
       low += f * part(i, LOW), norm += f * part(i, NORM), failed += f * part(i, ERROR);
       delta_max = fmaxf(delta_max, part(i, DELTA_MAX)), norm_top = fmaxf(norm_top, part(i, NORM_TOP));
       amplitude_top = fmaxf(amplitude_top, part(i, AMPLITUDE_TOP));
     }
 #pragma unroll 1
-    for (int bit = 1; bit < share; bit <<= 1) {
-      float *sums[] = {&x.t1, &x.g, &x.spread, &x.used, &x.error, &x.amplitude, &x.squares, &x.coded, &x.a2, &x.rho, &x.dot};
-#pragma unroll
-      for (float *sum : sums) *sum += __shfl_xor_sync(~0u, *sum, bit);
-    }
+    for (int bit = 1; bit < share; bit <<= 1) x.join(bit);
     if (k >= groups.count || lane % share) continue;
     const float2 terms = group_terms(x, k < FINISH_WARPS * (LANES / share) ? ahead : group_norms(call, groups, k, heads, h), o);
     key += terms.x, value += terms.y;

@@ -5,26 +5,30 @@
 // What is promoted counts as without error, which a target below the budget makes up for. Selection may be wrong at will: only what finish
 // computes from what was used opens the gate.
 //
-// One pass tries all thresholds: a thread block takes groups of 1024 tokens, one after the other, and sorts their blocks' terms into the
-// bins between thresholds; what stays below each threshold is a running sum over bins, and from it comes the group's part of the bound. The
-// thread block of a tile that ends last adds the parts up and chooses; promotion finds the blocks' weights where they were written. Bins
-// are integers, in parts of the largest term relative to its bin's edge: their sums depend on no order.
+// One pass tries all thresholds: a thread block takes groups of 1024 tokens, two side by side, and sorts their blocks' terms into the bins
+// between thresholds; what lies above each threshold is a running sum over bins, what stays is the group's total less that,
+// and from it comes the group's part of the bound. The thread block of a tile that ends last adds the parts up and chooses; promotion finds the
+// blocks' weights where they were written. Bins are integers, in parts of the total: their sums depend on no order.
 constexpr int PICK_WARPS = 8, THREADS = PICK_WARPS * LANES, EACH = BINS / LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
-enum { OF_T1, OF_G, OF_SPREAD, OF_SQUARES, OF_LOW, OF_VALUE, OF_CODED, SORTED };  // the last two by the weight of values, the others of keys
-constexpr float UNITS = 0x1p24f;  // 128 blocks of a group, in 32 bits
+constexpr int SIDE_BY_SIDE = PICK_WARPS / ROW_TILE;  // groups: a warp has one group and row
+enum { OF_T1, OF_G, OF_SPREAD, OF_SQUARES, OF_VALUE, OF_CODED, SORTED };  // the last two by the weight of values, the others of keys
+constexpr float UNITS = 0x1p24f;  // in a total
+// A group whose total is infinite, for blocks that stay original until they are promoted, or so many targets that what is left below a
+// threshold would be lost in it, is counted in these parts of the target instead, at most so many a block: 128 blocks' then fit 32 bits.
+constexpr float TOTAL_MAX = 0x1p10f, UNITS_OF_TARGET = 0x1p16f, MOST_UNITS = 0x1p24f;
 // Between two thresholds the predicted bound is taken to be linear where they are this near.
 constexpr float NEAR = 1.04f;
 
-__device__ __forceinline__ bool of_values(int k) { return k >= OF_VALUE; }
-// Terms grow with the weight, and squares with its square: what makes them near constant.
-__device__ __forceinline__ float against(int k, float edge) { return k == OF_SQUARES || k == OF_CODED ? edge * edge : edge; }
-
 struct __align__(16) Room {
-  u32 bins[ROW_TILE][SORTED][BINS];
-  float of_warp[PICK_WARPS][SORTED][ROW_TILE], most[SORTED][ROW_TILE];
-  float ratio[ROW_TILE][BINS];
+  u32 bins[SIDE_BY_SIDE][ROW_TILE][SORTED][BINS];  // the first: of blocks above all thresholds, for those below them are not sorted
+  float to_units[SIDE_BY_SIDE][ROW_TILE][SORTED];
+  float beside[2][ROW_TILE][BINS], ratio[ROW_TILE][BINS];
   bool last;
 };
+// What is foreseen of a group and row. Of sums whose total is known (`keys`, `values`) what stays below a threshold is `rest` less what is
+// sorted above, in parts of `unit`; else `rest` and what is sorted below.
+struct Foreseen { float rest[SORTED], unit[SORTED], spread_factor, low_share; float2 norms; bool keys, values; };
+__device__ __forceinline__ bool of_values(int k) { return k >= OF_VALUE; }
 
 // Of the full blocks [first, end): a thread has a row of every 64th block.
 __device__ __forceinline__ void read_blocks(const Call &call, int base, int first, int end, const RowState &own, Seen (&blocks)[ROUNDS]) {
@@ -34,118 +38,102 @@ __device__ __forceinline__ void read_blocks(const Call &call, int base, int firs
     if (b < end && own.joins) blocks[i] = seen(call, base, b, threadIdx.x % ROW_TILE);
   }
 }
-// Sorts them into bins. For all threads.
+// Sorts them into bins.
 __device__ __forceinline__ void sort_blocks(const Call &call, int base, int first, int end, const RowState &own, const Bins &scale, const Seen (&blocks)[ROUNDS],
-                                            Room &room) {
-  const int row = threadIdx.x % ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+                                            const float (&to_units)[SORTED], u32 (&bins)[SORTED][BINS]) {
   float2 *weights = call.row_weights + (i64)base * call.full * ROW_TILE;
-  for (int i = threadIdx.x; i < ROW_TILE * SORTED * BINS; i += THREADS) (&room.bins[0][0][0])[i] = 0;
-  float terms[ROUNDS][SORTED], most[SORTED] = {0.f};
-  int bins[ROUNDS][2];
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++) {
     const int b = first + (threadIdx.x + i * THREADS) / ROW_TILE;
-    const bool joins = b < end && own.joins;
-    Shares s = {0.f, 0.f, {}};
-    if (joins) s = shares(blocks[i], own);
-    const float found[SORTED] = {s.terms.t1, s.terms.g, s.terms.spread, s.terms.squares, s.terms.low, s.terms.value, s.terms.coded};
+    if (b >= end || !own.joins) continue;
+    const Shares s = shares(blocks[i], own);
     const float key = weight(s.key, own.target), value = weight(s.value, own.target);
-    bins[i][0] = joins ? scale.of(key) : BINS, bins[i][1] = joins ? scale.of(value) : BINS;
-    if (joins) weights[b * ROW_TILE + row] = make_float2(key, value);
+    weights[b * ROW_TILE + threadIdx.x % ROW_TILE] = make_float2(key, value);
+    const int key_bin = scale.of(key), value_bin = scale.of(value);
+    const float terms[SORTED] = {s.terms.t1, s.terms.g, s.terms.spread, s.terms.squares, s.terms.value, s.terms.coded};
 #pragma unroll
     for (int k = 0; k < SORTED; k++) {
-      const int bin = bins[i][of_values(k)];
-      terms[i][k] = bin < BINS ? __fdividef(found[k], against(k, scale.edge(bin))) : 0.f;
-      most[k] = fmaxf(most[k], terms[i][k]);
+      const int bin = of_values(k) ? value_bin : key_bin;
+      if (bin) atomicAdd(&bins[k][bin % BINS], (u32)(fminf(terms[k] * to_units[k], MOST_UNITS) + 0.5f));
     }
   }
-#pragma unroll
-  for (int k = 0; k < SORTED; k++) {
-#pragma unroll
-    for (int bit = ROW_TILE; bit < LANES; bit <<= 1) most[k] = fmaxf(most[k], __shfl_xor_sync(~0u, most[k], bit));
-    if (lane < ROW_TILE) room.of_warp[warp][k][row] = most[k];
-  }
-  __syncthreads();
-  if (threadIdx.x < SORTED * ROW_TILE) {
-    float largest = 0.f;
-    for (int w = 0; w < PICK_WARPS; w++) largest = fmaxf(largest, room.of_warp[w][threadIdx.x / ROW_TILE][row]);
-    room.most[threadIdx.x / ROW_TILE][row] = largest;
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < ROUNDS; i++)
-#pragma unroll
-    for (int k = 0; k < SORTED; k++) {
-      const float largest = room.most[k][row];
-      if (bins[i][of_values(k)] < BINS && terms[i][k] > 0.f)
-        atomicAdd(&room.bins[row][k][bins[i][of_values(k)]], (u32)(terms[i][k] * __fdividef(UNITS, largest)) + 1);
-    }
-  __syncthreads();
 }
 
-// What promotion does not change of a group; of the trailing block, everything.
-struct Fixed { Group all; float low; float2 norms; };
-
-// Of group k. A warp a row.
-__device__ __forceinline__ Fixed fixed_part(const Call &call, const Groups &groups, int k, bool trailing, int heads, int h, int rows, int index, int base,
-                                            const RowState &own) {
+// Of group k, whose blocks are `count`. A warp's.
+__device__ __forceinline__ Foreseen foresee(const Call &call, const Groups &groups, int k, bool trailing, int count, int heads, int h, int rows, int index, int base,
+                                            const RowState &own, const Bins &scale, float (&to_units)[SORTED]) {
   const int row = index % ROW_TILE, lane = threadIdx.x % LANES;
   const int first = min(k * groups.together, call.splits), end = trailing ? first + 1 : min(first + groups.together, call.splits);
   Group all = {};
-  float all_low = 0.f;
+  float low = 0.f;
   int share = 1;  // lanes that share the group's splits; all such runs of lanes do the same
   while (!trailing && share < LANES && share < groups.together) share <<= 1;
+#pragma unroll 1
   for (int i = first + lane % share; i < end; i += share) {
     const float *p = call.partials + ((i64)base * (call.splits + 1) + i) * PARTIALS * ROW_TILE + row;
     auto part = [&](int x) { return p[x * ROW_TILE]; };
     const float f = __fdividef(exp2_approx(part(SPLIT_TOP) - own.top), own.mass);
-    all.used += f * part(USED), all.error += f * part(ERROR2), all.amplitude += f * part(AMPLITUDE), all.rho += f * part(MASS);
-    all.dot += call.dots[(i64)(h * rows + index) * (call.splits + 1) + i];
-    if (trailing) {
-      all.t1 = f * part(T1), all.g = f * part(MASS_ERROR), all.spread = f * part(SPREAD), all.squares = f * f * part(KEY_SQUARES);
-      all_low = f * part(LOW);
-    }
+    add_split(all, f, part);
+    low += f * part(LOW), all.dot += call.dots[(i64)(h * rows + index) * (call.splits + 1) + i];
   }
-  const float2 norms = group_norms<true>(call, groups, k, heads, h);
+  Foreseen to;
+  to.norms = group_norms<true>(call, groups, k, heads, h);
 #pragma unroll 1
   for (int bit = 1; bit < share; bit <<= 1) {
-    float *sums[] = {&all.used, &all.error, &all.amplitude, &all.rho, &all.dot};
-#pragma unroll
-    for (float *sum : sums) *sum += __shfl_xor_sync(~0u, *sum, bit);
+    all.join(bit);
+    low += __shfl_xor_sync(~0u, low, bit);
   }
-  return {all, all_low, norms};
-}
-
-// What stays of a group below each of this lane's thresholds: its part of the bound, and of the denominator's loss. A warp a row.
-__device__ __forceinline__ void add_group(const Fixed &fixed, bool trailing, int row, const RowState &own, const Bins &scale, const Room &room,
-                                          float (&bound)[EACH], float (&lost)[EACH]) {
-  const int lane = threadIdx.x % LANES;
-  float below[SORTED][EACH];
+  // Else T1, and the blocks' own value errors, of what is not promoted.
+  const float most = TOTAL_MAX * own.target;
+  to.keys = trailing || (all.t1 + own.output * all.g < most && all.squares + all.spread < INFINITY);
+  to.values = trailing || (all.coded < most && all.a2 < INFINITY);
+  to.spread_factor = spread_factor<true>(all, own.output);
+  to.low_share = to.keys && all.g > 0.f ? __fdividef(low, all.g) : 1.f;
+  const float totals[SORTED] = {all.t1, all.g, all.spread, all.squares, all.coded, all.a2};
+  const float below = (float)count * scale.edge(0) * own.target;  // all that lies below the lowest threshold, at most
 #pragma unroll
   for (int x = 0; x < SORTED; x++) {
-    float sum = 0.f;
+    const bool total = of_values(x) ? to.values : to.keys;
+    const float scaled = total ? totals[x] : own.target * (UNITS / UNITS_OF_TARGET);
+    to.rest[x] = total ? totals[x] : x == OF_T1 || x == OF_VALUE ? below : x == OF_G ? 0.f : INFINITY, to.unit[x] = scaled * (1.f / UNITS);
+    if (lane == x) to_units[x] = scaled > 0x1p-100f ? __fdividef(UNITS, scaled) : 0.f;
+  }
+  return to;
+}
+
+// What stays of a group below each of this lane's thresholds: its part of the bound, and of the denominator's loss. A warp's.
+__device__ __forceinline__ void add_group(const Foreseen &of, const RowState &own, const u32 (&bins)[SORTED][BINS], float (&bound)[EACH],
+                                          float (&lost)[EACH]) {
+  const int lane = threadIdx.x % LANES;
+  float stays[SORTED][EACH];
 #pragma unroll
-    for (int i = 0; i < EACH; i++) {
-      const int bin = lane * EACH + i;
-      if (!trailing) sum += (float)room.bins[row][x][bin] * (room.most[x][row] * (1.f / UNITS)) * against(x, scale.edge(bin));
-      below[x][i] = sum;
-    }
-    float before = sum;
+  for (int x = 0; x < SORTED; x++) {
+    u32 until[EACH], sum = 0;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) until[i] = sum += lane + i ? bins[x][lane * EACH + i] : 0u;
+    u32 before = sum;
 #pragma unroll
     for (int step = 1; step < LANES; step <<= 1) {
-      const float other = __shfl_sync(~0u, before, (lane - step) & (LANES - 1));
+      const u32 other = __shfl_sync(~0u, before, (lane - step) & (LANES - 1));
       if (lane >= step) before += other;
     }
+    const u32 all = __shfl_sync(~0u, before, LANES - 1) + bins[x][0];
+    const bool total = of_values(x) ? of.values : of.keys;
 #pragma unroll
-    for (int i = 0; i < EACH; i++) below[x][i] += before - sum;
+    for (int i = 0; i < EACH; i++) {
+      const u32 below = before - sum + until[i];
+      const float x_stays = total ? of.rest[x] - of.unit[x] * (float)(all - below) : of.rest[x] + of.unit[x] * (float)below;
+      stays[x][i] = x_stays < 0.f ? 0.f : x_stays;  // which leaves a NaN
+    }
   }
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
-    Group x = fixed.all;
-    x.t1 += below[OF_T1][i], x.g += below[OF_G][i], x.spread += below[OF_SPREAD][i], x.squares += below[OF_SQUARES][i];
-    x.coded = below[OF_VALUE][i], x.a2 = below[OF_CODED][i];
-    const float2 found = group_terms<true>(x, fixed.norms, own.output);
-    bound[i] += found.x + found.y, lost[i] += fixed.low + below[OF_LOW][i];
+    const float g = stays[OF_G][i], by_norm = of.norms.x * sqrt_approx(stays[OF_SQUARES][i]) + own.output * g;
+    const float by_spread = of.spread_factor * sqrt_approx(stays[OF_SPREAD][i]), coded = of.norms.y * sqrt_approx(stays[OF_CODED][i]);
+    float best = stays[OF_T1][i] + own.output * g;
+    best = by_spread < best ? by_spread : best;
+    bound[i] += (by_norm < best ? by_norm : best) + (coded < stays[OF_VALUE][i] ? coded : stays[OF_VALUE][i]);
+    lost[i] += of.low_share * g;
   }
 }
 
@@ -189,31 +177,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
   const Groups groups(call);
   const int parts = min(groups.count, PICK_PARTS), per_group = groups.together * call.per;
   if (call.exact_only || call.coverage || blockIdx.y >= parts) return;
-  const int index = tile * ROW_TILE + warp;  // of warps that have a row
+  const int side = warp / ROW_TILE, row = warp % ROW_TILE, index = tile * ROW_TILE + row;
   const bool tail = call.tokens > call.full * BLOCK;
+  auto trailing = [&](int k) { return tail && k == groups.count - 1; };
+  auto end_of = [&](int k) { return k >= groups.count || trailing(k) ? k * per_group : min((k + 1) * per_group, call.full); };
   wait_for_previous();
   const RowState own(call, h, rows, tile * ROW_TILE + threadIdx.x % ROW_TILE), summed(call, h, rows, index);
   if (!__ballot_sync(~0u, own.open)) return;
   __shared__ Room room;
   const Bins scale(call.full);
   float bound[EACH] = {0.f}, lost[EACH] = {0.f};
-  for (int k = blockIdx.y; k < groups.count; k += PICK_PARTS) {
-    const bool trailing = tail && k == groups.count - 1;
-    const int first = k * per_group, end = trailing ? first : min(first + per_group, call.full);
+  for (int begin = blockIdx.y; begin < groups.count; begin += SIDE_BY_SIDE * PICK_PARTS) {
     Seen blocks[ROUNDS];
-    read_blocks(call, base, first, end, own, blocks);
-    Fixed fixed = {};  // while these are on their way
-    if (warp < ROW_TILE && index < rows) fixed = fixed_part(call, groups, k, trailing, heads, h, rows, index, base, summed);
-    if (!trailing) sort_blocks(call, base, first, end, own, scale, blocks, room);
-    if (warp < ROW_TILE && index < rows) add_group(fixed, trailing, warp, summed, scale, room, bound, lost);
+    read_blocks(call, base, begin * per_group, end_of(begin), own, blocks);
+    for (int i = threadIdx.x; i < SIDE_BY_SIDE * ROW_TILE * SORTED * BINS; i += THREADS) (&room.bins[0][0][0][0])[i] = 0;
+    const int mine = begin + side * PICK_PARTS;
+    const bool sums = mine < groups.count && index < rows;
+    Foreseen foreseen;  // while the blocks are on their way
+    if (sums) foreseen = foresee(call, groups, mine, trailing(mine), end_of(mine) - mine * per_group, heads, h, rows, index, base, summed, scale, room.to_units[side][row]);
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < SIDE_BY_SIDE; i++) {
+      const int k = begin + i * PICK_PARTS;
+      if (i) read_blocks(call, base, k * per_group, end_of(k), own, blocks);
+      sort_blocks(call, base, k * per_group, end_of(k), own, scale, blocks, room.to_units[i][threadIdx.x % ROW_TILE], room.bins[i][threadIdx.x % ROW_TILE]);
+    }
+    __syncthreads();
+    if (sums) add_group(foreseen, summed, room.bins[side][row], bound, lost);
     __syncthreads();
   }
-  float *picks = call.picks + (i64)base * parts * 2 * THREADS;
-  if (warp < ROW_TILE)
+  if (side) {
+#pragma unroll
+    for (int i = 0; i < EACH; i++) room.beside[0][row][lane * EACH + i] = bound[i], room.beside[1][row][lane * EACH + i] = lost[i];
+  }
+  __syncthreads();
+  float *picks = call.picks + (i64)base * parts * 2 * ROW_TILE * BINS;
+  if (!side)
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-      float *out = picks + blockIdx.y * 2 * THREADS + warp * BINS + lane * EACH + i;
-      out[0] = bound[i], out[THREADS] = lost[i];
+      const int at = lane * EACH + i;
+      float *out = picks + blockIdx.y * 2 * ROW_TILE * BINS + row * BINS + at;
+      out[0] = bound[i] + room.beside[0][row][at], out[ROW_TILE * BINS] = lost[i] + room.beside[1][row][at];
     }
   __threadfence();
   __syncthreads();
