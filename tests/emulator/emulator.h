@@ -271,6 +271,7 @@ inline u64 stream_policy() { return 0; }
 inline u64 keep_policy() { return 0; }
 inline void store_kept(float *at, float x, u64) { *at = x; }
 inline void copy16(u32 to, const void *from, u64) { bulk_copy(from_shared(to), from, 16, (u64 *)emulator::current); }
+inline void copy16(u32 to, const void *from) { copy16(to, from, 0); }
 inline void copies_wait() {
   for (size_t i = 0; i < emulator::copies.size();) {
     const emulator::Copy copy = emulator::copies[i];

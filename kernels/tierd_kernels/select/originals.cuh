@@ -58,9 +58,10 @@ __device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[
 // Where a byte of the keys is staged: sixteen bytes of a line change places by the row, so that the same ones of eight rows lie in different banks.
 __device__ __forceinline__ int key_at(int at) { return at ^ (((ROW_BYTES % LINE ? at / LINE : at / ROW_BYTES) & 7) << 4); }
 // Copies to the stage, by all threads; each waits for its own.
-__device__ __forceinline__ void stage_bytes(u32 to, const void *from, int count, u64 policy) {
+template <typename... Policy>
+__device__ __forceinline__ void stage_bytes(u32 to, const void *from, int count, Policy... policy) {
 #pragma unroll 4
-  for (int at = threadIdx.x * 16; at < count; at += THREADS * 16) copy16(to + at, (const unsigned char *)from + at, policy);
+  for (int at = threadIdx.x * 16; at < count; at += THREADS * 16) copy16(to + at, (const unsigned char *)from + at, policy...);
 }
 // Of a block what the rows of `mark` need: original keys or values only where one does.
 __device__ __forceinline__ void stage_block(u32 stage, const Place &of, u32 mark, u64 policy) {

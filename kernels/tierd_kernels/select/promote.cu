@@ -195,7 +195,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   };
   stage_next(0);
   float *of_split = (float *)(shared + STAGES * STAGED_BYTES), *statistics = call.statistics + before * STATISTIC_FLOATS;
-  stage_bytes(shared_at(of_split), statistics, count * STATISTIC_FLOATS * 4, keep_policy());
+  stage_bytes(shared_at(of_split), statistics, count * STATISTIC_FLOATS * 4);
   float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
   Channels change = {}, were;
 #pragma unroll
