@@ -49,7 +49,7 @@ __device__ __forceinline__ void bulk_stream(void *to, const void *from, u32 byte
 __device__ __forceinline__ void copy16(u32 to, const void *from, u64 policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
 }
-// The same of what other kernels read too.
+// The same without a cache policy.
 __device__ __forceinline__ void copy16(u32 to, const void *from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }

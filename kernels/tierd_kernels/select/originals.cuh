@@ -57,22 +57,22 @@ __device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[
 
 // Where a byte of the keys is staged: sixteen bytes of a line change places by the row, so that the same ones of eight rows lie in different banks.
 __device__ __forceinline__ int key_at(int at) { return at ^ (((ROW_BYTES % LINE ? at / LINE : at / ROW_BYTES) & 7) << 4); }
-// Copies to the stage, by all threads; each waits for its own.
-template <typename... Policy>
-__device__ __forceinline__ void stage_bytes(u32 to, const void *from, int count, Policy... policy) {
+// Copies to the stage, by all threads; each waits for its own. With a cache policy ptxas 12 put it into an odd uniform register, beside the
+// stage's address: an illegal instruction.
+__device__ __forceinline__ void stage_bytes(u32 to, const void *from, int count) {
 #pragma unroll 4
-  for (int at = threadIdx.x * 16; at < count; at += THREADS * 16) copy16(to + at, (const unsigned char *)from + at, policy...);
+  for (int at = threadIdx.x * 16; at < count; at += THREADS * 16) copy16(to + at, (const unsigned char *)from + at);
 }
 // Of a block what the rows of `mark` need: original keys or values only where one does.
-__device__ __forceinline__ void stage_block(u32 stage, const Place &of, u32 mark, u64 policy) {
+__device__ __forceinline__ void stage_block(u32 stage, const Place &of, u32 mark) {
   if (mark & 15)
 #pragma unroll 4
-    for (int at = threadIdx.x * 16; at < ORIGINAL_BYTES; at += THREADS * 16) copy16(stage + key_at(at), of.keys + at, policy);
-  if (mark & 240) stage_bytes(stage + VALUES_STAGED_AT, of.values, ORIGINAL_BYTES, policy);
-  stage_bytes(stage + CODES_STAGED_AT, of.record + SCORE_BYTES, TILES * VALUE_BYTES, policy);
-  stage_bytes(stage + WEIGHTS_STAGED_AT, of.weights, 4 * TILES * WEIGHT_FLOATS, policy);
-  stage_bytes(stage + NORMS_STAGED_AT, of.record + NORMS_AT, 4 * BLOCK, policy);
-  stage_bytes(stage + NOTES_STAGED_AT, of.record + NOTES_AT, 64, policy);
+    for (int at = threadIdx.x * 16; at < ORIGINAL_BYTES; at += THREADS * 16) copy16(stage + key_at(at), of.keys + at);
+  if (mark & 240) stage_bytes(stage + VALUES_STAGED_AT, of.values, ORIGINAL_BYTES);
+  stage_bytes(stage + CODES_STAGED_AT, of.record + SCORE_BYTES, TILES * VALUE_BYTES);
+  stage_bytes(stage + WEIGHTS_STAGED_AT, of.weights, 4 * TILES * WEIGHT_FLOATS);
+  stage_bytes(stage + NORMS_STAGED_AT, of.record + NORMS_AT, 4 * BLOCK);
+  stage_bytes(stage + NOTES_STAGED_AT, of.record + NOTES_AT, 64);
 }
 
 // Scores, in binary units, of a staged tile of sixteen original keys for one row: a lane has token lane % 16.

@@ -188,10 +188,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
                       call.weights + (before + room.list[i]) * TILES * WEIGHT_FLOATS};
   }
   __syncthreads();
-  const u64 policy = stream_policy();
   auto stage_of = [&](int i) { return shared + i % STAGES * STAGED_BYTES; };
   auto stage_next = [&](int i) {
-    if (i < number) stage_block(shared_at(stage_of(i)), room.places[i], room.marks[room.list[i]], policy);
+    if (i < number) stage_block(shared_at(stage_of(i)), room.places[i], room.marks[room.list[i]]);
   };
   stage_next(0);
   float *of_split = (float *)(shared + STAGES * STAGED_BYTES), *statistics = call.statistics + before * STATISTIC_FLOATS;
