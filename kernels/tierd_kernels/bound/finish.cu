@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
     if (*state != OPEN) return;
   }
   __shared__ double wide_of[FINISH_WARPS][D];
-  __shared__ float stored[D], norms[2][FINISH_WARPS], dots[SPLITS_MAX], found[8][FINISH_WARPS], of_row[2];
+  __shared__ float stored[D], norms[2][FINISH_WARPS], dots[SPLITS_MAX], found[8][FINISH_WARPS], of_row[2], left[SKIPS];
   extern __shared__ float own[];  // the row's partials, [splits][SUMMED], and skips, [splits][SKIPS]
   float held[AHEAD][PER_LANE];  // of the sums, from split `first` on
   auto hold = [&](int first) {
@@ -78,10 +78,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
     if (D % LANES == 0 || i * LANES + lane < D) wide_of[warp][i * LANES + lane] = wide[i];
   __syncthreads();
 
-  // One warp finds the row's largest score, its mass, and what was skipped; others add up the channels meanwhile.
+  // One warp finds the row's largest score and its mass, another what was skipped; others add up the channels meanwhile.
   constexpr int CHANNELS_FROM = THREADS - 256;  // the threads that have a channel each
   const int channel = threadIdx.x - CHANNELS_FROM;
-  float left[SKIPS] = {0.f};
   double sum = 0.;
   if (warp == 0) {
     float top = LOWEST, mass = 0.f;
@@ -89,24 +88,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
     for (int i = lane; i < splits; i += LANES) top = fmaxf(top, part(i, SPLIT_TOP));
     top = again ? top_before : warp_max(top);  // to which the value pass has weighed
 #pragma unroll 1
-    for (int i = lane; i < splits; i += LANES) {
-      mass += exp2_approx(part(i, SPLIT_TOP) - top) * part(i, MASS);
-#pragma unroll
-      for (int k = 0; k < SKIPS; k++)
-        if (!NAIVE) left[k] += own[splits * SUMMED + i * SKIPS + k];
-    }
+    for (int i = lane; i < splits; i += LANES) mass += exp2_approx(part(i, SPLIT_TOP) - top) * part(i, MASS);
     mass = warp_sum(mass);
+    if (lane == 0) of_row[0] = top, of_row[1] = mass;
+  } else if (warp == 1 && !NAIVE) {
+    float x[SKIPS] = {0.f};
+#pragma unroll 1
+    for (int i = lane; i < splits; i += LANES)
 #pragma unroll
-    for (int k = 0; k < SKIPS; k++)
-      if (!NAIVE) left[k] = warp_sum(left[k]);
-    // Of what was kept: sums over all blocks, divided by it, only grow.
-    if (lane == 0) of_row[0] = top, of_row[1] = mass - left[SKIP_MASS];
+      for (int k = 0; k < SKIPS; k++) x[k] += own[splits * SUMMED + i * SKIPS + k];
+#pragma unroll
+    for (int k = 0; k < SKIPS; k++) x[k] = warp_sum(x[k]);
+    if (lane < SKIPS) left[lane] = lane == SKIP_MASS ? x[SKIP_MASS] : lane == SKIP_GROWN ? x[SKIP_GROWN] : lane == SKIP_NORM ? x[SKIP_NORM] : x[SKIP_COUNT];
   } else if (channel >= 0 && channel < D) {
 #pragma unroll
     for (int w = 0; w < FINISH_WARPS; w++) sum += wide_of[w][channel];
   }
   __syncthreads();
-  const float top = of_row[0], mass = of_row[1], inverse = __fdividef(1.f, mass);
+  // Of what was kept: sums over all blocks, divided by it, only grow.
+  const float top = of_row[0], mass = of_row[1] - (NAIVE ? 0.f : left[SKIP_MASS]), inverse = __fdividef(1.f, mass);
 
   float norm2 = 0.f, error2 = 0.f;
   if (channel >= 0 && channel < D) {

@@ -66,7 +66,7 @@ struct Call {
   float *facts, *dots;                             // [Hkv * rows][ROW_FACTS]; o_G . O of each split, [Hkv * rows][splits + 1]
   int *state;                                      // [Hkv * rows]
   int *counts;                                     // [Hkv * rows][2]: promoted keys, values
-  float *picks;                                    // [tiles][parts][2][ROW_TILE][BINS], at most PICK_PARTS parts: see select/pick.cu
+  float *picks;                                    // [tiles][parts][ROW_TILE][BINS][2], at most PICK_PARTS parts: see select/pick.cu
   double *dense;                                   // [tiles][splits + 1][ROW_TILE][DENSE_FACTS + D]
   const int *canaries;                             // [num_canaries] full blocks
   unsigned char *failures;                         // [num_canaries][Hkv]

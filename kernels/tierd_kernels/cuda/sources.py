@@ -37,7 +37,7 @@ STATISTIC_FLOATS, PARTIALS, SUMMED, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 44, 19
 ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS, PICK_BINS = 7, 6, 32, 256, 64
 CANDIDATE_PARTS, CANDIDATE_THREADS = 16, 512
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
-PROMOTE_STAGED_TWICE = 11 * 1024  # bytes of a block, at most, of which two are staged
+PROMOTE_STAGED_SMALL = 11 * 1024  # bytes of a block, at most, of which four are staged
 
 
 def source(layout: Layout, kernel: str, naive: bool = False) -> tuple[str, tuple[str, ...]]:
@@ -66,11 +66,11 @@ def shared_bytes(layout: Layout, kernel: str) -> int:
         return WARPS * staged + LINE + 4 * STATISTIC_FLOATS * SPLIT_TOKENS_MAX // layout.block_size
     if kernel == "finish":  # the row's partials and skips
         return 4 * SPLITS_MAX * (SUMMED + SKIPS)
-    if kernel == "promote":  # of a block original keys and values, coded values, weights, norms, notes; the split's statistics
+    if kernel == "promote":  # of a block original keys and values, coded values, weights, norms, notes; in their place the split's statistics
         staged = 2 * layout.original_record_bytes + layout.block_size // TILE * (record.value_bytes + 4 * TILE_WEIGHT_FLOATS)
         staged = _lines(staged + 4 * layout.block_size + 64)
-        stages = 2 if staged <= PROMOTE_STAGED_TWICE else 1
-        return stages * staged + 4 * STATISTIC_FLOATS * SPLIT_TOKENS_MAX // layout.block_size
+        blocks = 4 if staged <= PROMOTE_STAGED_SMALL else 1
+        return max(blocks * staged, 4 * STATISTIC_FLOATS * SPLIT_TOKENS_MAX // layout.block_size)
     if kernel == "canary":  # a record of keys in FP32
         return 4 * rows
     if kernel == "dense":  # the scores of a split; a record in FP32

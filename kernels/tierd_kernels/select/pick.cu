@@ -139,14 +139,15 @@ __device__ __forceinline__ void add_group(const Foreseen &of, const RowState &ow
 
 // Of each row the largest threshold with which it is within, from all parts, to its facts; infinite where none does. For all threads: one a
 // row and bin.
-__device__ __forceinline__ void choose(const Call &call, int h, int rows, int tile, const volatile float *picks, int parts, const Bins &scale, Room &room) {
+__device__ __forceinline__ void choose(const Call &call, int h, int rows, int tile, const float2 *picks, int parts, const Bins &scale, Room &room) {
   static_assert(THREADS == ROW_TILE * BINS, "a thread a row and bin");
   const int row = threadIdx.x / BINS, bin = threadIdx.x % BINS;
   const RowState own(call, h, rows, tile * ROW_TILE + row);
   float terms = 0.f, low = 0.f;
-#pragma unroll 16
+#pragma unroll 32
   for (int part = 0; part < parts; part++) {
-    terms += picks[part * 2 * THREADS + threadIdx.x], low += picks[(part * 2 + 1) * THREADS + threadIdx.x];
+    const float2 of = __ldcg(picks + part * THREADS + threadIdx.x);
+    terms += of.x, low += of.y;
   }
   const float denominator = 1.f - low * LOW_ROUNDING, bound = (terms + own.fixed) * ((1.f + THETA) * SAFETY) / denominator;
   room.ratio[row][bin] = denominator > 1e-4f && bound < INFINITY ? bound / own.target : INFINITY;
@@ -211,13 +212,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
     for (int i = 0; i < EACH; i++) room.beside[0][row][lane * EACH + i] = bound[i], room.beside[1][row][lane * EACH + i] = lost[i];
   }
   __syncthreads();
-  float *picks = call.picks + (i64)base * parts * 2 * ROW_TILE * BINS;
+  float2 *picks = (float2 *)call.picks + (i64)base * parts * ROW_TILE * BINS;
   if (!side)
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
       const int at = lane * EACH + i;
-      float *out = picks + blockIdx.y * 2 * ROW_TILE * BINS + row * BINS + at;
-      out[0] = bound[i] + room.beside[0][row][at], out[ROW_TILE * BINS] = lost[i] + room.beside[1][row][at];
+      picks[(blockIdx.y * ROW_TILE + row) * BINS + at] = make_float2(bound[i] + room.beside[0][row][at], lost[i] + room.beside[1][row][at]);
     }
   __threadfence();
   __syncthreads();

@@ -1,19 +1,20 @@
 // Promotion: what the first passes made of the blocks that a row needs original is taken back, and what their originals give is put in its
 // place: scores and statistics, the splits' sums of the bound, and the sums of weights times values. One thread block a tile of rows and a
-// split, which takes one promoted block after the other: a warp weighs a row's tokens, then a thread has a channel of the values. Most
-// splits have one or two to do, so that what counts is how soon one block is done.
+// split: a warp weighs the tokens of a block for a row, then a thread has a channel of the values. Few rows need promotion at a time, so
+// that what counts is how soon the splits of one KV head are done with some ten blocks each.
 //
 // Weights stay relative to the row's largest score of the first pass. Scores of originals are sums in FP32 of exact or once rounded
 // products; what was taken back has been rounded once already, which the split's ERROR remembers (CERTIFICATE.md, "Promotion").
 
 static_assert(WARPS == ROW_TILE, "a warp a row");
 constexpr int STEPS = (D + THREADS - 1) / THREADS;  // channels of a thread
+constexpr int OWN_STATISTICS = (SPLIT_BLOCKS * STATISTIC_FLOATS / 4 + THREADS - 1) / THREADS;  // of a thread, four at a time
 typedef float Channels[STEPS][ROW_TILE];
 
 // Which blocks of the split are promoted in which rows, to `marks` (the row's own are decided here, those of the coverage policy were
 // before), and, in order, the blocks that are promoted in any; returns their number. For all threads: `limit` is that of row threadIdx.x %
 // ROW_TILE, `weights` what selection wrote for it and every 32nd block.
-__device__ __forceinline__ int decide(const Call &call, int h, int rows, int tile, int base, int first, int count, float limit,
+__device__ __forceinline__ int decide(const Call &call, int h, int rows, int tile, int base, int first, int count, float limit, bool coverage,
                                       const float2 (&weights)[ROUNDS], Scratch &to) {
   const int row = threadIdx.x % ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   u32 *marks = call.marks + (i64)base * call.full + first;
@@ -30,7 +31,7 @@ __device__ __forceinline__ int decide(const Call &call, int h, int rows, int til
 #pragma unroll
     for (int bit = 1; bit < ROW_TILE; bit <<= 1) mark |= __shfl_xor_sync(~0u, mark, bit);
     if (b < count && row == 0) {
-      if (call.coverage) mark = marks[b];
+      if (coverage) mark = marks[b];
       else if (mark) marks[b] = mark;
       to.marks[b] = mark & 255u;
     }
@@ -56,65 +57,72 @@ __device__ __forceinline__ int decide(const Call &call, int h, int rows, int til
   return before;
 }
 
-// A row's weights of a staged block as its originals make them, against what they were, to `room.weight`; its statistics anew, to both
-// `kept` and `statistics`. A warp's. Returns in lane TOP the mass times norms that is taken back.
-__device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, int row, float reference, const unsigned char *stage, float *kept, float *statistics,
-                                       Scratch &room) {
+// What a warp finds of a row of a block: statistics, a lane each, the mass times norms that is taken back in lane TOP.
+struct Weighed { RowSums sums; float top, size; bool wrong; };
+
+// A row's weights of a staged block as its originals make them, against what they were, to `weight`. A warp's.
+__device__ __forceinline__ Weighed weigh(const Call &call, int block, u32 mark, int row, const unsigned char *stage, const Scratch &room,
+                                         float (&weight)[BLOCK][2 * ROW_TILE]) {
   const int lane = threadIdx.x % LANES, token = lane % TILE;
   const bool key = mark >> row & 1, value = mark >> row & 16, raw = ((const u32 *)(stage + NOTES_STAGED_AT))[VALUES_RAW];
-  if (!key && !value) {
-    for (int i = lane; i < BLOCK; i += LANES) room.weight[i][row] = room.weight[i][ROW_TILE + row] = 0.f;
-    return 0.f;
-  }
   const float *weights = (const float *)(stage + WEIGHTS_STAGED_AT), before = weights[TOPS_AT + row], unit = unit_factor(call.unit);
-  float s[TILES], top = before, size = 0.f;
-  bool wrong = false;
+  Weighed found;
+  found.top = before, found.size = 0.f, found.wrong = false;
+  float s[TILES];
   if (key) {
-    top = -INFINITY;
+    found.top = -INFINITY;
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
       const bool seen = block * BLOCK + t * TILE + token < room.seen[row];
       const float score = score_original(stage + t * TILE * ROW_BYTES, room, row, lane);
-      wrong = wrong || (seen && !(fabsf(score) < INFINITY));
-      if (seen) size = fmaxf(size, fabsf(score));
+      found.wrong = found.wrong || (seen && !(fabsf(score) < INFINITY));
+      if (seen) found.size = fmaxf(found.size, fabsf(score));
       s[t] = seen ? score : -INFINITY;
-      top = fmaxf(top, s[t]);
+      found.top = fmaxf(found.top, s[t]);
     }
-    wrong = __ballot_sync(~0u, wrong) != 0, top = warp_max(top), size = warp_max(size);
+#pragma unroll
+    for (int bit = 1; bit < TILE; bit <<= 1) found.top = fmaxf(found.top, __shfl_xor_sync(~0u, found.top, bit));
   }
-  const float was_factor = exp2_approx(before - reference), is_factor = exp2_approx(top - reference);
-  RowSums sums;
+  const float was_factor = exp2_approx(before - room.top[row]), is_factor = exp2_approx(found.top - room.top[row]);
 #pragma unroll
   for (int t = 0; t < TILES; t++) {
     if (lane / TILE != t % 2) continue;  // the halves of a warp take tiles in turn
     const u32 both = ((const u32 *)(stage + NORMS_STAGED_AT))[t * TILE + token];
     const float nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR), stored = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
     const float was = weights[t * WEIGHT_FLOATS + row * TILE + token];
-    const float is = !key ? was : s[t] - top >= LOG2_MIN ? exp2_approx(s[t] - top) : 0.f;
+    const float is = !key ? was : s[t] - found.top >= LOG2_MIN ? exp2_approx(s[t] - found.top) : 0.f;
     // Raw values have no codes that could err; promoted ones are used as they are.
     const float eta = value && raw ? 0.f : stored;
-    sums.add(is, nu, eta, value ? nu : nu + eta);
-    sums.v[TOP] += was * was_factor * (raw ? nu : nu + stored);  // a place that sums have free
+    found.sums.add(is, nu, eta, value ? nu : nu + eta);
+    found.sums.v[TOP] += was * was_factor * (raw ? nu : nu + stored);  // a place that sums have free
     const float now = is * is_factor, then = was * was_factor;
-    room.weight[t * TILE + token][row] = value ? -then : now - then, room.weight[t * TILE + token][ROW_TILE + row] = value ? now : 0.f;
+    weight[t * TILE + token][row] = value ? -then : now - then, weight[t * TILE + token][ROW_TILE + row] = value ? now : 0.f;
   }
-  if (value) sums.v[SUM_SQUARE_ERROR] = 0.f;
-  float found = fold_half(sums.v, lane, [](float x, float y) { return x + y; });
-  found += __shfl_xor_sync(~0u, found, TILE);
-  const float eps = wrong ? INFINITY
-                          : (room.size[row] * (room.q_norm[row] * ((const float *)(stage + NOTES_STAGED_AT))[KEY_NORM_MAX] * KEY_ROUNDINGS + KEY_FLOOR) +
-                             SCORE_ROUNDINGS * size + EXP_ERROR) * STORE;
-  float x = found;
-  if (lane == SUM && wrong) x = 1.f;  // a block without mass would not be looked at
-  if (lane == TOP) x = top;
-  if (lane == DELTA) x = eps;
-  if (lane == D_NORM) x = BLOCK_ROOT * eps * STORE;
-  if (lane < (key ? STATISTICS : TOP)) kept[lane * ROW_TILE + row] = statistics[lane * ROW_TILE + row] = x;
   return found;
 }
 
+// Writes a row's statistics of a block. A warp's. Returns in lane TOP the mass times norms that was taken back.
+__device__ __forceinline__ float record(Weighed &of, u32 mark, int row, const unsigned char *stage, const Scratch &room, float *statistics) {
+  const int lane = threadIdx.x % LANES;
+  const bool key = mark >> row & 1, value = mark >> row & 16, wrong = __ballot_sync(~0u, of.wrong) != 0;
+  if (value) of.sums.v[SUM_SQUARE_ERROR] = 0.f;
+  const float size = warp_max(of.size);
+  float sum = fold_half(of.sums.v, lane, [](float x, float y) { return x + y; });
+  sum += __shfl_xor_sync(~0u, sum, TILE);
+  const float eps = wrong ? INFINITY
+                          : (room.size[row] * (room.q_norm[row] * ((const float *)(stage + NOTES_STAGED_AT))[KEY_NORM_MAX] * KEY_ROUNDINGS + KEY_FLOOR) +
+                             SCORE_ROUNDINGS * size + EXP_ERROR) * STORE;
+  float x = sum;
+  if (lane == SUM && wrong) x = 1.f;  // a block without mass would not be looked at
+  if (lane == TOP) x = of.top;
+  if (lane == DELTA) x = eps;
+  if (lane == D_NORM) x = BLOCK_ROOT * eps * STORE;
+  if (lane < (key ? STATISTICS : TOP)) statistics[lane * ROW_TILE + row] = x;
+  return sum;
+}
+
 // By how much a staged block changes the sums of weights times values, added to a thread's channels.
-__device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark, const Scratch &room, Channels &change) {
+__device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark, const float (&weight)[BLOCK][2 * ROW_TILE], Channels &change) {
   const __half2 thousand = __half2half2(__ushort_as_half(0x6400));
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
@@ -133,7 +141,7 @@ __device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark,
         for (int j = 0; j < 2; j++) {  // tokens 2 c and 2 c + 1 of each half of the tile; as FP16 with 1024 added: no conversion
           const __half2 codes = __hsub2(as_half2(either(word >> (4 * j), 0x000f000fu, 0x64006400u)), thousand);
           const float2 stored = __half22float2(__hfma2(codes, as_half2(j ? pairs.y : pairs.x), as_half2(j ? pairs.w : pairs.z)));
-          const float *weights = room.weight[t * TILE + j * 8 + 2 * c];
+          const float *weights = weight[t * TILE + j * 8 + 2 * c];
 #pragma unroll
           for (int row = 0; row < ROW_TILE; row++)
             of_block[row] = fmaf(weights[2 * ROW_TILE + row], stored.y, fmaf(weights[row], stored.x, of_block[row]));
@@ -143,7 +151,7 @@ __device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark,
 #pragma unroll
         for (int i = 0; i < TILE; i++) {
           const float original = as_float(stage + VALUES_STAGED_AT, (t * TILE + i) * D + channel);
-          const float *weights = room.weight[t * TILE + i] + ROW_TILE;
+          const float *weights = weight[t * TILE + i] + ROW_TILE;
 #pragma unroll
           for (int row = 0; row < ROW_TILE; row++) of_block[row] = fmaf(weights[row], original, of_block[row]);
         }
@@ -153,10 +161,10 @@ __device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark,
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promote(const Call *calls, int heads, int group) {
-  extern __shared__ __align__(128) unsigned char shared[];  // staged blocks; the split's statistics
+extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) promote(const Call *calls, int heads, int group) {
+  extern __shared__ __align__(128) unsigned char shared[];  // staged blocks; then the split's statistics
   __shared__ Scratch room;
-  __shared__ float after[ROW_TILE], extras[ROW_TILE];
+  __shared__ float after[ROW_TILE], extras[TOGETHER][ROW_TILE];
   let_next_begin();
   const Call &call = calls[blockIdx.z];
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
@@ -167,7 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   const bool coverage = call.coverage;
   float q[PER_LANE];
   const int seen = read_query(call, h, group, tile * ROW_TILE + warp, q);  // which no kernel of the step writes
-  const float2 *written = call.row_weights + ((i64)base * call.full + first) * ROW_TILE;
+  const float2 *of_rows = call.row_weights + ((i64)base * call.full + first) * ROW_TILE;
   wait_for_previous();
   const float *facts = call.facts + (i64)at_row * ROW_FACTS, top = facts[ROW_TOP], chosen = facts[ROW_LIMIT];
   const bool open = index < rows && call.state[at_row] == OPEN;
@@ -175,11 +183,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++) {
     const int at = threadIdx.x + i * THREADS;  // of a row that nothing has chosen for, whatever lies there
-    weights[i] = at < count * ROW_TILE ? written[at] : make_float2(0.f, 0.f);
+    weights[i] = at < count * ROW_TILE ? of_rows[at] : make_float2(0.f, 0.f);
   }
   const float limit = open && !coverage ? chosen : INFINITY;  // of a row that is not open nothing has chosen it
   if (!__ballot_sync(~0u, coverage ? open : limit < INFINITY)) return;
-  const int number = decide(call, h, rows, tile, base, first, count, limit, weights, room);
+  const int number = decide(call, h, rows, tile, base, first, count, limit, coverage, weights, room);
   if (!number) return;
   const i64 before = (i64)base * (call.full + 1) + first;
   for (int i = threadIdx.x; i < number; i += THREADS) {
@@ -187,14 +195,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
     room.places[i] = {call.pool + call.hot[block] + (i64)h * RECORD_BYTES, located(call, 0, heads, h, block), located(call, 1, heads, h, block),
                       call.weights + (before + room.list[i]) * TILES * WEIGHT_FLOATS};
   }
+  if (threadIdx.x < ROW_TILE) room.top[threadIdx.x] = index < rows ? top : 0.f;
   __syncthreads();
-  auto stage_of = [&](int i) { return shared + i % STAGES * STAGED_BYTES; };
-  auto stage_next = [&](int i) {
-    if (i < number) stage_block(shared_at(stage_of(i)), room.places[i], room.marks[room.list[i]]);
+  auto stage_of = [&](int i) { return shared + i % (BATCHES * TOGETHER) * STAGED_BYTES; };
+  auto stage_batch = [&](int i) {
+    for (int k = i; k < min(i + TOGETHER, number); k++) stage_block(shared_at(stage_of(k)), room.places[k], room.marks[room.list[k]]);
+    copies_commit();
   };
-  stage_next(0);
-  float *of_split = (float *)(shared + STAGES * STAGED_BYTES), *statistics = call.statistics + before * STATISTIC_FLOATS;
-  stage_bytes(shared_at(of_split), statistics, count * STATISTIC_FLOATS * 4);
+  stage_batch(0);
+  if (BATCHES > 1) stage_batch(TOGETHER);
   float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
   Channels change = {}, were;
 #pragma unroll
@@ -205,22 +214,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
       were[step][row] = channel < D ? sums[row * D + channel] : 0.f;
     }
   scaled_query(call, q, seen, room);
-  const float reference = __shfl_sync(~0u, index < rows ? top : 0.f, warp);
-  float extra = 0.f;
+  float *statistics = call.statistics + before * STATISTIC_FLOATS, extra[TOGETHER] = {0.f};
+  // Of the blocks of a batch a warp has different rows: where one row needs them, two warps work.
+  auto row_of = [&](int k) { return (warp + k * (ROW_TILE / TOGETHER)) % ROW_TILE; };
 #pragma unroll 1
-  for (int i = 0; i < number; i++) {
-    const int b = room.list[i];
-    const u32 mark = room.marks[b];
-    copies_wait();
+  for (int i = 0; i < number; i += TOGETHER) {
+    if (BATCHES > 1 && !i) copies_wait_earlier();
+    else copies_wait();
     __syncthreads();
-    if (STAGES > 1) stage_next(i + 1);
-    extra += weigh(call, first + b, mark, warp, reference, stage_of(i), of_split + b * STATISTIC_FLOATS, statistics + b * STATISTIC_FLOATS, room);
+    if (BATCHES > 1 && i) stage_batch(i + TOGETHER);
+    Weighed found[TOGETHER];
+    u32 mark[TOGETHER];
+    int b[TOGETHER];
+#pragma unroll
+    for (int k = 0; k < TOGETHER; k++) {
+      b[k] = i + k < number ? room.list[i + k] : 0, mark[k] = i + k < number ? room.marks[b[k]] : 0;
+      if (mark[k] >> row_of(k) & 0x11) found[k] = weigh(call, first + b[k], mark[k], row_of(k), stage_of(i + k), room, room.weight[k]);
+      else for (int t = lane; t < BLOCK; t += LANES) room.weight[k][t][row_of(k)] = room.weight[k][t][ROW_TILE + row_of(k)] = 0.f;
+    }
     __syncthreads();
-    add_change(stage_of(i), mark, room, change);
-    if (STAGES > 1) continue;
+#pragma unroll
+    for (int k = 0; k < TOGETHER; k++) {
+      if (mark[k] >> row_of(k) & 0x11) extra[k] += record(found[k], mark[k], row_of(k), stage_of(i + k), room, statistics + b[k] * STATISTIC_FLOATS);
+      if (mark[k]) add_change(stage_of(i + k), mark[k], room.weight[k], change);
+    }
+    if (BATCHES > 1) continue;
     __syncthreads();
-    stage_next(i + 1);
+    stage_batch(i + TOGETHER);
   }
+  __syncthreads();
+  const float4 *written = (const float4 *)statistics;
+  float4 held[OWN_STATISTICS];
+#pragma unroll
+  for (int k = 0; k < OWN_STATISTICS; k++)
+    if (threadIdx.x + k * THREADS < count * (STATISTIC_FLOATS / 4)) held[k] = written[threadIdx.x + k * THREADS];
 #pragma unroll
   for (int step = 0; step < STEPS; step++)
 #pragma unroll
@@ -228,11 +255,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
       const int channel = step * THREADS + threadIdx.x;
       if (channel < D) sums[row * D + channel] = were[step][row] + change[step][row];
     }
+#pragma unroll
+  for (int k = 0; k < OWN_STATISTICS; k++)
+    if (threadIdx.x + k * THREADS < count * (STATISTIC_FLOATS / 4)) ((float4 *)shared)[threadIdx.x + k * THREADS] = held[k];
+#pragma unroll
+  for (int k = 0; k < TOGETHER; k++)
+    if (lane == TOP) extras[k][row_of(k)] = extra[k];
+  __syncthreads();
+  const float *of_split = (const float *)shared;
   float largest = -INFINITY;
   for (int b = lane; b < count; b += LANES) largest = fmaxf(largest, of_split[b * STATISTIC_FLOATS + TOP * ROW_TILE + warp]);
   largest = warp_max(largest);
-  // A quarter more: the change itself was rounded too.
-  if (lane == TOP) after[warp] = largest, extras[warp] = extra > 0.f ? 1.25f * extra * exp2_approx(reference - largest) : 0.f;
+  if (lane == 0) after[warp] = largest;
   __syncthreads();
-  split_sums<true>(call, of_split, base, split, after[threadIdx.x % ROW_TILE], room.marks, threadIdx.x < ROW_TILE ? extras[threadIdx.x] : 0.f);
+  float error = 0.f;
+  if (threadIdx.x < ROW_TILE) {
+    for (int k = 0; k < TOGETHER; k++) error += extras[k][threadIdx.x];
+    // A quarter more: the change itself was rounded too.
+    error = error > 0.f ? 1.25f * error * exp2_approx(room.top[threadIdx.x] - after[threadIdx.x]) : 0.f;
+  }
+  split_sums<true>(call, of_split, base, split, after[threadIdx.x % ROW_TILE], room.marks, error);
 }
