@@ -272,26 +272,15 @@ inline u64 stream_policy() { return 0; }
 inline u64 keep_policy() { return 0; }
 inline void store_kept(float *at, float x, u64) { *at = x; }
 inline void copy16(u32 to, const void *from, u64) { bulk_copy(from_shared(to), from, 16, (u64 *)emulator::current); }
-inline void copy16(u32 to, const void *from) { copy16(to, from, 0); }
-// A group of copies ends with one of no bytes; all of the thread's arrive but those of its last `left` groups.
-inline void copies_commit() { bulk_copy(nullptr, nullptr, 0, (u64 *)emulator::current); }
-inline void copies_arrive(int left) {
-  std::vector<emulator::Copy> &all = emulator::copies;
-  const auto own = [](const emulator::Copy &copy) { return copy.bar == (u64 *)emulator::current; };
-  int groups = 0;
-  for (const emulator::Copy &copy : all) groups += own(copy) && !copy.bytes;
-  for (size_t i = 0; i < all.size();) {
-    const emulator::Copy copy = all[i];
-    if (!own(copy)) { i++; continue; }
-    if (left && groups <= left) break;
-    groups -= !copy.bytes;
-    if (copy.bytes) memcpy(copy.to, copy.from, copy.bytes);
-    all.erase(all.begin() + i);
+inline void copies_wait() {
+  for (size_t i = 0; i < emulator::copies.size();) {
+    const emulator::Copy copy = emulator::copies[i];
+    if (copy.bar != (u64 *)emulator::current) { i++; continue; }
+    memcpy(copy.to, copy.from, copy.bytes);
+    emulator::copies.erase(emulator::copies.begin() + i);
   }
   __syncwarp();
 }
-inline void copies_wait_earlier() { copies_arrive(1); }
-inline void copies_wait() { copies_arrive(0); }
 inline void let_next_begin() {}
 inline void wait_for_previous() {}
 inline void bulk_stream(void *to, const void *from, u32 bytes, u64 *bar, u64) { bulk_copy(to, from, bytes, bar); }

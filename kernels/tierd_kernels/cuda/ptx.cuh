@@ -49,16 +49,6 @@ __device__ __forceinline__ void bulk_stream(void *to, const void *from, u32 byte
 __device__ __forceinline__ void copy16(u32 to, const void *from, u64 policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
 }
-// The same without a cache policy.
-__device__ __forceinline__ void copy16(u32 to, const void *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-// Copies from here on are another group; of two, the earlier one's arrive.
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void copies_wait_earlier() {
-  asm volatile("cp.async.wait_group 1;" ::: "memory");
-  __syncwarp();
-}
 __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncwarp();

@@ -3,10 +3,11 @@ constexpr int THREADS = WARPS * LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREA
 constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM;
 // What is staged of a block: original keys and values, coded values, weights as they were, norms and notes. Where it is small two blocks are
 // worked on together while the next two are on their way; four thread blocks still fit on a multiprocessor.
-constexpr int VALUES_STAGED_AT = ORIGINAL_BYTES, CODES_STAGED_AT = VALUES_STAGED_AT + ORIGINAL_BYTES;
-constexpr int WEIGHTS_STAGED_AT = CODES_STAGED_AT + TILES * VALUE_BYTES, NORMS_STAGED_AT = WEIGHTS_STAGED_AT + 4 * TILES * WEIGHT_FLOATS;
-constexpr int NOTES_STAGED_AT = NORMS_STAGED_AT + 4 * BLOCK, STAGED_BYTES = (NOTES_STAGED_AT + 64 + LINE - 1) / LINE * LINE;
-constexpr int TOGETHER = STAGED_BYTES <= 11 * 1024 ? 2 : 1, BATCHES = TOGETHER;
+constexpr int VALUES_STAGED_AT = ORIGINAL_BYTES, NORMS_STAGED_AT = VALUES_STAGED_AT + ORIGINAL_BYTES, CODES_STAGED_AT = NORMS_STAGED_AT + 4 * BLOCK;
+constexpr int WEIGHTS_STAGED_AT = CODES_STAGED_AT + TILES * VALUE_BYTES, NOTES_STAGED_AT = WEIGHTS_STAGED_AT + 4 * TILES * WEIGHT_FLOATS;
+constexpr int STAGED_BYTES = (NOTES_STAGED_AT + 64 + LINE - 1) / LINE * LINE;
+static_assert(NORMS_AT + 4 * BLOCK == SCORE_BYTES, "norms and coded values are one copy");
+constexpr int TOGETHER = STAGED_BYTES <= 11 * 1024 ? 2 : 1, STAGES = TOGETHER * TOGETHER;
 // Eight sums of HALF / 8 fused products each, and what joins them; q is scaled, its norm is at least 1/2.
 constexpr float KEY_ROUNDINGS = (HALF / 8 + 8) * U32F * (1.f + 1e-4f);
 constexpr float KEY_FLOOR = 0x1p-90f;  // products and keys that FP32 flushes
@@ -19,6 +20,8 @@ struct __align__(16) Scratch {
   int seen[ROW_TILE];  // tokens
   float top[ROW_TILE];  // of the first pass
   float weight[TOGETHER][BLOCK][2 * ROW_TILE];  // of a token and row: by how much that of the coded value changes; that of the original
+  float extra[TOGETHER][ROW_TILE];  // mass times norms that is taken back
+  u64 bars[STAGES];
   u32 marks[SPLIT_BLOCKS];
   int list[SPLIT_BLOCKS], found[ROUNDS][WARPS];
   Place places[SPLIT_BLOCKS];  // in the list's order
@@ -56,39 +59,42 @@ __device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[
   to.size[row] = fabsf(to.scale[row]) * 0.69314724f;
 }
 
-// Where a byte of the keys is staged: sixteen bytes of a line change places by the row, so that the same ones of eight rows lie in different banks.
-__device__ __forceinline__ int key_at(int at) { return at ^ (((ROW_BYTES % LINE ? at / LINE : at / ROW_BYTES) & 7) << 4); }
-// Copies to the stage, by all threads; each waits for its own. With a cache policy ptxas 12 put it into an odd uniform register, beside the
-// stage's address: an illegal instruction.
-__device__ __forceinline__ void stage_bytes(u32 to, const void *from, int count) {
-#pragma unroll 4
-  for (int at = threadIdx.x * 16; at < count; at += THREADS * 16) copy16(to + at, (const unsigned char *)from + at);
-}
-// Of a block what the rows of `mark` need: original keys or values only where one does.
-__device__ __forceinline__ void stage_block(u32 stage, const Place &of, u32 mark) {
-  if (mark & 15)
-#pragma unroll 4
-    for (int at = threadIdx.x * 16; at < ORIGINAL_BYTES; at += THREADS * 16) copy16(stage + key_at(at), of.keys + at);
-  if (mark & 240) stage_bytes(stage + VALUES_STAGED_AT, of.values, ORIGINAL_BYTES);
-  stage_bytes(stage + CODES_STAGED_AT, of.record + SCORE_BYTES, TILES * VALUE_BYTES);
-  stage_bytes(stage + WEIGHTS_STAGED_AT, of.weights, 4 * TILES * WEIGHT_FLOATS);
-  stage_bytes(stage + NORMS_STAGED_AT, of.record + NORMS_AT, 4 * BLOCK);
-  stage_bytes(stage + NOTES_STAGED_AT, of.record + NOTES_AT, 64);
+// Copies of a block what the rows of `mark` need: original keys or values only where one does. A warp's, a lane a part: copies of sixteen
+// bytes by all threads were 400 instructions a block.
+__device__ __forceinline__ void stage_block(unsigned char *stage, const Place &of, u32 mark, u64 *bar) {
+  enum { KEYS, VALUES, CODES, OLD_WEIGHTS, NOTES, PARTS };
+  const int part = threadIdx.x % LANES, keys = mark & 15 ? ORIGINAL_BYTES : 0, values = mark & 240 ? ORIGINAL_BYTES : 0;
+  constexpr int CODES_BYTES = 4 * BLOCK + TILES * VALUE_BYTES, WEIGHTS_BYTES = 4 * TILES * WEIGHT_FLOATS;
+  const void *from = part == KEYS ? of.keys : part == VALUES ? of.values : part == CODES ? of.record + NORMS_AT : of.record + NOTES_AT;
+  if (part == OLD_WEIGHTS) from = of.weights;
+  const int to = part == KEYS ? 0 : part == VALUES ? VALUES_STAGED_AT : part == CODES ? NORMS_STAGED_AT : part == OLD_WEIGHTS ? WEIGHTS_STAGED_AT : NOTES_STAGED_AT;
+  const int bytes = part == KEYS ? keys : part == VALUES ? values : part == CODES ? CODES_BYTES : part == OLD_WEIGHTS ? WEIGHTS_BYTES : 64;
+  if (part == 0) barrier_expect(bar, keys + values + CODES_BYTES + WEIGHTS_BYTES + 64);
+  __syncwarp();
+  if (part < PARTS && bytes) bulk_copy(stage + to, from, bytes, bar);
 }
 
-// Scores, in binary units, of a staged tile of sixteen original keys for one row: a lane has token lane % 16.
+// Scores, in binary units, of a staged tile of sixteen original keys for one row: a lane has token lane % 16. Lanes begin with different
+// channels, so that what they read lies in different banks.
 __device__ __forceinline__ float score_original(const unsigned char *keys, const Scratch &with, int row, int lane) {
-  const int begin = lane / TILE * HALF, own = lane % TILE * ROW_BYTES + begin * ITEM;
+  constexpr int CHUNKS = HALF / 8;
+  const int begin = lane / TILE * HALF;
+  const unsigned char *own = keys + lane % TILE * ROW_BYTES;
   float x[8];
 #pragma unroll
   for (int k = 0; k < 8; k++) x[k] = 0.f;
+  int chunk = lane % TILE % CHUNKS;
 #pragma unroll 4
-  for (int i = 0; i < HALF; i += 8) {
+  for (int i = 0; i < CHUNKS; i++) {
+    const int from = begin + chunk * 8;
     uint4 bits[8 / PER_LOAD];
 #pragma unroll
-    for (int k = 0; k < 8 / PER_LOAD; k++) bits[k] = *(const uint4 *)(keys + key_at(own + i * ITEM + 16 * k));
+    for (int k = 0; k < 8 / PER_LOAD; k++) bits[k] = *(const uint4 *)(own + from * ITEM + 16 * k);
+    float q[8];
+    *(float4 *)q = *(const float4 *)(with.q[row] + from), *(float4 *)(q + 4) = *(const float4 *)(with.q[row] + from + 4);
 #pragma unroll
-    for (int k = 0; k < 8; k++) x[k] = fmaf(with.q[row][begin + i + k], as_float(&bits[k / PER_LOAD], k % PER_LOAD), x[k]);
+    for (int k = 0; k < 8; k++) x[k] = fmaf(q[k], as_float(&bits[k / PER_LOAD], k % PER_LOAD), x[k]);
+    chunk = chunk + 1 == CHUNKS ? 0 : chunk + 1;
   }
   const float sum = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
   return (sum + __shfl_xor_sync(~0u, sum, TILE)) * with.scale[row];

@@ -57,64 +57,55 @@ __device__ __forceinline__ int decide(const Call &call, int h, int rows, int til
   return before;
 }
 
-// What a warp finds of a row of a block: statistics, a lane each, the mass times norms that is taken back in lane TOP.
-struct Weighed { RowSums sums; float top, size; bool wrong; };
-
-// A row's weights of a staged block as its originals make them, against what they were, to `weight`. A warp's.
-__device__ __forceinline__ Weighed weigh(const Call &call, int block, u32 mark, int row, const unsigned char *stage, const Scratch &room,
-                                         float (&weight)[BLOCK][2 * ROW_TILE]) {
+// A row's weights of a staged block as its originals make them, against what they were, to `weight`; its statistics anew. A warp's. Returns
+// in lane TOP the mass times norms that is taken back.
+__device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, int row, const unsigned char *stage, const Scratch &room,
+                                       float (&weight)[BLOCK][2 * ROW_TILE], float *statistics) {
   const int lane = threadIdx.x % LANES, token = lane % TILE;
   const bool key = mark >> row & 1, value = mark >> row & 16, raw = ((const u32 *)(stage + NOTES_STAGED_AT))[VALUES_RAW];
   const float *weights = (const float *)(stage + WEIGHTS_STAGED_AT), before = weights[TOPS_AT + row], unit = unit_factor(call.unit);
-  Weighed found;
-  found.top = before, found.size = 0.f, found.wrong = false;
-  float s[TILES];
+  float s[TILES], top = before, size = 0.f;
+  bool wrong = false;
   if (key) {
-    found.top = -INFINITY;
+    top = -INFINITY;
 #pragma unroll
     for (int t = 0; t < TILES; t++) {
       const bool seen = block * BLOCK + t * TILE + token < room.seen[row];
       const float score = score_original(stage + t * TILE * ROW_BYTES, room, row, lane);
-      found.wrong = found.wrong || (seen && !(fabsf(score) < INFINITY));
-      if (seen) found.size = fmaxf(found.size, fabsf(score));
+      wrong = wrong || (seen && !(fabsf(score) < INFINITY));
+      if (seen) size = fmaxf(size, fabsf(score));
       s[t] = seen ? score : -INFINITY;
-      found.top = fmaxf(found.top, s[t]);
+      top = fmaxf(top, s[t]);
     }
 #pragma unroll
-    for (int bit = 1; bit < TILE; bit <<= 1) found.top = fmaxf(found.top, __shfl_xor_sync(~0u, found.top, bit));
+    for (int bit = 1; bit < TILE; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit)), size = fmaxf(size, __shfl_xor_sync(~0u, size, bit));
+    wrong = __ballot_sync(~0u, wrong) != 0;
   }
-  const float was_factor = exp2_approx(before - room.top[row]), is_factor = exp2_approx(found.top - room.top[row]);
+  RowSums sums;
+  const float was_factor = exp2_approx(before - room.top[row]), is_factor = exp2_approx(top - room.top[row]);
 #pragma unroll
   for (int t = 0; t < TILES; t++) {
     if (lane / TILE != t % 2) continue;  // the halves of a warp take tiles in turn
     const u32 both = ((const u32 *)(stage + NORMS_STAGED_AT))[t * TILE + token];
     const float nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR), stored = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
     const float was = weights[t * WEIGHT_FLOATS + row * TILE + token];
-    const float is = !key ? was : s[t] - found.top >= LOG2_MIN ? exp2_approx(s[t] - found.top) : 0.f;
+    const float is = !key ? was : s[t] - top >= LOG2_MIN ? exp2_approx(s[t] - top) : 0.f;
     // Raw values have no codes that could err; promoted ones are used as they are.
     const float eta = value && raw ? 0.f : stored;
-    found.sums.add(is, nu, eta, value ? nu : nu + eta);
-    found.sums.v[TOP] += was * was_factor * (raw ? nu : nu + stored);  // a place that sums have free
+    sums.add(is, nu, eta, value ? nu : nu + eta);
+    sums.v[TOP] += was * was_factor * (raw ? nu : nu + stored);  // a place that sums have free
     const float now = is * is_factor, then = was * was_factor;
     weight[t * TILE + token][row] = value ? -then : now - then, weight[t * TILE + token][ROW_TILE + row] = value ? now : 0.f;
   }
-  return found;
-}
-
-// Writes a row's statistics of a block. A warp's. Returns in lane TOP the mass times norms that was taken back.
-__device__ __forceinline__ float record(Weighed &of, u32 mark, int row, const unsigned char *stage, const Scratch &room, float *statistics) {
-  const int lane = threadIdx.x % LANES;
-  const bool key = mark >> row & 1, value = mark >> row & 16, wrong = __ballot_sync(~0u, of.wrong) != 0;
-  if (value) of.sums.v[SUM_SQUARE_ERROR] = 0.f;
-  const float size = warp_max(of.size);
-  float sum = fold_half(of.sums.v, lane, [](float x, float y) { return x + y; });
+  if (value) sums.v[SUM_SQUARE_ERROR] = 0.f;
+  float sum = fold_half(sums.v, lane, [](float x, float y) { return x + y; });
   sum += __shfl_xor_sync(~0u, sum, TILE);
   const float eps = wrong ? INFINITY
                           : (room.size[row] * (room.q_norm[row] * ((const float *)(stage + NOTES_STAGED_AT))[KEY_NORM_MAX] * KEY_ROUNDINGS + KEY_FLOOR) +
                              SCORE_ROUNDINGS * size + EXP_ERROR) * STORE;
   float x = sum;
   if (lane == SUM && wrong) x = 1.f;  // a block without mass would not be looked at
-  if (lane == TOP) x = of.top;
+  if (lane == TOP) x = top;
   if (lane == DELTA) x = eps;
   if (lane == D_NORM) x = BLOCK_ROOT * eps * STORE;
   if (lane < (key ? STATISTICS : TOP)) statistics[lane * ROW_TILE + row] = x;
@@ -164,7 +155,7 @@ __device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark,
 extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) promote(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];  // staged blocks; then the split's statistics
   __shared__ Scratch room;
-  __shared__ float after[ROW_TILE], extras[TOGETHER][ROW_TILE];
+  __shared__ float after[ROW_TILE];
   let_next_begin();
   const Call &call = calls[blockIdx.z];
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
@@ -196,14 +187,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) prom
                       call.weights + (before + room.list[i]) * TILES * WEIGHT_FLOATS};
   }
   if (threadIdx.x < ROW_TILE) room.top[threadIdx.x] = index < rows ? top : 0.f;
+  if (threadIdx.x < TOGETHER * ROW_TILE) (&room.extra[0][0])[threadIdx.x] = 0.f;
+  if (threadIdx.x < STAGES) barrier_init(&room.bars[threadIdx.x]);
+  barriers_ready();
   __syncthreads();
-  auto stage_of = [&](int i) { return shared + i % (BATCHES * TOGETHER) * STAGED_BYTES; };
-  auto stage_batch = [&](int i) {
-    for (int k = i; k < min(i + TOGETHER, number); k++) stage_block(shared_at(stage_of(k)), room.places[k], room.marks[room.list[k]]);
-    copies_commit();
+  auto stage_of = [&](int i) { return shared + i % STAGES * STAGED_BYTES; };
+  auto stage_blocks = [&](int from, int to) {  // a warp's
+#pragma unroll 1
+    for (int k = from; k < min(to, number); k++) stage_block(stage_of(k), room.places[k], room.marks[room.list[k]], &room.bars[k % STAGES]);
   };
-  stage_batch(0);
-  if (BATCHES > 1) stage_batch(TOGETHER);
+  if (warp == 0) stage_blocks(0, STAGES);
   float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
   Channels change = {}, were;
 #pragma unroll
@@ -214,33 +207,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) prom
       were[step][row] = channel < D ? sums[row * D + channel] : 0.f;
     }
   scaled_query(call, q, seen, room);
-  float *statistics = call.statistics + before * STATISTIC_FLOATS, extra[TOGETHER] = {0.f};
+  float *statistics = call.statistics + before * STATISTIC_FLOATS;
   // Of the blocks of a batch a warp has different rows: where one row needs them, two warps work.
   auto row_of = [&](int k) { return (warp + k * (ROW_TILE / TOGETHER)) % ROW_TILE; };
 #pragma unroll 1
   for (int i = 0; i < number; i += TOGETHER) {
-    if (BATCHES > 1 && !i) copies_wait_earlier();
-    else copies_wait();
     __syncthreads();
-    if (BATCHES > 1 && i) stage_batch(i + TOGETHER);
-    Weighed found[TOGETHER];
-    u32 mark[TOGETHER];
-    int b[TOGETHER];
-#pragma unroll
-    for (int k = 0; k < TOGETHER; k++) {
-      b[k] = i + k < number ? room.list[i + k] : 0, mark[k] = i + k < number ? room.marks[b[k]] : 0;
-      if (mark[k] >> row_of(k) & 0x11) found[k] = weigh(call, first + b[k], mark[k], row_of(k), stage_of(i + k), room, room.weight[k]);
-      else for (int t = lane; t < BLOCK; t += LANES) room.weight[k][t][row_of(k)] = room.weight[k][t][ROW_TILE + row_of(k)] = 0.f;
+    if (i && TOGETHER > 1 && warp == 0) stage_blocks(i + TOGETHER, i + STAGES);
+#pragma unroll 1
+    for (int k = 0; k < min(TOGETHER, number - i); k++) {
+      const int b = room.list[i + k], row = row_of(k);
+      const u32 mark = room.marks[b];
+      barrier_wait(&room.bars[(i + k) % STAGES], (i + k) / STAGES & 1);
+      if (mark >> row & 0x11) {
+        const float back = weigh(call, first + b, mark, row, stage_of(i + k), room, room.weight[k], statistics + b * STATISTIC_FLOATS);
+        if (lane == TOP) room.extra[k][row] += back;
+      } else {
+        for (int t = lane; t < BLOCK; t += LANES) room.weight[k][t][row] = room.weight[k][t][ROW_TILE + row] = 0.f;
+      }
     }
     __syncthreads();
-#pragma unroll
-    for (int k = 0; k < TOGETHER; k++) {
-      if (mark[k] >> row_of(k) & 0x11) extra[k] += record(found[k], mark[k], row_of(k), stage_of(i + k), room, statistics + b[k] * STATISTIC_FLOATS);
-      if (mark[k]) add_change(stage_of(i + k), mark[k], room.weight[k], change);
-    }
-    if (BATCHES > 1) continue;
+#pragma unroll 1
+    for (int k = 0; k < min(TOGETHER, number - i); k++) add_change(stage_of(i + k), room.marks[room.list[i + k]], room.weight[k], change);
+    if (TOGETHER > 1) continue;
     __syncthreads();
-    stage_batch(i + TOGETHER);
+    if (warp == 0) stage_blocks(i + 1, i + 2);
   }
   __syncthreads();
   const float4 *written = (const float4 *)statistics;
@@ -258,9 +249,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) prom
 #pragma unroll
   for (int k = 0; k < OWN_STATISTICS; k++)
     if (threadIdx.x + k * THREADS < count * (STATISTIC_FLOATS / 4)) ((float4 *)shared)[threadIdx.x + k * THREADS] = held[k];
-#pragma unroll
-  for (int k = 0; k < TOGETHER; k++)
-    if (lane == TOP) extras[k][row_of(k)] = extra[k];
   __syncthreads();
   const float *of_split = (const float *)shared;
   float largest = -INFINITY;
@@ -270,7 +258,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) prom
   __syncthreads();
   float error = 0.f;
   if (threadIdx.x < ROW_TILE) {
-    for (int k = 0; k < TOGETHER; k++) error += extras[k][threadIdx.x];
+    for (int k = 0; k < TOGETHER; k++) error += room.extra[k][threadIdx.x];
     // A quarter more: the change itself was rounded too.
     error = error > 0.f ? 1.25f * error * exp2_approx(room.top[threadIdx.x] - after[threadIdx.x]) : 0.f;
   }
