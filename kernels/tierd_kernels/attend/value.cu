@@ -145,10 +145,10 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   __shared__ Limits limits;
   __shared__ float lightest[ROW_TILE];  // mass of the split's lightest block, relative to the split's largest score
   row_limits(call, splits, base, skipping, tops, limits, [&] {
-    const u32 bytes = min(per, full - split * per) * STATISTIC_FLOATS * 4;
+    const u32 bytes = min(per, full - split * per) * STATISTIC_WORDS * 4;
     if (!NAIVE && !tail && threadIdx.x == 0) {
       barrier_expect(&statistics_here, bytes);
-      bulk_copy(statistics, call.statistics + ((i64)base * (full + 1) + split * per) * STATISTIC_FLOATS, bytes, &statistics_here);
+      bulk_copy(statistics, call.statistics + ((i64)base * (full + 1) + split * per) * STATISTIC_WORDS, bytes, &statistics_here);
     }
     for (int i = 0; i < min(items, VALUE_STAGES); i++) issue_weights(i, i);
   });
@@ -191,13 +191,15 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
       any = any && !(least * limits.output[k] > limits.most[k]);
     }
     if (any) {
-      const float *x = statistics + (warp * each + min(lane, count - 1)) * STATISTIC_FLOATS;
-      float mass[ROW_TILE], grown[ROW_TILE], nu = x[BLOCK_NOTES + 2];
+      const int own = first + min(lane, count - 1);
+      const float *x = statistics + (own - split * per) * STATISTIC_WORDS;
+      float mass[ROW_TILE], grown[ROW_TILE], nu = statistic(x, own, 0, STATISTICS + 2);
       bool skip = lane >= BLOCKS_AHEAD && lane < count;
 #pragma unroll
       for (int k = 0; k < ROW_TILE; k++) {
-        mass[k] = x[SUM * ROW_TILE + k] > 0.f ? exp2_approx(x[TOP * ROW_TILE + k] - tops[k]) * x[SUM * ROW_TILE + k] : 0.f;
-        grown[k] = mass[k] > 0.f ? mass[k] * expf(x[DELTA * ROW_TILE + k]) * (1.f + 1e-6f) : 0.f;
+        const float sum = statistic(x, own, k, SUM);
+        mass[k] = sum > 0.f ? exp2_approx(statistic(x, own, k, TOP) - tops[k]) * sum : 0.f;
+        grown[k] = mass[k] > 0.f ? mass[k] * expf(statistic(x, own, k, DELTA)) * (1.f + 1e-6f) : 0.f;
         skip = skip && (mass[k] == 0.f || grown[k] * (nu + limits.output[k]) <= limits.most[k]);
       }
       const u32 gone = __ballot_sync(~0u, skip), wanted = (count == LANES ? ~0u : (1u << count) - 1) & ~gone;

@@ -31,8 +31,6 @@ __device__ __forceinline__ void series(float delta, float x, float &psi, float &
   }
 }
 
-// A block's statistics for one row, as stored, with the block's sV, amp and largest norm behind them.
-typedef float Stats[STATISTICS + 3];
 struct Terms { float rho, low, t1, g, spread, used, error2, amplitude, squares, value, coded, norm, bad; };
 
 // `here`: the factor of the block's weights. With `exact_values` no value error is left, and amplitude is that of originals where codes
@@ -77,10 +75,10 @@ __device__ __forceinline__ float split_sums(const Call &call, const float *of_sp
   p1[ERROR - 8] = error;
 #pragma unroll 1  // instructions that run once are waited for as they come
   for (int p = threadIdx.x; p < pairs; p += WARPS * LANES) {
-    const float *from = of_split + p / ROW_TILE * STATISTIC_FLOATS;
+    const float *from = of_split + p / ROW_TILE * STATISTIC_WORDS;
     Stats x;
 #pragma unroll
-    for (int k = 0; k < STATISTICS + 3; k++) x[k] = from[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS];
+    for (int k = 0; k < STATISTICS + 3; k++) x[k] = statistic(from, split * call.per + p / ROW_TILE, row, k);
     if (!(x[SUM] > 0.f)) {
       lightest = 0.f;
       continue;

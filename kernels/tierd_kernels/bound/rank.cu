@@ -28,9 +28,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank(const Call *calls, in
   int *state = call.state + h * rows + index;
   if (again && *state != OPEN) return;
   const int base = h * tiles + index / ROW_TILE, blocks = call.full + (call.tokens > call.full * BLOCK);
-  const float *statistics = call.statistics + (i64)base * (call.full + 1) * STATISTIC_FLOATS + row;
+  const float *statistics = call.statistics + (i64)base * (call.full + 1) * STATISTIC_WORDS;
   const u32 *marks = call.marks + (i64)base * call.full;
-  auto stat = [&](int b, int k) { return (double)statistics[(i64)b * STATISTIC_FLOATS + k * ROW_TILE]; };
+  auto stat = [&](int b, int k) { return (double)statistic(statistics + (i64)b * STATISTIC_WORDS, b, row, k); };
 
   double top = -INFINITY, reach = 0.;
   for (int b = threadIdx.x; b < blocks; b += THREADS)

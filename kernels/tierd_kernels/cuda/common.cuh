@@ -25,10 +25,28 @@ enum { H, RK, SK, SV, AMP, C1, VALUE_NORM_MAX, KEY_NORM_MAX, OFFSET_NORM, KEYS_R
 // What the score pass leaves of a tile of rows and a tile of tokens: weights [ROW_TILE][TILE], then the rows' largest scores of the
 // whole block, in log2 units.
 constexpr int TOPS_AT = ROW_TILE * TILE, WEIGHT_FLOATS = TOPS_AT + ROW_TILE;
-// Statistics of a tile of rows and a block: [STATISTICS][ROW_TILE], see bound/statistics.py, then the block's sV, amp and largest norm; TOP
-// is the largest score in log2 units.
+// Statistics of a row and a block, see bound/statistics.py; TOP is the largest score in log2 units. Behind them the block's sV, amp and
+// largest norm.
 enum { SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, SUM_SQUARE_USED, SUM_SQUARE_ERROR, TOP, DELTA, D_NORM, STATISTICS };
-constexpr int BLOCK_NOTES = STATISTICS * ROW_TILE, STATISTIC_FLOATS = BLOCK_NOTES + 4;
+typedef float Stats[STATISTICS + 3];
+// As they lie: [8][ROW_TILE], one line of the cache a block and tile of rows. What only bounds grow with is kept in BF16, from above, two to
+// a word: of words SUM_SQUARES, SUM_ERROR and OF_SCORES the upper and the lower half; the tile's rows have a note of the block each. Words
+// change places by the block, so that the same ones of eight blocks lie in different banks of shared memory.
+constexpr int STATISTIC_WORDS = 8 * ROW_TILE, OF_SCORES = SUM_SQUARES_NORM, OF_BLOCK = SUM_SQUARE_ERROR;
+constexpr float BF16_ABOVE = 1.00788f;  // then cutting to seven bits of mantissa stays above
+__device__ __forceinline__ float both_above(float upper, float lower) {
+  return __uint_as_float(__byte_perm(__float_as_uint(lower * BF16_ABOVE), __float_as_uint(upper * BF16_ABOVE), 0x7632));
+}
+__device__ __forceinline__ int word_at(int block, int word) { return (word ^ (block & 7)) * ROW_TILE; }
+// One of `Stats`, of a block and the tile's row, where the block's words lie.
+__device__ __forceinline__ float statistic(const float *words, int block, int row, int k) {
+  if (k >= STATISTICS) return words[word_at(block, OF_BLOCK) + k - STATISTICS];
+  const bool lower = k == SUM_SQUARES_NORM || k == SUM_SQUARE_ERROR || k == D_NORM, scores = k == DELTA || k == D_NORM;
+  const int word = scores ? OF_SCORES : k == SUM_SQUARES_NORM ? SUM_SQUARES : k == SUM_SQUARE_ERROR ? SUM_ERROR : k;
+  const float x = words[word_at(block, word) + row];
+  if (lower) return __uint_as_float(__float_as_uint(x) << 16);
+  return scores || k == SUM_SQUARES || k == SUM_ERROR ? __uint_as_float(__float_as_uint(x) & 0xffff0000u) : x;
+}
 // Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE]. The score pass
 // leaves SPLIT_TOP and the last two, mass and mass times norms as it went, from which the value pass of all splits takes what may be
 // skipped.

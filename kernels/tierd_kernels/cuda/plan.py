@@ -18,7 +18,7 @@ from tierd_kernels.cuda.sources import (
     ROW_FACTS,
     ROW_TILE,
     SKIPS,
-    STATISTIC_FLOATS,
+    STATISTIC_WORDS,
     TILE_WEIGHT_FLOATS,
 )
 from tierd_kernels.layout import Layout
@@ -74,7 +74,7 @@ def plan(layout: Layout, shape: Shape) -> Plan:
     locations = {"key_at": 8 * full * heads, "value_at": 8 * full * heads} if shape.located else {}
     wanted: dict[int, dict[str, int]] = {
         WORKSPACE: {
-            "weights": 4 * tiles * (full + 1) * weights, "statistics": 4 * tiles * (full + 1) * STATISTIC_FLOATS,
+            "weights": 4 * tiles * (full + 1) * weights, "statistics": 4 * tiles * (full + 1) * STATISTIC_WORDS,
             "partials": 4 * tiles * (splits + 1) * PARTIALS * ROW_TILE, "sums": 4 * tiles * (splits + 1) * ROW_TILE * d,
             "skips": 4 * tiles * (splits + 1) * SKIPS * ROW_TILE, "dense": 8 * tiles * (splits + 1) * ROW_TILE * (DENSE_FACTS + d),
             "facts": 4 * rows * ROW_FACTS, "dots": 4 * rows * (splits + 1), "marks": 4 * tiles * full, "counts": 8 * rows,

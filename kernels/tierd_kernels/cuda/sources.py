@@ -33,7 +33,7 @@ RESIDENT = 4  # thread blocks of a pass on one multiprocessor, of a head dimensi
 # A thread block of the value pass begins where one of the score pass has ended, in the shared memory that it left: that must do for it, and
 # not for a fifth (131,072 tokens: 142 us where it was 1 KB too small, 152 where some multiprocessors took five and others three, else 137).
 SCORE_SPARE = 2048
-STATISTIC_FLOATS, PARTIALS, SUMMED, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 44, 19, 17, 4, 2048, 2048
+STATISTIC_WORDS, PARTIALS, SUMMED, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 32, 19, 17, 4, 2048, 2048
 ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS, PICK_BINS = 7, 6, 32, 256, 64
 CANDIDATE_PARTS, CANDIDATE_THREADS = 16, 512
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
@@ -63,14 +63,14 @@ def shared_bytes(layout: Layout, kernel: str) -> int:
         return max(WARPS * staged + SCORE_SPARE, 4 * rows)
     if kernel == "value":  # tiles of tokens with their weights under way, a warp's sums; statistics of a split
         staged = max(VALUE_STAGES * (record.value_bytes + 4 * TILE_WEIGHT_FLOATS), 4 * ROW_TILE * layout.head_dim)
-        return WARPS * staged + LINE + 4 * STATISTIC_FLOATS * SPLIT_TOKENS_MAX // layout.block_size
+        return WARPS * staged + LINE + 4 * STATISTIC_WORDS * SPLIT_TOKENS_MAX // layout.block_size
     if kernel == "finish":  # the row's partials and skips
         return 4 * SPLITS_MAX * (SUMMED + SKIPS)
     if kernel == "promote":  # of a block original keys and values, coded values, weights, norms, notes; in their place the split's statistics
         staged = 2 * layout.original_record_bytes + layout.block_size // TILE * (record.value_bytes + 4 * TILE_WEIGHT_FLOATS)
         staged = _lines(staged + 4 * layout.block_size + 64)
         blocks = 4 if staged <= PROMOTE_STAGED_SMALL else 1
-        return max(blocks * staged, 4 * STATISTIC_FLOATS * SPLIT_TOKENS_MAX // layout.block_size)
+        return max(blocks * staged, 4 * STATISTIC_WORDS * SPLIT_TOKENS_MAX // layout.block_size)
     if kernel == "canary":  # a record of keys in FP32
         return 4 * rows
     if kernel == "dense":  # the scores of a split; a record in FP32

@@ -170,7 +170,8 @@ __device__ __noinline__ void score_tail(const Call *at_call, int heads, int grou
   magnitude = warp_max(magnitude);
   for (int bit = 1; bit < 32; bit <<= 1) size = fmax(size, __shfl_xor_sync(~0u, size, bit));
   const i64 block = (i64)(h * tiles + tile) * (call.full + 1) + call.full;
-  float *weights = call.weights + block * TILES * WEIGHT_FLOATS, *statistics = call.statistics + block * STATISTIC_FLOATS + row;
+  float *weights = call.weights + block * TILES * WEIGHT_FLOATS, *statistics = call.statistics + block * STATISTIC_WORDS + row;
+  auto word = [&](int k) -> float & { return statistics[word_at(call.full, k)]; };
   RowSums sum;
   float norm_top = 0.f;
   for (int k = 0; k < (BLOCK + 31) / 32; k++) {
@@ -186,10 +187,11 @@ __device__ __noinline__ void score_tail(const Call *at_call, int heads, int grou
   if (lane) return;
   const float eps = exact_epsilon(magnitude, size), d = BLOCK_ROOT * eps * STORE;
   for (int k = 0; k < TILES; k++) weights[k * WEIGHT_FLOATS + TOPS_AT + row] = largest;
-  for (int k = 0; k < TOP; k++) statistics[k * ROW_TILE] = sum.v[k];
-  statistics[TOP * ROW_TILE] = largest;
-  statistics[DELTA * ROW_TILE] = eps;
-  statistics[D_NORM * ROW_TILE] = d;
+  for (int k = 0; k < OF_BLOCK; k++) word(k) = sum.v[k];  // of a trailing block nobody asks for notes
+  word(SUM_SQUARES) = both_above(sum.v[SUM_SQUARES], sum.v[SUM_SQUARES_NORM]);
+  word(SUM_ERROR) = both_above(sum.v[SUM_ERROR], sum.v[SUM_SQUARE_ERROR]);
+  word(OF_SCORES) = both_above(eps, d);
+  word(TOP) = largest;
   const float mass = sum.v[SUM], phi = 1.f + eps, a2 = sqrtf(sum.v[SUM_SQUARES]), g = phi * mass * eps, c = phi * a2 * eps;
   const float parts[PARTIALS] = {mass, mass * eps, phi * eps * sum.v[SUM_NORM], g, phi * phi * mass * eps * eps, sum.v[SUM_SQUARE_USED], 0.f,
                                  mass * norm_top, c * c, 0.f, 0.f, sum.v[SUM_NORM], largest, eps, norm_top, 0.f * (eps + sum.v[SUM_NORM] + mass), norm_top, mass, sum.v[SUM_NORM]};
@@ -258,21 +260,20 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   const u32 keep_bytes = limb ? 0x5410 : 0x7632, give_bytes = limb ? 0x7632 : 0x5410;
   const u32 keep_flip = limb ? 0x80808080u : 0u, give_flip = limb ? 0u : 0x80808080u;  // a low limb is stored + 128
   const i64 place = (i64)(h * tiles + tile) * (full + 1) + first;
-  // Where a lane writes of a block: weights of row c, tokens r and r + 8; sum r of row c; and besides, the first two of a row Delta or D, others the
-  // largest score to a tile's weights.
-  const bool annotates = r < 2, tops_weights = NAIVE ? r < TILES : r >= 4 && r < 4 + TILES;
-  float *weights = call.weights + place * TILES * WEIGHT_FLOATS + c * TILE + r, *statistics = call.statistics + place * STATISTIC_FLOATS + lane;
-  float *besides = tops_weights ? call.weights + (place * TILES + r % 4) * WEIGHT_FLOATS + TOPS_AT + c : statistics + LANES;
-  const int besides_step = tops_weights ? TILES * WEIGHT_FLOATS : STATISTIC_FLOATS;
+  // Where a lane writes of a block: weights of row c, tokens r and r + 8; word r of row c's statistics; and the largest score to tile r's
+  // weights.
+  const bool tops_weights = r < TILES;
+  float *weights = call.weights + place * TILES * WEIGHT_FLOATS + c * TILE + r, *statistics = call.statistics + place * STATISTIC_WORDS + c;
+  float *top_of_weights = call.weights + (place * TILES + r % TILES) * WEIGHT_FLOATS + TOPS_AT + c;
 
   __shared__ BlockFacts facts_of[WARPS][CHUNK][ROW_TILE];
-  __shared__ float c1_of[WARPS][CHUNK];
+  __shared__ float notes_of[WARPS][CHUNK][4];  // sV, amp and the largest norm, in units, and C1
   BlockFacts(*facts)[ROW_TILE] = facts_of[warp];
   int now = 0;
   u32 parity = 0;
   float highest = LOWEST, running = 0.f;  // largest score, and sum r relative to it, of row c
   auto next = [&](int i) {
-    statistics += STATISTIC_FLOATS, weights += TILES * WEIGHT_FLOATS, besides += besides_step;
+    statistics += STATISTIC_WORDS, weights += TILES * WEIGHT_FLOATS, top_of_weights += TILES * WEIGHT_FLOATS;
     __syncwarp();
     if (i + SCORE_STAGES < count) issue(i + SCORE_STAGES, now);
     now = now + 1 == SCORE_STAGES ? 0 : now + 1;
@@ -285,8 +286,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       facts[r][c] = block_facts(scales + (i / CHUNK & 1) * CHUNK * SCALE_BYTES + r * SCALE_BYTES, own, operands, c, lane, {size, q_norm});
       if (!NAIVE) {
         auto note = [&](int k) { return __uint_as_float(shared32(own + SCALE_BYTES + 4 * k)); };
-        if (c == 3) c1_of[warp][r] = note(C1);
-        else if (i + r < count) statistics[r * STATISTIC_FLOATS + BLOCK_NOTES + c - lane] = note(c == 0 ? SV : c == 1 ? AMP : VALUE_NORM_MAX) * unit;
+        notes_of[warp][r][c] = note(c == 0 ? SV : c == 1 ? AMP : c == 2 ? VALUE_NORM_MAX : C1) * (c == 3 ? 1.f : unit);
       }
       __syncwarp();
       if (i + CHUNK < count) fetch(i + CHUNK);
@@ -353,7 +353,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       }
 #pragma unroll
       for (int bit = 4; bit < 32; bit <<= 1) mass += __shfl_xor_sync(~0u, mass, bit);
-      if (tops_weights) *besides = largest;
+      if (tops_weights) *top_of_weights = largest;
       running = fmaf(running, keep, mass * take);
       next(i);
       continue;
@@ -370,11 +370,15 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     }
     float mine = fold8(sum.v, lane);  // sum r of row c
     running = fmaf(running, keep, mine * take);
+    const float (&notes)[4] = notes_of[warp][i % CHUNK];
+    const float eps = fmaf(notes[3] * step, size * (0.5f * (1.f + 64.f * U32F)), fact.eps);
+    float other = __shfl_xor_sync(~0u, mine, 8);  // of two sums that share a word
+    if (r == OF_SCORES) mine = (fact.delta + eps) * STORE, other = fmaf(BLOCK_ROOT, eps, fact.d_norm) * STORE;
+    if (r == SUM_SQUARES || r == OF_SCORES || r == SUM_ERROR) mine = both_above(mine, other);
+    if (r == OF_BLOCK) mine = notes[c];
     if (r == TOP) mine = largest;
-    const float eps = fmaf(c1_of[warp][i % CHUNK] * step, size * (0.5f * (1.f + 64.f * U32F)), fact.eps);
-    store_kept(statistics, mine, kept);
-    const float annotation = (r ? fmaf(BLOCK_ROOT, eps, fact.d_norm) : fact.delta + eps) * STORE;
-    if (annotates || tops_weights) store_kept(besides, annotates ? annotation : largest, kept);
+    store_kept(statistics + word_at(first + i, r), mine, kept);
+    if (tops_weights) store_kept(top_of_weights, largest, kept);
     next(i);
   }
   __shared__ float tops[WARPS][ROW_TILE], runs[WARPS][8][ROW_TILE];

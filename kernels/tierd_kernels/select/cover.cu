@@ -25,12 +25,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) cover(const Call *calls, i
   if (index >= rows || call.exact_only || !call.coverage) return;
   if (call.state[h * rows + index] != OPEN) return;
   const int base = h * tiles + index / ROW_TILE, full = call.full, blocks = full + (call.tokens > full * BLOCK), lane = threadIdx.x % LANES;
-  const float *statistics = call.statistics + (i64)base * (full + 1) * STATISTIC_FLOATS;
+  const float *statistics = call.statistics + (i64)base * (full + 1) * STATISTIC_WORDS;
   float *facts = call.facts + (i64)(h * rows + index) * ROW_FACTS;
   const float top = facts[ROW_TOP];
   auto weight = [&](int b) {
-    const float *x = statistics + (i64)b * STATISTIC_FLOATS + row;
-    return x[SUM * ROW_TILE] > 0.f ? exp2_approx(x[TOP * ROW_TILE] - top) * x[SUM * ROW_TILE] : 0.f;
+    const float *x = statistics + (i64)b * STATISTIC_WORDS;
+    const float sum = statistic(x, b, row, SUM);
+    return sum > 0.f ? exp2_approx(statistic(x, b, row, TOP) - top) * sum : 0.f;
   };
   // Of blocks whose mass is at least that of these bits.
   auto above = [&](u32 bits) {
@@ -60,8 +61,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) cover(const Call *calls, i
 
   float delta = 0.f, norm = 0.f;
   for (int b = threadIdx.x; b < blocks; b += THREADS) {
-    const float *x = statistics + (i64)b * STATISTIC_FLOATS;
-    if (x[SUM * ROW_TILE + row] > 0.f) delta = fmaxf(delta, x[DELTA * ROW_TILE + row]);
+    const float *x = statistics + (i64)b * STATISTIC_WORDS;
+    if (statistic(x, b, row, SUM) > 0.f) delta = fmaxf(delta, statistic(x, b, row, DELTA));
   }
   const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE + row;
   for (int s = threadIdx.x; s < call.splits + (blocks > full); s += THREADS) norm = fmaxf(norm, partials[s * PARTIALS * ROW_TILE + NORM_TOP * ROW_TILE]);

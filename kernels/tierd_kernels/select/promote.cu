@@ -8,7 +8,7 @@
 
 static_assert(WARPS == ROW_TILE, "a warp a row");
 constexpr int STEPS = (D + THREADS - 1) / THREADS;  // channels of a thread
-constexpr int OWN_STATISTICS = (SPLIT_BLOCKS * STATISTIC_FLOATS / 4 + THREADS - 1) / THREADS;  // of a thread, four at a time
+constexpr int OWN_STATISTICS = (SPLIT_BLOCKS * STATISTIC_WORDS / 4 + THREADS - 1) / THREADS;  // of a thread, four at a time
 typedef float Channels[STEPS][ROW_TILE];
 
 // Which blocks of the split are promoted in which rows, to `marks` (the row's own are decided here, those of the coverage policy were
@@ -103,12 +103,11 @@ __device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, in
   const float eps = wrong ? INFINITY
                           : (room.size[row] * (room.q_norm[row] * ((const float *)(stage + NOTES_STAGED_AT))[KEY_NORM_MAX] * KEY_ROUNDINGS + KEY_FLOOR) +
                              SCORE_ROUNDINGS * size + EXP_ERROR) * STORE;
-  float x = sum;
-  if (lane == SUM && wrong) x = 1.f;  // a block without mass would not be looked at
+  float x = lane == SUM && wrong ? 1.f : sum, other = __shfl_xor_sync(~0u, sum, 2);  // a block without mass would not be looked at
+  if (lane == OF_SCORES) x = eps, other = BLOCK_ROOT * eps * STORE;
+  if (lane == SUM_SQUARES || lane == OF_SCORES || lane == SUM_ERROR) x = both_above(x, other);
   if (lane == TOP) x = top;
-  if (lane == DELTA) x = eps;
-  if (lane == D_NORM) x = BLOCK_ROOT * eps * STORE;
-  if (lane < (key ? STATISTICS : TOP)) statistics[lane * ROW_TILE + row] = x;
+  if (lane <= TOP && lane != OF_BLOCK && (key || (lane != TOP && lane != OF_SCORES))) statistics[word_at(block, lane) + row] = x;
   return sum;
 }
 
@@ -207,7 +206,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) prom
       were[step][row] = channel < D ? sums[row * D + channel] : 0.f;
     }
   scaled_query(call, q, seen, room);
-  float *statistics = call.statistics + before * STATISTIC_FLOATS;
+  float *statistics = call.statistics + before * STATISTIC_WORDS;
   // Of the blocks of a batch a warp has different rows: where one row needs them, two warps work.
   auto row_of = [&](int k) { return (warp + k * (ROW_TILE / TOGETHER)) % ROW_TILE; };
 #pragma unroll 1
@@ -220,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) prom
       const u32 mark = room.marks[b];
       barrier_wait(&room.bars[(i + k) % STAGES], (i + k) / STAGES & 1);
       if (mark >> row & 0x11) {
-        const float back = weigh(call, first + b, mark, row, stage_of(i + k), room, room.weight[k], statistics + b * STATISTIC_FLOATS);
+        const float back = weigh(call, first + b, mark, row, stage_of(i + k), room, room.weight[k], statistics + b * STATISTIC_WORDS);
         if (lane == TOP) room.extra[k][row] += back;
       } else {
         for (int t = lane; t < BLOCK; t += LANES) room.weight[k][t][row] = room.weight[k][t][ROW_TILE + row] = 0.f;
@@ -238,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) prom
   float4 held[OWN_STATISTICS];
 #pragma unroll
   for (int k = 0; k < OWN_STATISTICS; k++)
-    if (threadIdx.x + k * THREADS < count * (STATISTIC_FLOATS / 4)) held[k] = written[threadIdx.x + k * THREADS];
+    if (threadIdx.x + k * THREADS < count * (STATISTIC_WORDS / 4)) held[k] = written[threadIdx.x + k * THREADS];
 #pragma unroll
   for (int step = 0; step < STEPS; step++)
 #pragma unroll
@@ -248,11 +247,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) prom
     }
 #pragma unroll
   for (int k = 0; k < OWN_STATISTICS; k++)
-    if (threadIdx.x + k * THREADS < count * (STATISTIC_FLOATS / 4)) ((float4 *)shared)[threadIdx.x + k * THREADS] = held[k];
+    if (threadIdx.x + k * THREADS < count * (STATISTIC_WORDS / 4)) ((float4 *)shared)[threadIdx.x + k * THREADS] = held[k];
   __syncthreads();
   const float *of_split = (const float *)shared;
   float largest = -INFINITY;
-  for (int b = lane; b < count; b += LANES) largest = fmaxf(largest, of_split[b * STATISTIC_FLOATS + TOP * ROW_TILE + warp]);
+  for (int b = lane; b < count; b += LANES) largest = fmaxf(largest, statistic(of_split + b * STATISTIC_WORDS, first + b, warp, TOP));
   largest = warp_max(largest);
   if (lane == 0) after[warp] = largest;
   __syncthreads();

@@ -20,10 +20,10 @@ struct Shares { float key, value; Terms terms; };
 // What the passes left of a full block and a row. Read apart from what is made of it, so that several blocks' are under way together.
 struct Seen { Stats x; u32 mark; };
 __device__ __forceinline__ Seen seen(const Call &call, int base, int b, int row) {
-  const float *p = call.statistics + ((i64)base * (call.full + 1) + b) * STATISTIC_FLOATS;
+  const float *p = call.statistics + ((i64)base * (call.full + 1) + b) * STATISTIC_WORDS;
   Seen found;
 #pragma unroll
-  for (int k = 0; k < STATISTICS + 3; k++) found.x[k] = p[k < STATISTICS ? k * ROW_TILE + row : BLOCK_NOTES + k - STATISTICS];
+  for (int k = 0; k < STATISTICS + 3; k++) found.x[k] = statistic(p, b, row, k);
   found.mark = call.marks[(i64)base * call.full + b];
   return found;
 }
