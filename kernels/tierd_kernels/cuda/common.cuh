@@ -29,10 +29,10 @@ constexpr int TOPS_AT = ROW_TILE * TILE, WEIGHT_FLOATS = TOPS_AT + ROW_TILE;
 // largest norm.
 enum { SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, SUM_SQUARE_USED, SUM_SQUARE_ERROR, TOP, DELTA, D_NORM, STATISTICS };
 typedef float Stats[STATISTICS + 3];
-// As they lie: [8][ROW_TILE], one line of the cache a block and tile of rows. What only bounds grow with is kept in BF16, from above, two to
-// a word: of words SUM_SQUARES, SUM_ERROR and OF_SCORES the upper and the lower half; the tile's rows have a note of the block each. Words
-// change places by the block, so that the same ones of eight blocks lie in different banks of shared memory.
-constexpr int STATISTIC_WORDS = 8 * ROW_TILE, OF_SCORES = SUM_SQUARES_NORM, OF_BLOCK = SUM_SQUARE_ERROR;
+// As they lie: [8][ROW_TILE], one line of the cache a block and tile of rows. What bounds only grow with is kept in BF16, from above, two to a
+// word: of words SUM_SQUARES, SUM_ERROR and D_AND_NOTE the upper and the lower half; of the block's notes each row has one. Words change
+// places by the block, so that the same ones of eight blocks lie in different banks of shared memory.
+constexpr int STATISTIC_WORDS = 8 * ROW_TILE, DELTA_WORD = SUM_SQUARES_NORM, D_AND_NOTE = SUM_SQUARE_ERROR;
 constexpr float BF16_ABOVE = 1.00788f;  // then cutting to seven bits of mantissa stays above
 __device__ __forceinline__ float both_above(float upper, float lower) {
   return __uint_as_float(__byte_perm(__float_as_uint(lower * BF16_ABOVE), __float_as_uint(upper * BF16_ABOVE), 0x7632));
@@ -40,12 +40,10 @@ __device__ __forceinline__ float both_above(float upper, float lower) {
 __device__ __forceinline__ int word_at(int block, int word) { return (word ^ (block & 7)) * ROW_TILE; }
 // One of `Stats`, of a block and the tile's row, where the block's words lie.
 __device__ __forceinline__ float statistic(const float *words, int block, int row, int k) {
-  if (k >= STATISTICS) return words[word_at(block, OF_BLOCK) + k - STATISTICS];
-  const bool lower = k == SUM_SQUARES_NORM || k == SUM_SQUARE_ERROR || k == D_NORM, scores = k == DELTA || k == D_NORM;
-  const int word = scores ? OF_SCORES : k == SUM_SQUARES_NORM ? SUM_SQUARES : k == SUM_SQUARE_ERROR ? SUM_ERROR : k;
-  const float x = words[word_at(block, word) + row];
-  if (lower) return __uint_as_float(__float_as_uint(x) << 16);
-  return scores || k == SUM_SQUARES || k == SUM_ERROR ? __uint_as_float(__float_as_uint(x) & 0xffff0000u) : x;
+  const bool lower = k == SUM_SQUARES_NORM || k == SUM_SQUARE_ERROR || k >= STATISTICS, upper = k == SUM_SQUARES || k == SUM_ERROR || k == D_NORM;
+  const int word = k == SUM_SQUARES_NORM ? SUM_SQUARES : k == SUM_SQUARE_ERROR ? SUM_ERROR : k == DELTA ? DELTA_WORD : k >= D_NORM ? D_AND_NOTE : k;
+  const u32 x = __float_as_uint(words[word_at(block, word) + (k >= STATISTICS ? k - STATISTICS : row)]);
+  return __uint_as_float(lower ? x << 16 : upper ? x & 0xffff0000u : x);
 }
 // Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE]. The score pass
 // leaves SPLIT_TOP and the last two, mass and mass times norms as it went, from which the value pass of all splits takes what may be

@@ -187,10 +187,10 @@ __device__ __noinline__ void score_tail(const Call *at_call, int heads, int grou
   if (lane) return;
   const float eps = exact_epsilon(magnitude, size), d = BLOCK_ROOT * eps * STORE;
   for (int k = 0; k < TILES; k++) weights[k * WEIGHT_FLOATS + TOPS_AT + row] = largest;
-  for (int k = 0; k < OF_BLOCK; k++) word(k) = sum.v[k];  // of a trailing block nobody asks for notes
+  for (int k = 0; k < D_AND_NOTE; k++) word(k) = sum.v[k];
   word(SUM_SQUARES) = both_above(sum.v[SUM_SQUARES], sum.v[SUM_SQUARES_NORM]);
   word(SUM_ERROR) = both_above(sum.v[SUM_ERROR], sum.v[SUM_SQUARE_ERROR]);
-  word(OF_SCORES) = both_above(eps, d);
+  word(DELTA_WORD) = eps, word(D_AND_NOTE) = both_above(d, 0.f);  // nobody asks for a trailing block's notes
   word(TOP) = largest;
   const float mass = sum.v[SUM], phi = 1.f + eps, a2 = sqrtf(sum.v[SUM_SQUARES]), g = phi * mass * eps, c = phi * a2 * eps;
   const float parts[PARTIALS] = {mass, mass * eps, phi * eps * sum.v[SUM_NORM], g, phi * phi * mass * eps * eps, sum.v[SUM_SQUARE_USED], 0.f,
@@ -373,9 +373,9 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     const float (&notes)[4] = notes_of[warp][i % CHUNK];
     const float eps = fmaf(notes[3] * step, size * (0.5f * (1.f + 64.f * U32F)), fact.eps);
     float other = __shfl_xor_sync(~0u, mine, 8);  // of two sums that share a word
-    if (r == OF_SCORES) mine = (fact.delta + eps) * STORE, other = fmaf(BLOCK_ROOT, eps, fact.d_norm) * STORE;
-    if (r == SUM_SQUARES || r == OF_SCORES || r == SUM_ERROR) mine = both_above(mine, other);
-    if (r == OF_BLOCK) mine = notes[c];
+    if (r == D_AND_NOTE) mine = fmaf(BLOCK_ROOT, eps, fact.d_norm) * STORE, other = notes[c];
+    if (r == SUM_SQUARES || r == SUM_ERROR || r == D_AND_NOTE) mine = both_above(mine, other);
+    if (r == DELTA_WORD) mine = (fact.delta + eps) * STORE;
     if (r == TOP) mine = largest;
     store_kept(statistics + word_at(first + i, r), mine, kept);
     if (tops_weights) store_kept(top_of_weights, largest, kept);

@@ -62,7 +62,9 @@ __device__ __forceinline__ int decide(const Call &call, int h, int rows, int til
 __device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, int row, const unsigned char *stage, const Scratch &room,
                                        float (&weight)[BLOCK][2 * ROW_TILE], float *statistics) {
   const int lane = threadIdx.x % LANES, token = lane % TILE;
-  const bool key = mark >> row & 1, value = mark >> row & 16, raw = ((const u32 *)(stage + NOTES_STAGED_AT))[VALUES_RAW];
+  const bool key = mark >> row & 1, value = mark >> row & 16;
+  const float *notes = (const float *)(stage + NOTES_STAGED_AT);
+  const bool raw = __float_as_uint(notes[VALUES_RAW]);
   const float *weights = (const float *)(stage + WEIGHTS_STAGED_AT), before = weights[TOPS_AT + row], unit = unit_factor(call.unit);
   float s[TILES], top = before, size = 0.f;
   bool wrong = false;
@@ -101,13 +103,14 @@ __device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, in
   float sum = fold_half(sums.v, lane, [](float x, float y) { return x + y; });
   sum += __shfl_xor_sync(~0u, sum, TILE);
   const float eps = wrong ? INFINITY
-                          : (room.size[row] * (room.q_norm[row] * ((const float *)(stage + NOTES_STAGED_AT))[KEY_NORM_MAX] * KEY_ROUNDINGS + KEY_FLOOR) +
+                          : (room.size[row] * (room.q_norm[row] * notes[KEY_NORM_MAX] * KEY_ROUNDINGS + KEY_FLOOR) +
                              SCORE_ROUNDINGS * size + EXP_ERROR) * STORE;
   float x = lane == SUM && wrong ? 1.f : sum, other = __shfl_xor_sync(~0u, sum, 2);  // a block without mass would not be looked at
-  if (lane == OF_SCORES) x = eps, other = BLOCK_ROOT * eps * STORE;
-  if (lane == SUM_SQUARES || lane == OF_SCORES || lane == SUM_ERROR) x = both_above(x, other);
+  if (lane == D_AND_NOTE) x = BLOCK_ROOT * eps * STORE, other = notes[row == 0 ? SV : row == 1 ? AMP : VALUE_NORM_MAX] * unit;
+  if (lane == SUM_SQUARES || lane == SUM_ERROR || lane == D_AND_NOTE) x = both_above(x, other);
+  if (lane == DELTA_WORD) x = eps;
   if (lane == TOP) x = top;
-  if (lane <= TOP && lane != OF_BLOCK && (key || (lane != TOP && lane != OF_SCORES))) statistics[word_at(block, lane) + row] = x;
+  if (lane <= TOP && (key || lane < DELTA_WORD || lane == SUM_ERROR || lane == SUM_SQUARE_USED)) statistics[word_at(block, lane) + row] = x;
   return sum;
 }
 
