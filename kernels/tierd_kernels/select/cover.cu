@@ -64,8 +64,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) cover(const Call *calls, i
     const float *x = statistics + (i64)b * STATISTIC_WORDS;
     if (statistic(x, b, row, SUM) > 0.f) delta = fmaxf(delta, statistic(x, b, row, DELTA));
   }
-  const float *partials = call.partials + (i64)base * (call.splits + 1) * PARTIALS * ROW_TILE + row;
-  for (int s = threadIdx.x; s < call.splits + (blocks > full); s += THREADS) norm = fmaxf(norm, partials[s * PARTIALS * ROW_TILE + NORM_TOP * ROW_TILE]);
+  // The paper's bound is held against a threshold: norms as they are, not those of the statistics, which are above.
+  const float per_unit = unit_factor(call.unit);
+  for (int b = threadIdx.x; b < full; b += THREADS)
+    norm = fmaxf(norm, ((const float *)(call.pool + call.hot[b] + (i64)h * RECORD_BYTES + NOTES_AT))[VALUE_NORM_MAX] * per_unit);
+  const float *of_tail = call.partials + ((i64)base * (call.splits + 1) + call.splits) * PARTIALS * ROW_TILE + row;
+  if (blocks > full) norm = fmaxf(norm, of_tail[NORM_TOP * ROW_TILE]);
   __shared__ float largest[2][COVER_WARPS];
   delta = warp_max(delta), norm = warp_max(norm);
   if (lane == 0) largest[0][threadIdx.x / LANES] = delta, largest[1][threadIdx.x / LANES] = norm;
