@@ -1,13 +1,13 @@
 // What promotion works on: queries as they are multiplied with original keys, and a block as it is staged in shared memory, scored.
 constexpr int THREADS = WARPS * LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
 constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM;
-// What is staged of a block: original keys and values, coded values, weights as they were, norms and notes. Where it is small two blocks are
-// worked on together while the next two are on their way; four thread blocks still fit on a multiprocessor.
+// What is staged of a block: original keys and values, coded values, weights as they were, norms and notes. Where it is small the next three
+// are on their way while one is worked on; four thread blocks still fit on a multiprocessor.
 constexpr int VALUES_STAGED_AT = ORIGINAL_BYTES, NORMS_STAGED_AT = VALUES_STAGED_AT + ORIGINAL_BYTES, CODES_STAGED_AT = NORMS_STAGED_AT + 4 * BLOCK;
 constexpr int WEIGHTS_STAGED_AT = CODES_STAGED_AT + TILES * VALUE_BYTES, NOTES_STAGED_AT = WEIGHTS_STAGED_AT + 4 * TILES * WEIGHT_FLOATS;
 constexpr int STAGED_BYTES = (NOTES_STAGED_AT + 64 + LINE - 1) / LINE * LINE;
 static_assert(NORMS_AT + 4 * BLOCK == SCORE_BYTES, "norms and coded values are one copy");
-constexpr int TOGETHER = STAGED_BYTES <= 11 * 1024 ? 2 : 1, STAGES = TOGETHER * TOGETHER;
+constexpr int STAGES = STAGED_BYTES <= 11 * 1024 ? 4 : 1;
 // Eight sums of HALF / 8 fused products each, and what joins them; q is scaled, its norm is at least 1/2.
 constexpr float KEY_ROUNDINGS = (HALF / 8 + 8) * U32F * (1.f + 1e-4f);
 constexpr float KEY_FLOOR = 0x1p-90f;  // products and keys that FP32 flushes
@@ -19,8 +19,7 @@ struct __align__(16) Scratch {
   float q[ROW_TILE][D], scale[ROW_TILE], size[ROW_TILE], q_norm[ROW_TILE];
   int seen[ROW_TILE];  // tokens
   float top[ROW_TILE];  // of the first pass
-  float weight[TOGETHER][BLOCK][2 * ROW_TILE];  // of a token and row: by how much that of the coded value changes; that of the original
-  float extra[TOGETHER][ROW_TILE];  // mass times norms that is taken back
+  float weight[BLOCK][2 * ROW_TILE];  // of a token and row: by how much that of the coded value changes; that of the original
   u64 bars[STAGES];
   u32 marks[SPLIT_BLOCKS];
   int list[SPLIT_BLOCKS], found[ROUNDS][WARPS];

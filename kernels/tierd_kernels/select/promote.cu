@@ -57,10 +57,10 @@ __device__ __forceinline__ int decide(const Call &call, int h, int rows, int til
   return before;
 }
 
-// A row's weights of a staged block as its originals make them, against what they were, to `weight`; its statistics anew. A warp's. Returns
+// A row's weights of a staged block as its originals make them, against what they were, to `room.weight`; its statistics anew. A warp's. Returns
 // in lane TOP the mass times norms that is taken back.
-__device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, int row, const unsigned char *stage, const Scratch &room,
-                                       float (&weight)[BLOCK][2 * ROW_TILE], float *statistics) {
+__device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, int row, const unsigned char *stage, Scratch &room,
+                                       float *statistics) {
   const int lane = threadIdx.x % LANES, token = lane % TILE;
   const bool key = mark >> row & 1, value = mark >> row & 16;
   const float *notes = (const float *)(stage + NOTES_STAGED_AT);
@@ -97,7 +97,7 @@ __device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, in
     sums.add(is, nu, eta, value ? nu : nu + eta);
     sums.v[TOP] += was * was_factor * (raw ? nu : nu + stored);  // a place that sums have free
     const float now = is * is_factor, then = was * was_factor;
-    weight[t * TILE + token][row] = value ? -then : now - then, weight[t * TILE + token][ROW_TILE + row] = value ? now : 0.f;
+    room.weight[t * TILE + token][row] = value ? -then : now - then, room.weight[t * TILE + token][ROW_TILE + row] = value ? now : 0.f;
   }
   if (value) sums.v[SUM_SQUARE_ERROR] = 0.f;
   float sum = fold_half(sums.v, lane, [](float x, float y) { return x + y; });
@@ -115,7 +115,7 @@ __device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, in
 }
 
 // By how much a staged block changes the sums of weights times values, added to a thread's channels.
-__device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark, const float (&weight)[BLOCK][2 * ROW_TILE], Channels &change) {
+__device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark, const Scratch &room, Channels &change) {
   const __half2 thousand = __half2half2(__ushort_as_half(0x6400));
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
@@ -134,7 +134,7 @@ __device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark,
         for (int j = 0; j < 2; j++) {  // tokens 2 c and 2 c + 1 of each half of the tile; as FP16 with 1024 added: no conversion
           const __half2 codes = __hsub2(as_half2(either(word >> (4 * j), 0x000f000fu, 0x64006400u)), thousand);
           const float2 stored = __half22float2(__hfma2(codes, as_half2(j ? pairs.y : pairs.x), as_half2(j ? pairs.w : pairs.z)));
-          const float *weights = weight[t * TILE + j * 8 + 2 * c];
+          const float *weights = room.weight[t * TILE + j * 8 + 2 * c];
 #pragma unroll
           for (int row = 0; row < ROW_TILE; row++)
             of_block[row] = fmaf(weights[2 * ROW_TILE + row], stored.y, fmaf(weights[row], stored.x, of_block[row]));
@@ -144,7 +144,7 @@ __device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark,
 #pragma unroll
         for (int i = 0; i < TILE; i++) {
           const float original = as_float(stage + VALUES_STAGED_AT, (t * TILE + i) * D + channel);
-          const float *weights = weight[t * TILE + i] + ROW_TILE;
+          const float *weights = room.weight[t * TILE + i] + ROW_TILE;
 #pragma unroll
           for (int row = 0; row < ROW_TILE; row++) of_block[row] = fmaf(weights[row], original, of_block[row]);
         }
@@ -154,10 +154,10 @@ __device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark,
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) promote(const Call *calls, int heads, int group) {
+extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promote(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];  // staged blocks; then the split's statistics
   __shared__ Scratch room;
-  __shared__ float after[ROW_TILE];
+  __shared__ float after[ROW_TILE], errors[ROW_TILE];
   let_next_begin();
   const Call &call = calls[blockIdx.z];
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
@@ -189,7 +189,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) prom
                       call.weights + (before + room.list[i]) * TILES * WEIGHT_FLOATS};
   }
   if (threadIdx.x < ROW_TILE) room.top[threadIdx.x] = index < rows ? top : 0.f;
-  if (threadIdx.x < TOGETHER * ROW_TILE) (&room.extra[0][0])[threadIdx.x] = 0.f;
   if (threadIdx.x < STAGES) barrier_init(&room.bars[threadIdx.x]);
   barriers_ready();
   __syncthreads();
@@ -210,28 +209,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) prom
     }
   scaled_query(call, q, seen, room);
   float *statistics = call.statistics + before * STATISTIC_WORDS;
-  // Of the blocks of a batch a warp has different rows: where one row needs them, two warps work.
-  auto row_of = [&](int k) { return (warp + k * (ROW_TILE / TOGETHER)) % ROW_TILE; };
+  float back = 0.f;  // in lane TOP
 #pragma unroll 1
-  for (int i = 0; i < number; i += TOGETHER) {
+  for (int i = 0; i < number; i++) {
+    const int b = room.list[i];
+    const u32 mark = room.marks[b];
+    __syncthreads();  // all are done with the block before
+    if (i && STAGES > 1 && warp == 0) stage_blocks(i + STAGES - 1, i + STAGES);
+    barrier_wait(&room.bars[i % STAGES], i / STAGES & 1);
+    if (mark >> warp & 0x11) back += weigh(call, first + b, mark, warp, stage_of(i), room, statistics + b * STATISTIC_WORDS);
+    else for (int t = lane; t < BLOCK; t += LANES) room.weight[t][warp] = room.weight[t][ROW_TILE + warp] = 0.f;
     __syncthreads();
-    if (i && TOGETHER > 1 && warp == 0) stage_blocks(i + TOGETHER, i + STAGES);
-#pragma unroll 1
-    for (int k = 0; k < min(TOGETHER, number - i); k++) {
-      const int b = room.list[i + k], row = row_of(k);
-      const u32 mark = room.marks[b];
-      barrier_wait(&room.bars[(i + k) % STAGES], (i + k) / STAGES & 1);
-      if (mark >> row & 0x11) {
-        const float back = weigh(call, first + b, mark, row, stage_of(i + k), room, room.weight[k], statistics + b * STATISTIC_WORDS);
-        if (lane == TOP) room.extra[k][row] += back;
-      } else {
-        for (int t = lane; t < BLOCK; t += LANES) room.weight[k][t][row] = room.weight[k][t][ROW_TILE + row] = 0.f;
-      }
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int k = 0; k < min(TOGETHER, number - i); k++) add_change(stage_of(i + k), room.marks[room.list[i + k]], room.weight[k], change);
-    if (TOGETHER > 1) continue;
+    add_change(stage_of(i), mark, room, change);
+    if (STAGES > 1) continue;
     __syncthreads();
     if (warp == 0) stage_blocks(i + 1, i + 2);
   }
@@ -256,13 +246,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, TOGETHER > 1 ? 4 : 1) prom
   float largest = -INFINITY;
   for (int b = lane; b < count; b += LANES) largest = fmaxf(largest, statistic(of_split + b * STATISTIC_WORDS, first + b, warp, TOP));
   largest = warp_max(largest);
-  if (lane == 0) after[warp] = largest;
+  // A quarter more: the change itself was rounded too.
+  if (lane == TOP) after[warp] = largest, errors[warp] = back > 0.f ? 1.25f * back * exp2_approx(room.top[warp] - largest) : 0.f;
   __syncthreads();
-  float error = 0.f;
-  if (threadIdx.x < ROW_TILE) {
-    for (int k = 0; k < TOGETHER; k++) error += room.extra[k][threadIdx.x];
-    // A quarter more: the change itself was rounded too.
-    error = error > 0.f ? 1.25f * error * exp2_approx(room.top[threadIdx.x] - after[threadIdx.x]) : 0.f;
-  }
+  const float error = threadIdx.x < ROW_TILE ? errors[threadIdx.x] : 0.f;
   split_sums<true>(call, of_split, base, split, after[threadIdx.x % ROW_TILE], room.marks, error);
 }
