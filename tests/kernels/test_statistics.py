@@ -31,7 +31,9 @@ extern "C" __global__ void places(int block, float *out) {
 }
 """
 SIZES = ("-DD=128", "-DBLOCK=16", "-DGROUP=16", "-DDTYPE=0")
-NUMBERS = st.floats(0.0, 2.0**127, width=32, allow_subnormal=False) | st.sampled_from([np.inf, np.nan, 2.0**-126, 1.0, 1.0 + 2.0**-23, 255.99998])
+NUMBERS = st.floats(0.0, 2.0**127, width=32, allow_subnormal=False) | st.sampled_from(
+    [np.inf, np.nan, 2.0**-126, 1.0, 1.0 + 2.0**-23, 255.99998]
+)
 
 
 @pytest.fixture(scope="module")
