@@ -82,13 +82,21 @@ class Left:
         heads, self.full = step.layout.num_kv_heads, self.call["full"]
         self.rows = step.group * self.call["n"]
         tiles = -(-self.rows // 4)
-        self.statistics = self._read("statistics", (heads, tiles, self.full + 1, 44), np.float32)[:, :, : self.full].astype(np.float64)
+        self.statistics = self._statistics(self._read("statistics", (heads, tiles, self.full + 1, 8, 4), np.uint32)[:, :, : self.full])
         self.marks = self._read("marks", (heads, tiles, self.full), np.uint32)
         self.facts = self._read("facts", (heads, self.rows, 7), np.float32).astype(np.float64)
 
     def _read(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         size, at = int(np.prod(shape)) * np.dtype(dtype).itemsize, self.call[name] - int(self.memory.workspace.data.ptr)
         return np.asarray(self.memory.workspace[at : at + size].get()).view(dtype).reshape(shape)
+
+    def _statistics(self, words: NDArray[np.uint32]) -> NDArray[np.float64]:
+        """[..., full, 44], four rows a statistic, then the block's notes, of what lies as cuda/common.cuh, `statistic`, says."""
+        block = np.arange(self.full)
+        word = [words[:, :, block, k ^ (block & 7)] for k in range(8)]
+        upper, lower = ({k: word[k] & np.uint32(0xFFFF0000) for k in (1, 4, 6)}, {k: word[k] << np.uint32(16) for k in (1, 4, 6)})
+        of = [word[0], upper[1], word[2], lower[1], upper[4], word[5], lower[4], word[7], word[3], upper[6], lower[6]]
+        return np.concatenate(of, axis=-1).view(np.float32).astype(np.float64)
 
     def shares(self, h: int, row: int) -> NDArray[np.float64]:
         """Of keys and of values, [2, full], relative to what selection aims at (bound/bound.cuh, `block_terms`)."""
