@@ -61,14 +61,13 @@ class Kernels(Quantiser, Protocol):
 @dataclass(eq=False)
 class Work:
     """One row under way. `ids`: its full blocks; `locations` [2, m, Hkv]: where its kernels were told to read, None: nothing in scratch.
-    `held`: its blocks (ids) with a record in scratch. `result` is set once, before anything that follows from it is asked for."""
+    `result` is set once, before anything that follows from it is asked for."""
 
     session: Session
     row: Row
     call: Call
     ids: Ids
     locations: NDArray[np.int64] | None
-    held: Ids
     result: Result | None = None
     late_records: int = 0
 
@@ -190,7 +189,7 @@ class Batch:
             canary_blocks=self._draw_canaries(len(ids)) if canaries else NO_BLOCKS,
             candidates_max=self._candidates_max,
         )
-        return Work(session, row, call, ids, locations, state.places.held)
+        return Work(session, row, call, ids, locations)
 
     def _draw_canaries(self, num_blocks: int) -> NDArray[np.int64]:
         """Each full block with the configured probability."""
@@ -208,19 +207,14 @@ class Batch:
             groups[work.session.layout, work.session.geometry.num_q_heads].append((job, work))
         for (layout, num_q_heads), members in groups.items():
             table = self._residency.table(layout)
-            held = [work.held for _, work in members if len(work.held)]
-            for ids in held:
-                self._residency.pin(table, ids)
             try:
                 calls = [work.call for _, work in members]
-                answers = self._kernels.attend(layout, self._residency.arenas.memory, calls, num_q_heads)
+                with self._residency.pinned(table):
+                    answers = self._kernels.attend(layout, self._residency.arenas.memory, calls, num_q_heads)
                 assert len(answers) == len(calls)
             except Exception as error:
                 log.exception("the attend kernels failed")
                 answers = [error] * len(members)
-            finally:
-                for ids in held:
-                    self._residency.unpin(table, ids)
             self._counters.launches += 1
             for (job, work), answer in zip(members, answers, strict=True):
                 if isinstance(answer, Exception):
