@@ -59,3 +59,7 @@ class Result:
     value_reads: Mask
     candidates: Callable[[], Candidates]
     canary_failures: list[tuple[int, int]]
+
+
+def idle() -> None:
+    """What is done meanwhile where there is nothing to do."""

@@ -294,6 +294,32 @@ def test_a_call_larger_than_what_is_kept_for_calls_is_answered_in_parts() -> Non
         staged.host = kept
 
 
+def test_copies_that_begin_meanwhile_come_behind_all_steps_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They put other records where the call's promoted blocks are read. On a device that is a race, which the copier must not win."""
+    from tierd_kernels.cuda import backend
+
+    layout = LAYOUTS[4]
+    k, v, q = draw(layout, 200, 3, 8, "diffuse", 3)
+    cache = store(layout, k, v)
+    memory = cache.memory
+    call = in_scratch(cache, cache.call(q, 1e-3, Budget()))
+    before, again = backend.attend(layout, memory, [call, call], 3)
+    places = [x[x >= 0] for x in (call.key_locations, call.value_locations) if x is not None]
+    at, begun = np.concatenate(places), list[int]()
+
+    def meanwhile() -> None:
+        begun.append(len(at))
+        backend.copy_to_scratch(memory, np.roll(at, 1), at, layout.original_record_bytes)
+
+    monkeypatch.setattr(backend, "_batches", lambda memory, waiting: [[x] for x in waiting])
+    steps = backend.attend(layout, memory, [call, call], 3, meanwhile)
+    assert isinstance(before, Result) and isinstance(again, Result) and before.key_reads.any()
+    assert begun == [len(at)] and all(isinstance(x, Result) and np.array_equal(x.output, before.output) for x in steps)
+    (after,) = backend.attend(layout, memory, [call], 3)
+    assert isinstance(after, Result) and not np.array_equal(after.output, before.output)
+    assert device.real() or memory.copier.waited[-1] is memory.answered  # type: ignore[attr-defined]
+
+
 def test_the_parts_of_a_call_are_as_small_as_the_one_that_sees_the_most_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     from tierd_kernels.cuda import backend
     from tierd_kernels.cuda.packing import Part

@@ -4,13 +4,14 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tierd_kernels.call import Call, Result
+from tierd_kernels.call import Call, Result, idle
 from tierd_kernels.layout import Layout, Memory
 
 from tierd.commands import EXACT, Attend, Row, RowResult, Tolerance
@@ -49,8 +50,11 @@ class Kernels(Quantiser, Protocol):
         """Copies from originals to scratch (byte offsets), on the migrator's thread; returns the bytes as they arrived there."""
         ...
 
-    def attend(self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
-        """One answer, or the exception that explains its absence, per call."""
+    def attend(
+        self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int, meanwhile: Callable[[], None]
+    ) -> list[Result | Exception]:  # fmt: skip
+        """One answer, or the exception that explains its absence, per call. `meanwhile` (it raises nothing) is for a backend that waits for
+        a device: it runs at most once, before that wait, when copies to scratch that begin now can no more change what the calls read."""
         ...
 
     def limit_threads(self, count: int) -> None:
@@ -89,12 +93,12 @@ class Work:
         """Which of `reads` were read from the host, [n]."""
         return self.reads.from_host(self.locations, self.exact_heads)
 
-    @property
-    def num_late(self) -> int:
-        """How many were read from the host although a copy was on its way when the kernels started."""
-        # While a batch runs no copy begins or ends: the table says what was under way.
+    def num_late(self, residency: Residency) -> int:
+        """How many were read from the host although a copy was on its way when the kernels started. It may have arrived meanwhile; one that
+        failed for good is not counted."""
         kind, index, head = self.reads.where(self.from_host & ~self.exact_heads[self.reads.head])
-        return int(np.count_nonzero(self.session.table.copy_id[kind, self.ids[index], head] >= 0))
+        copies = self.session.table.copy_id[kind, self.ids[index], head]
+        return residency.num_older(copies[copies >= 0])
 
 
 @dataclass(eq=False)
@@ -131,12 +135,14 @@ class Batch:
         self._random = np.random.default_rng(seed)
         self._prefetch_wait_s = 0.0
 
-    def run(self, jobs: list[Job], prefetch_wait_s: float) -> list[Work]:
-        """Answer all `jobs` and complete their futures; returns the rows that succeeded. `prefetch_wait_s` is for their answers."""
+    def run(self, jobs: list[Job], prefetch_wait_s: float, meanwhile: Callable[[], None]) -> list[Work]:
+        """Answer all `jobs` and complete their futures; returns the rows that succeeded. `prefetch_wait_s` is for their answers.
+        `meanwhile` runs at most once, while a device computes: of it they see nothing."""
         self._prefetch_wait_s = prefetch_wait_s
+        self._residency.next_turn()
         for job in jobs:
             self._prepare(job)
-        self._launch([(job, work) for job in jobs for work in job.works])
+        self._launch([(job, work) for job in jobs for work in job.works], meanwhile)
         answered: list[Work] = []
         for job in jobs:
             for work in list(job.works):
@@ -200,17 +206,15 @@ class Batch:
         self._counters.canaries += count
         return np.sort(self._random.choice(num_blocks, count, replace=False, shuffle=False)) if count else NO_BLOCKS
 
-    def _launch(self, rows: Iterable[tuple[Job, Work]]) -> None:
-        """One kernel call per geometry; a job fails with its first row that has no answer."""
+    def _launch(self, rows: Iterable[tuple[Job, Work]], meanwhile: Callable[[], None]) -> None:
+        """One kernel call per geometry, with the last of which `meanwhile` goes; a job fails with its first row that has no answer."""
         groups: dict[tuple[Layout, int], list[tuple[Job, Work]]] = defaultdict(list)
         for job, work in rows:
             groups[work.session.layout, work.session.geometry.num_q_heads].append((job, work))
-        for (layout, num_q_heads), members in groups.items():
-            table = self._residency.table(layout)
+        for number, ((layout, num_q_heads), members) in enumerate(groups.items()):
             try:
                 calls = [work.call for _, work in members]
-                with self._residency.pinned(table):
-                    answers = self._kernels.attend(layout, self._residency.arenas.memory, calls, num_q_heads)
+                answers = self._attend(layout, calls, num_q_heads, meanwhile if number == len(groups) - 1 else idle)
                 assert len(answers) == len(calls)
             except Exception as error:
                 log.exception("the attend kernels failed")
@@ -222,6 +226,16 @@ class Batch:
                 else:
                     work.result = answer
 
+    def _attend(self, layout: Layout, calls: list[Call], num_q_heads: int, meanwhile: Callable[[], None]) -> list[Result | Exception]:
+        with ExitStack() as pins:
+            pins.enter_context(self._residency.pinned(self._residency.table(layout)))
+
+            def unpinned() -> None:
+                pins.close()  # a copy that replaces another comes behind what the calls read
+                meanwhile()
+
+            return self._kernels.attend(layout, self._residency.arenas.memory, calls, num_q_heads, unpinned)
+
     def _verify(self, job: Job, work: Work) -> None:
         """Raises CertificateUnavailable, or leaves in `job.works` an answer to the row whose promise holds: after a repair another."""
         self._check_reads(work)
@@ -229,7 +243,7 @@ class Batch:
         if work.result.canary_failures:
             self._repair(work, work.result.canary_failures)
             again = self._plan(work.session, work.row, EXACT, canaries=False)
-            self._launch([(job, again)])
+            self._launch([(job, again)], idle)
             if job.error is not None:
                 return
             job.works[job.works.index(work)] = work = again
@@ -284,8 +298,8 @@ class Batch:
             for work in job.works:
                 assert work.result is not None
                 self._counters.add(work.result)
-                if self._residency.num_in_flight:
-                    work.late_records = work.num_late
+                if self._residency.num_copies and work.from_host.any():
+                    work.late_records = work.num_late(self._residency)
             waited_s = self._prefetch_wait_s
             job.future.set_result(
                 [RowResult(w.result.output, w.result.certificate, w.late_records, waited_s) for w in job.works if w.result is not None]

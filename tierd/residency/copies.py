@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from tierd.residency.blocks import BlockTable, Ids
 
-COLUMNS = "state", "table", "kind", "failures", "block", "head", "source", "target", "nbytes"
+COLUMNS = "state", "table", "kind", "failures", "block", "head", "source", "target", "nbytes", "turn"
 GROWS_BY_MIN = 64
 
 
@@ -42,14 +42,14 @@ class ScratchCopy:
 
 class Copies:
     """Columns by copy id, of which `ScratchCopy` tells; `table` is a table's number. Ids are reused once a copy is gone, so the columns
-    stay as long as the most copies at a time. Written by the residency only."""
+    stay as long as the most copies at a time. `turn`: the residency's when it began. Written by the residency only."""
 
     def __init__(self) -> None:
         self.state: NDArray[np.int8] = np.zeros(0, np.int8)
         self.table: NDArray[np.int32] = np.zeros(0, np.int32)
         self.kind: NDArray[np.int8] = np.zeros(0, np.int8)
         self.failures: NDArray[np.int8] = np.zeros(0, np.int8)
-        self.block, self.head, self.source, self.target, self.nbytes = (np.zeros(0, np.int64) for _ in range(5))
+        self.block, self.head, self.source, self.target, self.nbytes, self.turn = (np.zeros(0, np.int64) for _ in range(6))
         self._free: list[int] = []
 
     def __len__(self) -> int:
@@ -60,7 +60,7 @@ class Copies:
         """Of all copies, in rising order."""
         return np.flatnonzero(self.state)
 
-    def add(self, table: BlockTable, kind: int, blocks: Ids, heads: Ids, targets: Ids) -> Ids:
+    def add(self, table: BlockTable, kind: int, blocks: Ids, heads: Ids, targets: Ids, turn: int) -> Ids:
         """Copies in flight of these n records to `targets`; returns their ids, int64 [n]."""
         count = len(blocks)
         if len(self._free) < count:
@@ -69,6 +69,7 @@ class Copies:
         del self._free[len(self._free) - count :]
         self.state[ids], self.table[ids], self.kind[ids], self.failures[ids] = CopyState.IN_FLIGHT, table.number, kind, 0
         self.block[ids], self.head[ids], self.target[ids], self.nbytes[ids] = blocks, heads, targets, table.layout.original_record_bytes
+        self.turn[ids] = turn
         self.source[ids] = table.offsets_of(kind, blocks, heads)
         return ids
 

@@ -56,7 +56,7 @@ class Residency:
         self.tables: dict[Layout, BlockTable] = {}
         self._numbered: list[BlockTable] = []
         self._copies = Copies()
-        self._num_in_flight = 0
+        self._num_in_flight = self._turn = 0
         self._gone: Callable[[Ids, NDArray[np.bool_]], None] = lambda ids, used: None
 
     def on_gone(self, tell: Callable[[Ids, NDArray[np.bool_]], None]) -> None:
@@ -113,6 +113,14 @@ class Residency:
         """Copies that the copier has not let go of, orphans too."""
         return self._num_in_flight
 
+    def next_turn(self) -> None:
+        """A new batch of calls begins."""
+        self._turn += 1
+
+    def num_older(self, ids: Ids) -> int:
+        """How many of these copies began before the last batch of calls did."""
+        return int(np.count_nonzero(self._copies.turn[ids] < self._turn))
+
     def copies(self) -> Iterator[ScratchCopy]:
         """What is known of each copy now, in the order of their ids."""
         return (self.copy(copy_id) for copy_id in self._copies.ids.tolist())
@@ -142,7 +150,7 @@ class Residency:
         targets = self.arenas.scratch[kind].allocate_some(table.layout.original_record_bytes, len(blocks))
         blocks, heads = blocks[: len(targets)], heads[: len(targets)]
         assert (table.hot_offset[blocks] >= 0).all() and (table.copy_id[kind, blocks, heads] == NO_COPY).all()
-        ids = self._copies.add(table, kind, blocks, heads, targets)
+        ids = self._copies.add(table, kind, blocks, heads, targets, self._turn)
         table.copy_id[kind, blocks, heads] = ids
         assert (table.copy_id[kind, blocks, heads] == ids).all(), "a record is given twice"
         table.used[kind, blocks, heads] = False

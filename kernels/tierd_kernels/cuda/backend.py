@@ -12,7 +12,7 @@ import cupy as cp
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd_kernels.call import Call, Result
+from tierd_kernels.call import Call, Result, idle
 from tierd_kernels.cuda import launch
 from tierd_kernels.cuda.launch import CALL, CERTIFIED, EXACT, FIELDS, kernels
 from tierd_kernels.cuda.marks import NOWHERE, count_reads
@@ -92,10 +92,12 @@ def group_norms(
 
 
 def copy_to_scratch(memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int) -> NDArray[np.uint8]:
-    """As the host's, on a stream of its own, there and back again: what is returned is what arrived. Raises DeviceLost."""
+    """As the host's, on a stream of its own, behind the last step that was enqueued, which may still read what lay at the targets; there
+    and back again: what is returned is what arrived. Raises DeviceLost."""
     own = _own(memory)
     arrived, most = np.empty((len(sources), nbytes), np.uint8), own.landing.nbytes // nbytes
     with faults(), own.copier:
+        own.copier.wait_event(own.answered)
         for start in range(0, len(sources), most):
             some = slice(start, min(start + most, len(sources)))
             back = np.arange(some.stop - start, dtype=np.int64) * nbytes
@@ -107,9 +109,11 @@ def copy_to_scratch(memory: Memory, sources: NDArray[np.int64], targets: NDArray
     return arrived
 
 
-def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
-    """Answers every call, or returns the exception that explains why one has no answer (`ScoreOverflow`, ValueError). Raises
-    DeviceLost."""
+def attend(
+    layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int, meanwhile: Callable[[], None] = idle
+) -> list[Result | Exception]:  # fmt: skip
+    """Answers every call, or returns the exception that explains why one has no answer (`ScoreOverflow`, ValueError). `meanwhile` runs once
+    while the device computes, if it does: all that reads scratch is enqueued by then, and copies to it come behind. Raises DeviceLost."""
     own = _own(memory)
     answers: dict[int, list[Answer] | Exception] = {}
     waiting: list[Waiting] = []
@@ -121,11 +125,12 @@ def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) 
             continue
         answers[i] = []
     with faults():
-        for batch in _batches(own, waiting):
+        batches = list(_batches(own, waiting))
+        for number, batch in enumerate(batches):
             step = Step(layout, own, [x.part for x in batch])
             step.upload()
             step.launch()
-            for x, answer in zip(batch, step.answers(), strict=True):
+            for x, answer in zip(batch, step.answers(meanwhile if number == len(batches) - 1 else idle), strict=True):
                 done = answers[x.number]
                 assert isinstance(done, list)
                 done.append(answer)
