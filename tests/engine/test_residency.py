@@ -317,6 +317,13 @@ def test_no_record_gets_two_copies_at_once() -> None:
         residency.begin_copies(table, 0, np.repeat(block, 2), ids(1, 1))
 
 
+def test_a_tail_gets_no_copy() -> None:
+    residency = make()
+    table = residency.table(LAYOUT)
+    with pytest.raises(AssertionError, match="not of a full block"):
+        residency.begin_copies(table, 0, table.add_tails(1), ids(0))
+
+
 def test_a_corrupt_record_is_named() -> None:
     residency = make()
     table = residency.table(LAYOUT)

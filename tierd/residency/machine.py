@@ -34,7 +34,9 @@ from tierd.pools import Arenas
 from tierd.residency.blocks import BARRED, NO_COPY, BlockTable, Ids
 from tierd.residency.copies import Copies, CopyState, ScratchCopy
 from tierd.residency.counting import add
+from tierd.residency.moving import COPY, begin, detach, settle
 
+NO_COPIES: Ids = np.empty(0, np.int64)
 ATTEMPTS = 2  # a copy that failed so often is not tried again
 
 
@@ -149,12 +151,12 @@ class Residency:
         room for all."""
         targets = self.arenas.scratch[kind].allocate_some(table.layout.original_record_bytes, len(blocks))
         blocks, heads = blocks[: len(targets)], heads[: len(targets)]
-        assert (table.hot_offset[blocks] >= 0).all() and (table.copy_id[kind, blocks, heads] == NO_COPY).all()
-        ids = self._copies.add(table, kind, blocks, heads, targets, self._turn)
-        table.copy_id[kind, blocks, heads] = ids
-        assert (table.copy_id[kind, blocks, heads] == ids).all(), "a record is given twice"
-        table.used[kind, blocks, heads] = False
-        add(table.in_flight, blocks, 1)
+        ids, like = self._copies.reserve(len(targets)), np.zeros(1, COPY)
+        like["table"], like["kind"], like["state"], like["turn"] = table.number, kind, CopyState.IN_FLIGHT, self._turn
+        like["nbytes"] = table.layout.original_record_bytes
+        offsets = table.original_offset, table.hot_offset
+        sound = begin(self._copies.records, ids, like, blocks, heads, targets, *offsets, table.notes, table.used, table.in_flight)
+        assert sound, "a record is not of a full block, has a copy, or is given twice"
         self._num_in_flight += len(ids)
         return ids
 
@@ -164,10 +166,12 @@ class Residency:
         orphans, live = ids[states == CopyState.ORPHAN], states == CopyState.IN_FLIGHT
         assert len(orphans) + np.count_nonzero(live) == len(ids)
         good = np.zeros(len(ids), np.bool_)
-        for table, some in self._by_table(ids, live):
-            at = self._copies.at(ids[some])
-            good[some] = False if digests is None else digests[some] == table.checksum[at]
-            self._settle(table, ids[some & good])
+        if digests is not None:
+            for table, some in self._by_table(ids, live):
+                good[some] = self._settle(table, ids[some], digests[some])
+        if good.all():
+            self._num_in_flight -= len(ids)
+            return Finished(ids, NO_COPIES, 0)
         bad = ids[live & ~good]
         self._copies.failures[bad] += 1
         final = self._copies.failures[bad] >= ATTEMPTS
@@ -197,14 +201,11 @@ class Residency:
         self._copies.state[ids[in_flight]] = CopyState.ORPHAN
         self._forget(ids[~in_flight])
 
-    def _settle(self, table: BlockTable, ids: Ids) -> None:
-        """They have arrived as they should: kernels may read them."""
-        kind, block, head = self._copies.at(ids)
-        self._copies.state[ids] = CopyState.RESIDENT
-        table.location[kind, block, head] = self._copies.target[ids]
-        add(table.in_flight, block, -1)
-        add(table.resident, block, 1)
-        table.touch(block)
+    def _settle(self, table: BlockTable, ids: Ids, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Those that have arrived as they should (which is returned): kernels may read them."""
+        good = settle(self._copies.records, ids, digests, table.checksum, table.location, table.in_flight, table.resident)
+        table.touch(self._copies.block[ids[good]])
+        return good
 
     def _give_up(self, ids: Ids) -> None:
         for table, some in self._by_table(ids):
@@ -214,11 +215,8 @@ class Residency:
         self._forget(ids)
 
     def _detach(self, table: BlockTable, ids: Ids) -> None:
-        kind, block, head = self._copies.at(ids)
-        add(table.resident, block[self._copies.state[ids] == CopyState.RESIDENT], -1)
-        table.copy_id[kind, block, head] = NO_COPY
-        table.location[kind, block, head] = ~self._copies.source[ids]
-        table.touch(block)
+        detach(self._copies.records, ids, table.location, table.notes, table.resident)
+        table.touch(self._copies.block[ids])
 
     def _forget(self, ids: Ids) -> None:
         if not len(ids):
