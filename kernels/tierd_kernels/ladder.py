@@ -63,6 +63,7 @@ def _attend(layout: Layout, memory: Memory, call: Call, num_q_heads: int, space:
         np.logical_or.reduce([p.value_reads for p in parts]),
         lambda: joined([p.candidates() for p in parts], len(call.hot_offsets), call.candidates_max),
         parts[0].canary_failures,
+        np.maximum.reduce([p.shares for p in parts if p.shares is not None]),
     )
 
 __all__ = [
