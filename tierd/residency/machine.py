@@ -196,7 +196,7 @@ class Residency:
         table.location[kind, block, head] = self._copies.target[ids]
         add(table.in_flight, block, -1)
         add(table.resident, block, 1)
-        table.touch(block)
+        table.move(block)
 
     def _give_up(self, ids: Ids) -> None:
         for table, some in self._by_table(ids):
@@ -210,7 +210,7 @@ class Residency:
         add(table.resident, block[self._copies.state[ids] == CopyState.RESIDENT], -1)
         table.copy_id[kind, block, head] = NO_COPY
         table.location[kind, block, head] = ~self._copies.source[ids]
-        table.touch(block)
+        table.move(block)
 
     def _forget(self, ids: Ids) -> None:
         if not len(ids):
