@@ -42,7 +42,7 @@ def group_numbers(v: Raw, dtype: str) -> tuple[Norms, Norms]:
 class FakeKernels:
     """A hot record starts with the digests of the two original records that it stands for; that is all there is in it.
 
-    Calls with a tolerance read block i of head h from `key_locations` and `value_locations` if (i + h) % `promote_every` is 0, and
+    Calls with a tolerance read block i of head h from where `Call.locations` says if (i + h) % `promote_every` is 0, and
     report it; what remains they read from the originals, unreported, as real kernels read their codes. Without a tolerance they
     are exact, read originals alone and draw no canaries.
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from tierd_kernels.call import Call, Result, idle
+from tierd_kernels.in_scratch import InScratch
 from tierd_kernels.layout import Layout, Memory
 
 from tierd.commands import EXACT, Attend, Row, RowResult, Tolerance
@@ -64,14 +65,14 @@ class Kernels(Quantiser, Protocol):
 
 @dataclass(eq=False)
 class Work:
-    """One row under way. `ids`: its full blocks; `locations` [2, m, Hkv]: where its kernels were told to read, None: nothing in scratch.
+    """One row under way. `ids`: its full blocks; of their records its kernels were told what is `in_scratch`, None: nothing.
     `result` is set once, before anything that follows from it is asked for."""
 
     session: Session
     row: Row
     call: Call
     ids: Ids
-    locations: NDArray[np.int64] | None
+    in_scratch: InScratch | None
     result: Result | None = None
     late_records: int = 0
 
@@ -91,7 +92,7 @@ class Work:
     @cached_property
     def from_host(self) -> NDArray[np.bool_]:
         """Which of `reads` were read from the host, [n]."""
-        return self.reads.from_host(self.locations, self.exact_heads)
+        return self.reads.from_host(self.in_scratch, self.exact_heads)
 
     def num_late(self, residency: Residency) -> int:
         """How many were read from the host although a copy was on its way when the kernels started. It may have arrived meanwhile; one that
@@ -175,8 +176,7 @@ class Batch:
     def _plan(self, session: Session, row: Row, tolerance: Tolerance | None = None, canaries: bool = True) -> Work:
         tolerance = tolerance or row.tolerance or session.tolerance
         state, table, ids = session.layers[row.layer], session.table, session.full_ids(row.layer)
-        locations = state.places.of(table, ids)
-        keys, values = (None, None) if locations is None else locations
+        in_scratch = state.places.of(table, ids)
         hot_offsets, original_offsets = session.offsets(row.layer)
         call = Call(
             q=row.q,
@@ -184,8 +184,7 @@ class Batch:
             softmax_scale=session.geometry.scale,
             hot_offsets=hot_offsets,
             original_offsets=original_offsets,
-            key_locations=keys,
-            value_locations=values,
+            in_scratch=in_scratch,
             group_value_norms=state.group_value_norms,
             group_error_norms=state.group_error_norms,
             rtol=tolerance.rtol,
@@ -195,7 +194,7 @@ class Batch:
             canary_blocks=self._draw_canaries(len(ids)) if canaries else NO_BLOCKS,
             candidates_max=self._candidates_max,
         )
-        return Work(session, row, call, ids, locations)
+        return Work(session, row, call, ids, in_scratch)
 
     def _draw_canaries(self, num_blocks: int) -> NDArray[np.int64]:
         """Each full block with the configured probability."""

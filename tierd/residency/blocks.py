@@ -44,6 +44,7 @@ class BlockTable:
         self.resident = np.zeros(0, dtype=np.int32)
         self.stamp = np.zeros(0, dtype=np.int64)
         self.now = 0  # rises with every change of a place
+        self.moved = 0  # what it was when a copy came or went last
         self.location = np.zeros((2, 0, heads), dtype=np.int64)
         self.checksum = np.zeros((2, 0, heads), dtype=np.uint64)
         self.in_flight = np.zeros(0, dtype=np.int32)
@@ -75,10 +76,15 @@ class BlockTable:
         self.touch(ids)
         return ids
 
-    def touch(self, ids: Ids | int) -> None:
+    def touch(self, ids: Ids) -> None:
         """Places of these blocks have changed."""
         self.now += 1
         self.stamp[ids] = self.now
+
+    def move(self, ids: Ids) -> None:
+        """Copies of these blocks have come or gone."""
+        self.touch(ids)
+        self.moved = self.now
 
     def give_hot(self, ids: Ids) -> None:
         """Reserve hot slots for tails that are about to fill. Raises CapacityExceeded; nothing changes then."""

@@ -204,7 +204,7 @@ class Residency:
     def _settle(self, table: BlockTable, ids: Ids, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """Those that have arrived as they should (which is returned): kernels may read them."""
         good = settle(self._copies.records, ids, digests, table.checksum, table.location, table.in_flight, table.resident)
-        table.touch(self._copies.block[ids[good]])
+        table.move(self._copies.block[ids[good]])
         return good
 
     def _give_up(self, ids: Ids) -> None:
@@ -216,7 +216,7 @@ class Residency:
 
     def _detach(self, table: BlockTable, ids: Ids) -> None:
         detach(self._copies.records, ids, table.location, table.notes, table.resident)
-        table.touch(self._copies.block[ids])
+        table.move(self._copies.block[ids])
 
     def _forget(self, ids: Ids) -> None:
         if not len(ids):

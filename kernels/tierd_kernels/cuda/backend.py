@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tierd_kernels.call import Call, Result, idle
 from tierd_kernels.cuda import launch
 from tierd_kernels.cuda.launch import CALL, CERTIFIED, EXACT, FIELDS, kernels
-from tierd_kernels.cuda.marks import NOWHERE, count_reads
+from tierd_kernels.cuda.marks import count_reads
 from tierd_kernels.cuda.marks import prepare as prepare_marks
 from tierd_kernels.cuda.memory import ALIGNMENT, BLOCK_BYTES_MIN, DeviceMemory, reserve
 from tierd_kernels.cuda.norms import group_bounds
@@ -25,6 +25,7 @@ from tierd_kernels.cuda.sources import ROW_TILE
 from tierd_kernels.cuda.start import FAULTS
 from tierd_kernels.cuda.step import Answer, Step
 from tierd_kernels.errors import SCORE_MAX, DeviceLost, ScoreOverflow
+from tierd_kernels.in_scratch import NOTHING
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.select.candidates import Candidates, joined
 
@@ -251,11 +252,7 @@ def _reads(
         n = answer.output.shape[1]
         if answer.marks is not None:
             rows, cold = exact.shape[0] // heads * n, np.zeros(len(answer.marks) * ROW_TILE, np.int64)
-            keys, values = call.key_locations, call.value_locations
-            if keys is None or values is None:
-                count_reads(answer.marks, heads, False, NOWHERE, NOWHERE, reads, cold)
-            else:
-                count_reads(answer.marks, heads, True, keys, values, reads, cold)
+            count_reads(answer.marks, heads, NOTHING if call.in_scratch is None else call.in_scratch.words, reads, cold)
             host[:, start : start + n] += cold.reshape(heads, -1)[:, :rows].reshape(exact.shape[0], n) * layout.original_record_bytes
         start += n
     return reads, host
