@@ -65,11 +65,9 @@ def store(k: Output, v: Output, q: Output, skipping: bool) -> Cache:
     offsets = np.arange(blocks, dtype=np.int64) * layout.hot_block_bytes
     ladder.quantise_blocks(layout, memory, originals, offsets)
     value_norms, error_norms = ladder.group_norms(layout, memory, *(x.reshape(-1, 1024 // BLOCK) for x in (originals, offsets)))
-    locations = originals[:, None] + np.arange(HEADS) * layout.original_record_bytes
     call = {
         "num_tokens": k.shape[1], "softmax_scale": D**-0.5, "hot_offsets": offsets, "original_offsets": originals,
-        "key_locations": ~locations, "value_locations": ~(locations + HEADS * layout.original_record_bytes),
-        "group_value_norms": value_norms, "group_error_norms": error_norms,
+        "in_scratch": None, "group_value_norms": value_norms, "group_error_norms": error_norms,
     }  # fmt: skip
     return Cache(layout, memory, q, skipping, call)
 

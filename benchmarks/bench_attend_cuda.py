@@ -31,6 +31,7 @@ from tierd_kernels.cuda.launch import kernels
 from tierd_kernels.cuda.memory import DeviceMemory
 from tierd_kernels.cuda.packing import Part
 from tierd_kernels.cuda.step import Answer, Step
+from tierd_kernels.in_scratch import InScratch
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Budget
 from timing import BACKENDS, Times, captured, dense, profile, timed
@@ -72,11 +73,9 @@ def stored(layout: Layout, sessions: list[Session]) -> tuple[DeviceMemory, list[
             backend.quantise_blocks(layout, memory, some * size, some * hot)
         groups = ids[: count - count % (1024 // B)].reshape(-1, 1024 // B)
         above, errors = backend.group_norms(layout, memory, groups * size, groups * hot)
-        keys = ids[:, None] * size + np.arange(HEADS) * layout.original_record_bytes
-        values = keys + HEADS * layout.original_record_bytes
         calls.append(Call(
             q=q.cpu().numpy(), num_tokens=count * B, softmax_scale=D**-0.5, hot_offsets=ids * hot, original_offsets=ids * size,
-            key_locations=~keys, value_locations=~values, group_value_norms=above, group_error_norms=errors, rtol=RTOL, atol=0.0,
+            in_scratch=None, group_value_norms=above, group_error_norms=errors, rtol=RTOL, atol=0.0,
             policy=Budget(),
         ))  # fmt: skip
         first += count
@@ -178,9 +177,8 @@ def certified(layout: Layout, groups: list[list[Session]]) -> dict[str, tuple[Ti
         for where in ("host", "scratch"):
             for call in calls:
                 call.rtol = rtol
-                for name in ("key_locations", "value_locations"):
-                    locations = getattr(call, name)
-                    setattr(call, name, np.where((locations < 0) == (where == "host"), locations, ~locations))
+                own = layout.own_locations(call.original_offsets[: len(call.hot_offsets)])
+                call.in_scratch = InScratch.of(~own) if where == "scratch" else None
             measure(f"promoted {share:.0%}, {where}")
     return found
 
@@ -196,8 +194,8 @@ def exact_head(tokens: int) -> Times:
     for part, x in enumerate((k, v)):
         arena[:, part] = x.reshape(1, -1, 16, D).transpose(1, 0, 2, 3)
     backend.quantise_blocks(layout, memory, blocks * size, blocks * hot)
-    none, keys = np.zeros((0, 1), np.float32), ~(blocks[:, None] * size)
-    call = Call(q, tokens, D**-0.5, blocks * hot, blocks * size, keys, keys, none, none, 0.0, 0.0)
+    none = np.zeros((0, 1), np.float32)
+    call = Call(q, tokens, D**-0.5, blocks * hot, blocks * size, None, none, none, 0.0, 0.0)
     return Graph(layout, [memory], [[call]]).times()
 
 

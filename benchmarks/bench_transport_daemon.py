@@ -6,6 +6,7 @@
 import asyncio
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -46,7 +47,9 @@ class NullKernels:
         shape = len(hot_offsets), layout.num_kv_heads
         return np.zeros(shape, np.float32), np.zeros(shape, np.float32)
 
-    def attend(self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
+    def attend(
+        self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int, meanwhile: Callable[[], None]
+    ) -> list[Result | Exception]:  # fmt: skip
         return [_zero(layout, call) for call in calls]
 
 

@@ -12,7 +12,7 @@ from tierd_kernels.policy import Budget
 from tierd.commands import EXACT, Append, Attend, Command, Geometry, OpenSession, Row, Tolerance
 from tierd.engine import Engine, EngineConfig
 from tierd.policy import eviction, weighing
-from tierd.residency import counting
+from tierd.residency import counting, moving
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
@@ -24,6 +24,7 @@ def warm_policy() -> None:
     weighing.prepare()
     eviction.prepare()
     counting.prepare()
+    moving.prepare()
 
 
 def warm_up() -> None:

@@ -57,12 +57,10 @@ class Stored:
     def call(self, q: torch.Tensor, seen: int, rtol: float, policy: Policy) -> ladder.Call:
         """One query token `q` [heads, d] whose newest token is the `seen`-th; no original is cached anywhere but on the host."""
         full, blocks = seen // self.layout.block_size, -(-seen // self.layout.block_size)
-        at = self.originals[:full, None] + np.arange(self.layout.num_kv_heads) * self.layout.original_record_bytes
         values, errors = (norms[: seen // GROUP_TOKENS] for norms in self.group_norms)
         return ladder.Call(
             q=raw(q[:, None]), num_tokens=seen, softmax_scale=self.scale, hot_offsets=self.hot[:full],
-            original_offsets=self.originals[:blocks], key_locations=~at,
-            value_locations=~(at + self.layout.num_kv_heads * self.layout.original_record_bytes),
+            original_offsets=self.originals[:blocks], in_scratch=None,
             group_value_norms=values, group_error_norms=errors, rtol=rtol, atol=0.0, policy=policy, candidates_max=full,
         )  # fmt: skip
 

@@ -130,9 +130,10 @@ def _with_needs(meta: Meta, tensors: dict[str, torch.Tensor]) -> dict[str, torch
     needed, contributions = np.zeros(shape, np.uint8), np.zeros(shape, np.float16)
     for step in range(meta.steps):
         result = stored.attend(tensors["queries"][step], meta.prefill + step + 1, meta.rtol, policy)
+        assert result.shares is not None, "the CPU's kernels tell them"
         full = len(result.key_reads)
         needed[step, :, :full] = result.key_reads, result.value_reads
-        contributions[step, :, :full] = np.minimum(result.candidates().shares(full), SHARE_MAX)
+        contributions[step, :, :full] = np.minimum(result.shares, SHARE_MAX)
     return tensors | {"needed": torch.from_numpy(needed), "contributions": torch.from_numpy(contributions)}
 
 

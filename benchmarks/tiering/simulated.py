@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from decode_steps import Steps, each
 from numpy.typing import NDArray
-from tierd_kernels.select.candidates import largest
+from tierd_kernels.select.candidates import largest, near
 
 from tierd.config import EngineConfig
 from tierd.notes import NOTE
@@ -100,10 +100,10 @@ class Replay:
                 shelf.rescale(factor)
         if not self._policy.looks_at(t + layer, count):
             return
-        near, scores = largest(self._steps.shares[t, layer, :, :blocks], CANDIDATES_MAX)
+        candidates, scores = largest(near(self._steps.shares[t, layer, :, :blocks], needed), CANDIDATES_MAX)
         exact = np.zeros(needed.shape[2], bool)
         choice = self._policy.choose(
-            Snapshot(ids, np.array(np.nonzero(needed)), needed[0], needed[1], exact, near, scores, self._notes, self._now)
+            Snapshot(ids, np.array(np.nonzero(needed)), needed[0], needed[1], exact, candidates, scores, self._notes, self._now)
         )
         for kind, shelf in enumerate(self._shelves):
             held = np.array([self._places[copy_id][0] for copy_id in choice.held.tolist()], np.int64) == kind

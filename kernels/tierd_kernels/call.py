@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd_kernels.in_scratch import InScratch
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Budget, Policy
 from tierd_kernels.select.candidates import CANDIDATES_MAX, Candidates
@@ -17,10 +18,9 @@ class Call:
     """One session, one layer, `n >= 1` query tokens whose keys and values are stored already.
 
     q [Hq, n, d] in the originals' type; `num_tokens` what the newest query sees. Offsets are int64 bytes: `hot_offsets` of the full
-    blocks, `original_offsets` of all (the trailing one last), `key_locations` and `value_locations` [full, Hkv]: a byte offset into
-    scratch, or ~offset of the record in the originals; None for both where no record lies in scratch. `group_*_norms`
-    float32 [groups, Hkv]: spectral norms of complete groups of 1024 tokens. `canary_blocks`: full blocks to re-score from originals.
-    `candidates_max`: of a KV head, keys and values apart.
+    blocks, `original_offsets` of all (the trailing one last). `in_scratch`: which records of the full blocks have a copy there, None: none;
+    the others are read where the originals lie. `group_*_norms` float32 [groups, Hkv]: spectral norms of complete groups of 1024 tokens.
+    `canary_blocks`: full blocks to re-score from originals. `candidates_max`: of a KV head, keys and values apart.
     """
 
     q: NDArray[np.generic]
@@ -28,8 +28,7 @@ class Call:
     softmax_scale: float
     hot_offsets: NDArray[np.int64]
     original_offsets: NDArray[np.int64]
-    key_locations: NDArray[np.int64] | None
-    value_locations: NDArray[np.int64] | None
+    in_scratch: InScratch | None
     group_value_norms: NDArray[np.float32]
     group_error_norms: NDArray[np.float32]
     rtol: float
@@ -40,18 +39,19 @@ class Call:
     candidates_max: int = CANDIDATES_MAX
 
     def locations(self, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of keys and values, written out where None stands for them."""
-        if self.key_locations is None or self.value_locations is None:
-            keys, values = layout.own_locations(self.original_offsets[: len(self.hot_offsets)])
-            return keys, values
-        return self.key_locations, self.value_locations
+        """Where records of the full blocks' keys and values lie, int64 [full, Hkv] each: a byte offset in scratch, or ~offset of the record
+        among the originals."""
+        originals = self.original_offsets[: len(self.hot_offsets)]
+        keys, values = layout.own_locations(originals) if self.in_scratch is None else self.in_scratch.locations(layout, originals)
+        return keys, values
 
 
 @dataclass
 class Result:
     """Output [Hq, n, d] in q's type, certificate fields [Hq, n]; `key_reads`, `value_reads` bool [full, Hkv] name the original
     records that were read. `candidates()`: the blocks that come near needing their originals; a device works them out behind the
-    answer, and only who asks for them waits. It raises DeviceLost."""
+    answer, and only who asks for them waits. It raises DeviceLost. `shares` float32 [2, full, Hkv], on the CPU: of the budget before any
+    promotion, of keys and of values, the largest of a KV head's rows; None on a device, which keeps them to itself."""
 
     output: NDArray[np.generic]
     certificate: dict[str, NDArray[np.generic]]
@@ -59,3 +59,8 @@ class Result:
     value_reads: Mask
     candidates: Callable[[], Candidates]
     canary_failures: list[tuple[int, int]]
+    shares: NDArray[np.float32] | None = None
+
+
+def idle() -> None:
+    """What is done meanwhile where there is nothing to do."""

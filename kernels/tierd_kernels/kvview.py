@@ -137,7 +137,7 @@ class KVView:
 
 
 def read_record(layout: Layout, memory: Memory, location: int) -> Array:
-    """One record of original keys or values as float64 [B, d]; `location` as in `Call.key_locations`."""
+    """One record of original keys or values as float64 [B, d]; `location` as of `Call.locations`."""
     arena, start = (memory.scratch, location) if location >= 0 else (memory.originals, ~location)
     raw = arena[start : start + layout.original_record_bytes].view(NUMPY_DTYPE[layout.dtype])
     return widen(raw.reshape(layout.block_size, layout.head_dim), layout.dtype)

@@ -6,11 +6,12 @@ budget, then rung 3. Nothing leaves here with a bound above its budget unless th
 """
 
 import threading
+from collections.abc import Callable
 
 import numba
 import numpy as np
 
-from tierd_kernels.call import Call, Result
+from tierd_kernels.call import Call, Result, idle
 from tierd_kernels.host import copy_to_scratch, hot_block_bytes, prepare, reserve
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.quantise.cpu import group_norms, quantise_blocks
@@ -24,8 +25,11 @@ ROWS_AT_ONCE = 64  # query tokens handled together: they bound the score buffer
 _thread = threading.local()  # kernels are called from one thread; a second one gets memory of its own
 
 
-def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
-    """Answers every call, or returns the exception that explains why one has no answer (`ScoreOverflow`, ValueError)."""
+def attend(
+    layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int, meanwhile: Callable[[], None] = idle
+) -> list[Result | Exception]:  # fmt: skip
+    """Answers every call, or returns the exception that explains why one has no answer (`ScoreOverflow`, ValueError). `meanwhile`
+    is for backends that wait for a device: here the host computes, and it does not run."""
     if not hasattr(_thread, "space"):
         _thread.space = Workspace()
     answers: list[Result | Exception] = []
@@ -59,6 +63,7 @@ def _attend(layout: Layout, memory: Memory, call: Call, num_q_heads: int, space:
         np.logical_or.reduce([p.value_reads for p in parts]),
         lambda: joined([p.candidates() for p in parts], len(call.hot_offsets), call.candidates_max),
         parts[0].canary_failures,
+        np.maximum.reduce([p.shares for p in parts if p.shares is not None]),
     )
 
 __all__ = [

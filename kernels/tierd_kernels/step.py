@@ -24,7 +24,7 @@ from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.numerics import SAFETY, U64, Array
 from tierd_kernels.policy import Budget, Coverage
 from tierd_kernels.score.cpu import NORM_FLOOR, score
-from tierd_kernels.select.candidates import largest
+from tierd_kernels.select.candidates import largest, near
 from tierd_kernels.select.cpu import skip_blocks
 from tierd_kernels.select.reference import Mask, cheapest_within, coverage_keys
 from tierd_kernels.vector import ROW_TILE
@@ -315,6 +315,7 @@ class Step:
     def _result(self, failures: list[tuple[int, int]]) -> Result:
         use = slice(None) if self.used == self.rows else (np.arange(self.heads)[:, None] * self.rows + np.arange(self.used)).reshape(-1)
         exact, keep, by_head = self.exact[use], self.keep[use], (self.heads, self.used, self.full)
+        promotions: list[Mask] = []  # of any row, [full, Hkv]
         counts, reads, host = [], [], np.where(exact, 2 * self.num_tokens * self.d * self.layout.itemsize, 0)
         for mask, locations in ((self.key_exact, self.key_locations), (self.value_exact, self.value_locations)):
             if not self.promoted and not np.any(exact):  # half a millisecond at 32,768 tokens
@@ -324,6 +325,7 @@ class Step:
             promoted = mask[use]
             counts.append(promoted.sum(axis=1))
             stored = promoted[:, : self.full].reshape(by_head)
+            promotions.append(np.any(stored, axis=1).T)
             # Rows that were answered exactly read every original; what they promoted on the way up was read as well.
             read = np.any(stored, axis=1) | np.any(exact.reshape(self.heads, self.used), axis=1)[:, None]
             reads.append(np.zeros((len(self.call.hot_offsets), self.heads), np.bool_))
@@ -338,7 +340,8 @@ class Step:
         visible = -(-self.visible_R[: self.used] // self.layout.block_size)
         kept = np.count_nonzero(keep, axis=1).reshape(self.heads, -1)
         skipped = np.where(exact, 0, (visible - kept).reshape(-1))
-        contributions, most = self.contributions, self.call.candidates_max  # what outlives the step
+        shares, most = self.contributions, self.call.candidates_max  # what outlives the step
+        by_share = not isinstance(self.call.policy, Coverage)
         fields: dict[str, NDArray[np.generic]] = {name: x[use] for name, x in self.fields.items()}
         fields |= {
             "rung": rung, "exact": exact, "rank_certified": self.ranked[use], "promoted_key_blocks": keys,
@@ -347,5 +350,6 @@ class Step:
         return Result(
             self.output[use].reshape(*shape, self.d),
             {name: np.ascontiguousarray(x.reshape(shape)) for name, x in fields.items()},
-            reads[0], reads[1], lambda: largest(contributions, most), failures,
+            reads[0], reads[1], lambda: largest(near(shares, np.stack(promotions), by_share) if promotions else shares, most), failures,
+            shares,
         )  # fmt: skip

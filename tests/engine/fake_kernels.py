@@ -42,7 +42,7 @@ def group_numbers(v: Raw, dtype: str) -> tuple[Norms, Norms]:
 class FakeKernels:
     """A hot record starts with the digests of the two original records that it stands for; that is all there is in it.
 
-    Calls with a tolerance read block i of head h from `key_locations` and `value_locations` if (i + h) % `promote_every` is 0, and
+    Calls with a tolerance read block i of head h from where `Call.locations` says if (i + h) % `promote_every` is 0, and
     report it; what remains they read from the originals, unreported, as real kernels read their codes. Without a tolerance they
     are exact, read originals alone and draw no canaries.
 
@@ -60,6 +60,7 @@ class FakeKernels:
         self.hot_padding = 0
         self.unkept = False
         self.launches: list[int] = []  # calls in each
+        self.has_device = False  # which computes while the engine's thread does something else
         self.during: Callable[[], None] = lambda: None  # runs inside every attend
 
     def reserve(self, hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> Memory:
@@ -100,13 +101,17 @@ class FakeKernels:
         values, errors = zip(*(group_numbers(np.concatenate(blocks, axis=1), layout.dtype) for blocks in groups), strict=True)
         return np.stack(values), np.stack(errors)
 
-    def attend(self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
+    def attend(
+        self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int, meanwhile: Callable[[], None]
+    ) -> list[Result | Exception]:  # fmt: skip
         self.launches.append(len(calls))
         self.during()
         fault = self.faults.pop() if self.faults else None
         if fault is not None and not isinstance(fault, ValueError):
             raise fault
         answers: list[Result | Exception] = [self._answer(layout, memory, call) for call in calls]
+        if self.has_device:
+            meanwhile()
         return answers if fault is None else [fault, *answers[1:]]
 
     def _answer(self, layout: Layout, memory: Memory, call: Call) -> Result:

@@ -30,6 +30,7 @@ class Machine:
     def __init__(self, seed: int) -> None:
         self.model, self.clock, self.kernels = Model(), ManualClock(), FakeKernels(promote_every=1 + seed % 3)
         self.mixed = seed % 2 == 1
+        self.kernels.has_device = seed % 5 > 1
         self.engine = Engine(CONFIG, self.clock, self.kernels)
         self.fuzz = CommandFuzz(seed, self.model, self.mixed)
         self.repaired = self.faults = 0

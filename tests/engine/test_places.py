@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from tierd_kernels.in_scratch import InScratch
 from tierd_kernels.layout import Layout, Memory
 
 from tierd.pools import Arenas
@@ -42,9 +43,11 @@ def test_places_are_the_tables(random: Random) -> None:
             full += len(filling)
         elif event == "cut":
             kept = number % (len(ids) + 1)
+            if random.random() < 0.5:  # another has them too: their copies stay
+                owner.retain(table, ids[kept:full])
             owner.release(table, ids[kept:])
             ids, full = ids[:kept], min(full, kept)
-        elif event == "reopen" and full:
+        elif event == "reopen" and full and table.references[ids[full - 1]] == 1:
             owner.release(table, ids[full:])
             ids, full = ids[:full], full - 1
             owner.reopen(table, int(ids[full]))
@@ -55,11 +58,18 @@ def test_places_are_the_tables(random: Random) -> None:
         elif event == "evict":
             owner.evict(np.array([x.copy_id for x in owner.copies() if not x.pinned][: number % 3], np.int64))
         if random.random() < 0.5:
-            known, found = table.location[:, ids[:full]], places.of(table, ids[:full])
-            assert (found is None) == bool((known < 0).all())
-            assert found is None or np.array_equal(found, known)
-            assert np.array_equal(places.held, ids[:full][(known >= 0).any(axis=(0, 2))])
+            says(places.of(table, ids[:full]), table, ids[:full])
         owner.check_integrity()
+
+
+def says(found: InScratch | None, table: BlockTable, ids: NDArray[np.int64]) -> None:
+    """It is what the table says, told anew."""
+    known = table.location[:, ids]
+    assert (found is None) == bool((known < 0).all())
+    if found is not None:
+        assert np.array_equal(found.locations(LAYOUT, table.original_offset[ids]), known)
+        anew = InScratch.of(known)
+        assert anew is not None and np.array_equal(found.words, anew.words) and np.array_equal(found.places, anew.places)
 
 
 def filled(table: BlockTable, ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -90,8 +100,31 @@ def test_blocks_that_take_the_places_of_others_are_noticed(asks: bool) -> None:
         assert places.of(table, ids[:1]) is None
         copied(owner, table, int(ids[0]))
     ids = np.concatenate([ids[:1], filled(table, later)])
+    says(places.of(table, ids), table, ids)
+
+
+def test_blocks_that_another_session_keeps_are_forgotten_with_their_copies() -> None:
+    owner, places = residency(), Places()
+    table = owner.table(LAYOUT)
+    ids = filled(table, table.add_tails(4))
+    copied(owner, table, int(ids[2]))
+    says(places.of(table, ids), table, ids)
+    owner.retain(table, ids[1:])
+    owner.release(table, ids[1:])
+    ids = np.concatenate([ids[:1], filled(table, table.add_tails(3))])  # as many as there were, and no copy has come or gone
+    assert places.of(table, ids) is None
+
+
+def test_what_has_not_changed_is_told_by_the_same_arrays() -> None:
+    owner, places = residency(), Places()
+    table = owner.table(LAYOUT)
+    ids, others = filled(table, table.add_tails(4)), filled(table, table.add_tails(2))
+    copied(owner, table, int(ids[2]))
     found = places.of(table, ids)
-    assert found is not None and np.array_equal(found, table.location[:, ids])
+    copied(owner, table, int(others[0]))
+    assert places.of(table, ids) is found and found is not None
+    copied(owner, table, int(ids[2]), kind=1)
+    assert places.of(table, ids) is not found and len(found.places) == 1
 
 
 def test_what_is_out_of_step_is_noticed() -> None:

@@ -1,6 +1,7 @@
-"""The residency machine beside a few dicts: blocks with references and pins, and copies in flight, resident, orphaned or barred."""
+"""The residency machine beside a few dicts: blocks with references, a pinned table, and copies in flight, resident, orphaned or barred."""
 
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import hypothesis.strategies as st
@@ -35,7 +36,6 @@ def ids(*blocks: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
 class Block:
     full: bool = False
     references: int = 1
-    pins: int = 0
 
 
 class Machine(RuleBasedStateMachine):
@@ -48,6 +48,8 @@ class Machine(RuleBasedStateMachine):
         self.table = self.residency.table(LAYOUT)
         self.blocks, self.copies = dict[int, Block](), dict[int, tuple[ScratchCopy, Record | None]]()
         self.failed, self.barred, self.read = set[int](), set[Record](), set[int]()
+        self.pins = ExitStack()
+        self.num_pins = 0
         self.told, self.ended = Counter[tuple[int, bool]](), Counter[tuple[int, bool]]()
         self.residency.on_gone(lambda gone, used: self.told.update(zip(self.residency.ways(gone)[1].tolist(), used.tolist(), strict=True)))
 
@@ -88,10 +90,10 @@ class Machine(RuleBasedStateMachine):
         with pytest.raises(AssertionError, match="never shared"):
             self.residency.retain(self.table, ids(data.draw(st.sampled_from(self.which(full=False)))))
 
-    @precondition(lambda self: self.which(pinned=False))
+    @precondition(lambda self: self.blocks and not self.num_pins)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
-        chosen = data.draw(st.lists(st.sampled_from(self.which(pinned=False)), unique=True, min_size=1, max_size=3))
+        chosen = data.draw(st.lists(st.sampled_from(self.which()), unique=True, min_size=1, max_size=3))
         self.residency.release(self.table, ids(*chosen))
         for block in chosen:
             self.blocks[block].references -= 1
@@ -99,10 +101,10 @@ class Machine(RuleBasedStateMachine):
                 del self.blocks[block]
                 self.lose_copies(block)
 
-    @precondition(lambda self: self.which(full=True, pinned=False, shared=False))
+    @precondition(lambda self: self.which(full=True, shared=False) and not self.num_pins)
     @rule(data=st.data())
     def reopen(self, data: st.DataObject) -> None:
-        block = data.draw(st.sampled_from(self.which(full=True, pinned=False, shared=False)))
+        block = data.draw(st.sampled_from(self.which(full=True, shared=False)))
         self.residency.reopen(self.table, block)
         self.blocks[block].full = False
         self.lose_copies(block)
@@ -164,7 +166,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def evict(self, data: st.DataObject) -> None:
         chosen = data.draw(st.permutations(self.in_state(CopyState.RESIDENT)))[: data.draw(st.integers(1, 3))]
-        if any(self.blocks[self.copies[copy_id][0].block].pins for copy_id in chosen):
+        if self.num_pins:
             with pytest.raises(AssertionError, match="a call reads"):
                 self.residency.evict(ids(*chosen))
         else:
@@ -178,19 +180,24 @@ class Machine(RuleBasedStateMachine):
         with pytest.raises(AssertionError):
             self.residency.evict(ids(data.draw(st.sampled_from(self.in_state(CopyState.IN_FLIGHT)))))
 
-    @precondition(lambda self: self.blocks)
-    @rule(data=st.data(), pin=st.booleans())
-    def pin_or_unpin(self, data: st.DataObject, pin: bool) -> None:
-        block = data.draw(st.sampled_from(sorted(self.blocks)))
-        if pin:
-            self.residency.pin(self.table, ids(block))
-            self.blocks[block].pins += 1
-        elif self.blocks[block].pins:
-            self.residency.unpin(self.table, ids(block))
-            self.blocks[block].pins -= 1
-        else:
-            with pytest.raises(AssertionError):
-                self.residency.unpin(self.table, ids(block))
+    @rule()
+    def pin(self) -> None:
+        self.pins.enter_context(self.residency.pinned(self.table))
+        self.num_pins += 1
+
+    @precondition(lambda self: self.num_pins)
+    @rule()
+    def unpin_all(self) -> None:
+        self.pins.close()
+        self.num_pins = 0
+
+    @precondition(lambda self: self.num_pins and self.which(shared=False))
+    @rule(data=st.data())
+    def what_is_read_is_not_freed(self, data: st.DataObject) -> None:
+        """Asked of the table: a residency drops the block's copies before."""
+        block = data.draw(st.sampled_from(self.which(shared=False)))
+        with pytest.raises(AssertionError, match="a call reads"):
+            self.table.free(ids(block))
 
     @invariant()
     def agrees(self) -> None:
@@ -202,7 +209,7 @@ class Machine(RuleBasedStateMachine):
         assert [copy.copy_id for copy in self.residency.copies()] == sorted(self.copies)
         resident = {self.copies[copy.copy_id][1]: copy for copy in self.residency.copies() if copy.state is CopyState.RESIDENT}
         for block, expected in self.blocks.items():
-            assert (table.references[block], table.pins[block]) == (expected.references, expected.pins)
+            assert table.references[block] == expected.references
             for kind, head in RECORDS:
                 copy = resident.get((kind, block, head))
                 assert (table.copy_id[kind, block, head] == BARRED) == ((kind, block, head) in self.barred)
@@ -215,13 +222,13 @@ class Machine(RuleBasedStateMachine):
             assert (copy.kind, copy.block, copy.head, copy.source, copy.target) == (
                 began.kind, began.block, began.head, began.source, began.target)  # fmt: skip
             assert (copy.state is CopyState.ORPHAN) == (record is None) and copy.failures == (copy.copy_id in self.failed)
-            assert copy.pinned == (copy.state is not CopyState.RESIDENT or self.blocks[copy.block].pins > 0)
-        if not any(block.pins for block in self.blocks.values()):
+            assert copy.pinned == (copy.state is not CopyState.RESIDENT or self.num_pins > 0)
+        if not self.num_pins:
             self.residency.check_integrity()
 
-    def which(self, full: bool | None = None, pinned: bool | None = None, shared: bool | None = None) -> list[int]:
-        return [i for i, b in sorted(self.blocks.items()) if (full is None or b.full == full)
-                and (pinned is None or (b.pins > 0) == pinned) and (shared is None or (b.references > 1) == shared)]  # fmt: skip
+    def which(self, full: bool | None = None, shared: bool | None = None) -> list[int]:
+        return [i for i, b in sorted(self.blocks.items())
+                if (full is None or b.full == full) and (shared is None or (b.references > 1) == shared)]  # fmt: skip
 
     def uncopied(self) -> list[Record]:
         have = {record for _, record in self.copies.values()} | self.barred
@@ -269,7 +276,7 @@ def test_the_integrity_check_notices(damage: str) -> None:
         case "location":
             table.location[0, block, 1] = copy.target
         case "pin":
-            residency.pin(table, ids(block))
+            table.pins += 1
         case "copy":
             residency.arenas.scratch[0].release(copy.target)
         case "in flight":
@@ -308,6 +315,13 @@ def test_no_record_gets_two_copies_at_once() -> None:
     block = filled(table, 1)
     with pytest.raises(AssertionError, match="given twice"):
         residency.begin_copies(table, 0, np.repeat(block, 2), ids(1, 1))
+
+
+def test_a_tail_gets_no_copy() -> None:
+    residency = make()
+    table = residency.table(LAYOUT)
+    with pytest.raises(AssertionError, match="not of a full block"):
+        residency.begin_copies(table, 0, table.add_tails(1), ids(0))
 
 
 def test_a_corrupt_record_is_named() -> None:

@@ -14,7 +14,7 @@ GROUP = 1024
 
 @dataclass
 class Cache:
-    """`keys`, `values` [Hkv, N, d] raw originals; offsets and locations as `Call` wants them."""
+    """`keys`, `values` [Hkv, N, d] raw originals; offsets as `Call` wants them."""
 
     layout: Layout
     memory: Memory
@@ -28,17 +28,11 @@ class Cache:
     def num_tokens(self) -> int:
         return int(self.keys.shape[1])
 
-    def locations(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        heads, size = self.layout.num_kv_heads, self.layout.original_record_bytes
-        key = self.originals[: len(self.hot), None] + np.arange(heads) * size
-        return ~key, ~(key + heads * size)
-
     def call(self, q: NDArray[Any], rtol: float, policy: Policy, **more: Any) -> Call:
-        key, value = self.locations()
         norms = {"group_value_norms": self.groups[0], "group_error_norms": self.groups[1]}
         scale = more.pop("softmax_scale", self.layout.head_dim**-0.5)
         return Call(
             q=q, num_tokens=self.num_tokens, softmax_scale=scale, hot_offsets=self.hot, original_offsets=self.originals,
-            key_locations=key, value_locations=value, rtol=rtol, atol=more.pop("atol", 0.0),
+            in_scratch=None, rtol=rtol, atol=more.pop("atol", 0.0),
             policy=policy, **norms, **more,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from tierd_kernels.call import Call, Result
 from tierd_kernels.errors import DeviceLost
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Budget, Coverage, Policy
-from tierd_kernels.select.candidates import Candidates, joined, largest
+from tierd_kernels.select.candidates import Candidates, joined, largest, near
 
 TARGET, TOLERANCE = 0.85, 2e-3  # of threshold.cuh; of FP32 sums with approximate exponentials
 SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, _, _, TOP, DELTA, D_NORM, STATISTICS = range(11)
@@ -58,6 +58,20 @@ def test_the_largest_shares_of_a_dense_form(full: int, heads: int, most: int, va
         order = np.argsort(-shares[kind, :, head], kind="stable")[: real.sum()]
         assert np.array_equal(found.blocks[kind, head][real], np.sort(order)), "at a tie the first blocks are taken"
     assert np.array_equal(largest(shares, full).shares(full), shares)
+
+
+@given(st.integers(1, 40), st.integers(1, 3), st.floats(0, 1), st.booleans(), st.integers(0, 2**32 - 1))
+def test_what_comes_near_is_measured_by_what_was_promoted(full: int, heads: int, share: float, by_share: bool, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    shares = random.exponential(0.3, (2, full, heads)).astype(np.float32) * (random.random((2, full, heads)) < 0.8)
+    promoted = random.random(shares.shape) < share
+    found = near(shares, promoted, by_share)
+    assert found.dtype == np.float32
+    for kind, head in np.ndindex(2, heads):
+        read = promoted[kind, :, head]
+        floor = min([1.0, *(x for x in shares[kind, read, head].tolist() if x > 0)]) if by_share else 1.0
+        assert (found[kind, read, head] == 0).all()
+        np.testing.assert_allclose(found[kind, ~read, head], shares[kind, ~read, head] / floor, rtol=1e-6)
 
 
 @given(st.integers(1, 90), st.integers(1, 12), st.integers(0, 2**32 - 1))
@@ -115,9 +129,10 @@ class Left:
         out = np.where((x[SUM] <= 0) | (mark & 256 != 0), 0.0, np.stack([key, value])) / (TARGET * budget)
         out = np.nan_to_num(np.minimum(out, 3e38), nan=0.0)
         if not self.call["exact_only"] and (mark >> own & 17).any():
-            score = 1.0 if self.call["coverage"] else limit  # from which on the row promoted
+            out /= 1.0 if self.call["coverage"] else np.clip(limit, 1e-30, 1.0)  # from which on the row promoted
+            out = np.minimum(out, 3e38)
             for kind in range(2):
-                out[kind] = np.where(mark >> own >> 4 * kind & 1, np.maximum(out[kind], score), out[kind])
+                out[kind] = np.where(mark >> own >> 4 * kind & 1, np.inf, out[kind])  # no row's candidate
         return np.asarray(out)
 
 
@@ -154,7 +169,7 @@ def test_the_devices_candidates_are_the_largest_shares(
     step, found = run(cache, call, split_blocks)
     left, heads = Left(step), layout.num_kv_heads
     shares = np.stack([np.stack([left.shares(h, row) for row in range(left.rows)]).max(axis=0) for h in range(heads)], axis=2)
-    check_largest(found, shares, most, TOLERANCE)
+    check_largest(found, np.where(np.isinf(shares), 0.0, shares), most, TOLERANCE)
     promoted, skipped = (int(np.count_nonzero(left.marks & bits)) for bits in (255, 256))
     assert skipped or regime != "passage" or isinstance(policy, Coverage)
     print(f"{left.full} blocks, {promoted} promoted, {skipped} skipped of {left.marks.size}")

@@ -47,7 +47,7 @@ def test_weights_statistics_and_values(geometry: tuple[int, int, int, str, int, 
     scale, unit = rng.uniform(0.01, 0.3, (heads, rows)), np.ldexp(1.0, rng.integers(5, 9, heads))
     exact = rng.random((2, heads, rows, blocks)) < 0.3 * promoted
     exact[..., full:] = False
-    keys, values = cache.locations()
+    keys, values = cache.layout.own_locations(cache.originals[: len(cache.hot)])
     weights = np.full((heads, rows, blocks * B), np.nan, np.float32)
     statistics = np.zeros((NUM_STATISTICS, heads, rows, blocks), np.float32)
     score_cpu.score(
@@ -193,7 +193,7 @@ def test_exponentials_are_as_exact_as_the_bound_takes_them(count: int) -> None:
     weights, statistics = np.empty((heads, rows, blocks * 16), np.float32), np.zeros((NUM_STATISTICS, heads, rows, blocks), np.float32)
     score_cpu.score(
         layout.as_array, *cache.memory, q, np.ones((heads, rows)), np.full(rows, 4000), np.ones(1), cache.hot, cache.originals,
-        cache.locations()[0], chosen, chosen, count, weights, statistics,
+        cache.layout.own_locations(cache.originals[: len(cache.hot)])[0], chosen, chosen, count, weights, statistics,
     )  # fmt: skip
     s = raw(k, "float32")[0, :, 0].astype(np.float64)
     kept = s > -86

@@ -11,7 +11,7 @@ from tierd_kernels.policy import Budget, Coverage
 COUNTS = st.integers(0, 9000)
 SHAPES = st.tuples(
     st.integers(1, 16), st.integers(1, 64), COUNTS, COUNTS, st.sampled_from([4, 16, 64]), st.integers(0, 40), st.integers(0, 64),
-    st.booleans(), st.integers(0, 1),
+    st.sampled_from([0, 1, 999]), st.integers(0, 1),
 )  # fmt: skip
 
 
@@ -27,8 +27,8 @@ def rooms(plan: Any, place: int) -> dict[str, int]:
 def test_arrays_have_the_room_that_each_part_of_the_plan_needs(layout: Any, drawn: tuple[int, ...]) -> None:
     from tierd_kernels.cuda.plan import SIZED, Shape, plan
 
-    group, n, full, groups, per, canaries, candidates, located, tail = drawn
-    shape = Shape(group, n, full, full + tail, groups, per, canaries, candidates, bool(located))
+    group, n, full, groups, per, canaries, candidates, copies, tail = drawn
+    shape = Shape(group, n, full, full + tail, groups, per, canaries, candidates, copies)
     own, shared = plan(layout, shape), plan(layout, shape.rounded())
     assert shape.rounded() == shape.rounded().rounded()
     for place in range(SIZED):
@@ -42,7 +42,7 @@ def test_arrays_of_a_plan_hold_what_they_are_for() -> None:
     from tierd_kernels.cuda.plan import ANSWERS, INPUTS, LATE, NOWHERE, Shape, plan
 
     layout = LAYOUTS[0]
-    found = plan(layout, Shape(4, 3, 129, 161, 2, 4, 5, 7, False))
+    found = plan(layout, Shape(4, 3, 129, 161, 2, 4, 5, 7, 0))
     rows = layout.num_kv_heads * 12
     for place, sizes in (
         (INPUTS, {"q": rows * 2 * layout.head_dim, "hot": 8 * 129, "original": 8 * 161, "tickets": 4 * found.tickets}),
@@ -51,14 +51,16 @@ def test_arrays_of_a_plan_hold_what_they_are_for() -> None:
     ):
         room = rooms(found, place)
         assert all(nbytes <= room[name] < nbytes + 256 for name, nbytes in sizes.items())
-    assert found.places["key_at"] == found.places["value_at"] == (NOWHERE, 0)
+    assert found.places["copied"] == found.places["copies"] == (NOWHERE, 0)
+    room = rooms(plan(layout, Shape(4, 3, 129, 161, 2, 4, 5, 7, 1000)), INPUTS)
+    assert room["copied"] >= 8 * -(-2 * 129 * layout.num_kv_heads // 32) and room["copies"] >= 4000
 
 
 @pytest.mark.usefixtures("cuda")
 def test_a_growing_context_has_few_plans() -> None:
     from tierd_kernels.cuda.plan import Shape
 
-    shapes = {Shape(4, 1, full, full + 1, full // 64, 64, 0, 32, False).rounded() for full in range(4096, 8192)}
+    shapes = {Shape(4, 1, full, full + 1, full // 64, 64, 0, 32, 0).rounded() for full in range(4096, 8192)}
     assert len(shapes) <= 16 * 16
 
 

@@ -62,6 +62,7 @@ def test_needed_blocks_are_those_whose_originals_were_read(trace: Trace) -> None
             found += int(blocks.sum())
         shares = tensors["contributions"].float()
         assert (shares >= 0).all() and (shares > 0).any() and shares.isfinite().all()
+        assert (shares[tensors["needed"].bool()] > 0).any(), "what was promoted had a share before"
     assert found > 0, "nothing was promoted: the trace shows nothing"
 
 

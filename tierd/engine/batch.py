@@ -4,13 +4,15 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tierd_kernels.call import Call, Result
+from tierd_kernels.call import Call, Result, idle
+from tierd_kernels.in_scratch import InScratch
 from tierd_kernels.layout import Layout, Memory
 
 from tierd.commands import EXACT, Attend, Row, RowResult, Tolerance
@@ -49,8 +51,11 @@ class Kernels(Quantiser, Protocol):
         """Copies from originals to scratch (byte offsets), on the migrator's thread; returns the bytes as they arrived there."""
         ...
 
-    def attend(self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
-        """One answer, or the exception that explains its absence, per call."""
+    def attend(
+        self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int, meanwhile: Callable[[], None]
+    ) -> list[Result | Exception]:  # fmt: skip
+        """One answer, or the exception that explains its absence, per call. `meanwhile` (it raises nothing) is for a backend that waits for
+        a device: it runs at most once, before that wait, when copies to scratch that begin now can no more change what the calls read."""
         ...
 
     def limit_threads(self, count: int) -> None:
@@ -60,15 +65,14 @@ class Kernels(Quantiser, Protocol):
 
 @dataclass(eq=False)
 class Work:
-    """One row under way. `ids`: its full blocks; `locations` [2, m, Hkv]: where its kernels were told to read, None: nothing in scratch.
-    `held`: its blocks (ids) with a record in scratch. `result` is set once, before anything that follows from it is asked for."""
+    """One row under way. `ids`: its full blocks; of their records its kernels were told what is `in_scratch`, None: nothing.
+    `result` is set once, before anything that follows from it is asked for."""
 
     session: Session
     row: Row
     call: Call
     ids: Ids
-    locations: NDArray[np.int64] | None
-    held: Ids
+    in_scratch: InScratch | None
     result: Result | None = None
     late_records: int = 0
 
@@ -88,14 +92,14 @@ class Work:
     @cached_property
     def from_host(self) -> NDArray[np.bool_]:
         """Which of `reads` were read from the host, [n]."""
-        return self.reads.from_host(self.locations, self.exact_heads)
+        return self.reads.from_host(self.in_scratch, self.exact_heads)
 
-    @property
-    def num_late(self) -> int:
-        """How many were read from the host although a copy was on its way when the kernels started."""
-        # While a batch runs no copy begins or ends: the table says what was under way.
+    def num_late(self, residency: Residency) -> int:
+        """How many were read from the host although a copy was on its way when the kernels started. It may have arrived meanwhile; one that
+        failed for good is not counted."""
         kind, index, head = self.reads.where(self.from_host & ~self.exact_heads[self.reads.head])
-        return int(np.count_nonzero(self.session.table.copy_id[kind, self.ids[index], head] >= 0))
+        copies = self.session.table.copy_id[kind, self.ids[index], head]
+        return residency.num_older(copies[copies >= 0])
 
 
 @dataclass(eq=False)
@@ -132,12 +136,14 @@ class Batch:
         self._random = np.random.default_rng(seed)
         self._prefetch_wait_s = 0.0
 
-    def run(self, jobs: list[Job], prefetch_wait_s: float) -> list[Work]:
-        """Answer all `jobs` and complete their futures; returns the rows that succeeded. `prefetch_wait_s` is for their answers."""
+    def run(self, jobs: list[Job], prefetch_wait_s: float, meanwhile: Callable[[], None]) -> list[Work]:
+        """Answer all `jobs` and complete their futures; returns the rows that succeeded. `prefetch_wait_s` is for their answers.
+        `meanwhile` runs at most once, while a device computes: of it they see nothing."""
         self._prefetch_wait_s = prefetch_wait_s
+        self._residency.next_turn()
         for job in jobs:
             self._prepare(job)
-        self._launch([(job, work) for job in jobs for work in job.works])
+        self._launch([(job, work) for job in jobs for work in job.works], meanwhile)
         answered: list[Work] = []
         for job in jobs:
             for work in list(job.works):
@@ -170,8 +176,7 @@ class Batch:
     def _plan(self, session: Session, row: Row, tolerance: Tolerance | None = None, canaries: bool = True) -> Work:
         tolerance = tolerance or row.tolerance or session.tolerance
         state, table, ids = session.layers[row.layer], session.table, session.full_ids(row.layer)
-        locations = state.places.of(table, ids)
-        keys, values = (None, None) if locations is None else locations
+        in_scratch = state.places.of(table, ids)
         hot_offsets, original_offsets = session.offsets(row.layer)
         call = Call(
             q=row.q,
@@ -179,8 +184,7 @@ class Batch:
             softmax_scale=session.geometry.scale,
             hot_offsets=hot_offsets,
             original_offsets=original_offsets,
-            key_locations=keys,
-            value_locations=values,
+            in_scratch=in_scratch,
             group_value_norms=state.group_value_norms,
             group_error_norms=state.group_error_norms,
             rtol=tolerance.rtol,
@@ -190,7 +194,7 @@ class Batch:
             canary_blocks=self._draw_canaries(len(ids)) if canaries else NO_BLOCKS,
             candidates_max=self._candidates_max,
         )
-        return Work(session, row, call, ids, locations, state.places.held)
+        return Work(session, row, call, ids, in_scratch)
 
     def _draw_canaries(self, num_blocks: int) -> NDArray[np.int64]:
         """Each full block with the configured probability."""
@@ -201,32 +205,35 @@ class Batch:
         self._counters.canaries += count
         return np.sort(self._random.choice(num_blocks, count, replace=False, shuffle=False)) if count else NO_BLOCKS
 
-    def _launch(self, rows: Iterable[tuple[Job, Work]]) -> None:
-        """One kernel call per geometry; a job fails with its first row that has no answer."""
+    def _launch(self, rows: Iterable[tuple[Job, Work]], meanwhile: Callable[[], None]) -> None:
+        """One kernel call per geometry, with the last of which `meanwhile` goes; a job fails with its first row that has no answer."""
         groups: dict[tuple[Layout, int], list[tuple[Job, Work]]] = defaultdict(list)
         for job, work in rows:
             groups[work.session.layout, work.session.geometry.num_q_heads].append((job, work))
-        for (layout, num_q_heads), members in groups.items():
-            table = self._residency.table(layout)
-            held = [work.held for _, work in members if len(work.held)]
-            for ids in held:
-                self._residency.pin(table, ids)
+        for number, ((layout, num_q_heads), members) in enumerate(groups.items()):
             try:
                 calls = [work.call for _, work in members]
-                answers = self._kernels.attend(layout, self._residency.arenas.memory, calls, num_q_heads)
+                answers = self._attend(layout, calls, num_q_heads, meanwhile if number == len(groups) - 1 else idle)
                 assert len(answers) == len(calls)
             except Exception as error:
                 log.exception("the attend kernels failed")
                 answers = [error] * len(members)
-            finally:
-                for ids in held:
-                    self._residency.unpin(table, ids)
             self._counters.launches += 1
             for (job, work), answer in zip(members, answers, strict=True):
                 if isinstance(answer, Exception):
                     job.error = job.error or self._refusal(answer)
                 else:
                     work.result = answer
+
+    def _attend(self, layout: Layout, calls: list[Call], num_q_heads: int, meanwhile: Callable[[], None]) -> list[Result | Exception]:
+        with ExitStack() as pins:
+            pins.enter_context(self._residency.pinned(self._residency.table(layout)))
+
+            def unpinned() -> None:
+                pins.close()  # a copy that replaces another comes behind what the calls read
+                meanwhile()
+
+            return self._kernels.attend(layout, self._residency.arenas.memory, calls, num_q_heads, unpinned)
 
     def _verify(self, job: Job, work: Work) -> None:
         """Raises CertificateUnavailable, or leaves in `job.works` an answer to the row whose promise holds: after a repair another."""
@@ -235,7 +242,7 @@ class Batch:
         if work.result.canary_failures:
             self._repair(work, work.result.canary_failures)
             again = self._plan(work.session, work.row, EXACT, canaries=False)
-            self._launch([(job, again)])
+            self._launch([(job, again)], idle)
             if job.error is not None:
                 return
             job.works[job.works.index(work)] = work = again
@@ -290,8 +297,8 @@ class Batch:
             for work in job.works:
                 assert work.result is not None
                 self._counters.add(work.result)
-                if self._residency.num_in_flight:
-                    work.late_records = work.num_late
+                if self._residency.num_copies and work.from_host.any():
+                    work.late_records = work.num_late(self._residency)
             waited_s = self._prefetch_wait_s
             job.future.set_result(
                 [RowResult(w.result.output, w.result.certificate, w.late_records, waited_s) for w in job.works if w.result is not None]

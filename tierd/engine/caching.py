@@ -52,6 +52,7 @@ class ScratchCache:
         self._under_way: Counter[tuple[str, int]] = Counter()  # copies, by the family and layer that they were begun for
         self._active: dict[str, float] = {}  # when each session called last
         self._families: set[str] = set()  # theirs
+        self._answered: list[Work] = []  # what `update` has not learnt from yet
         self._now = FIRST_STEP
         self._began_s = clock.now()
         self.ledger = Ledger(self._began_s)
@@ -62,13 +63,15 @@ class ScratchCache:
         return self._config.prefetch_candidates_max if self._policy.wants_candidates else 0
 
     def wait(self, jobs: Iterable[Job]) -> float:
-        """Gives copies of the blocks that `jobs` will read the configured time to arrive; returns the seconds that it took."""
-        if not self._residency.num_in_flight or not self._config.prefetch_wait_us_max:
+        """Takes in copies of the blocks that `jobs` will read, if some are under way, and gives these the configured time to arrive;
+        returns the seconds that it took. Other copies are not worth a delay."""
+        rows = {(session.family, row.layer) for job in jobs for session, row in zip(job.sessions, job.command.rows, strict=True)}
+        if rows.isdisjoint(self._under_way):
             return 0.0
-        rows = [(session, row.layer) for job in jobs for session, row in zip(job.sessions, job.command.rows, strict=True)]
+        self.collect()
         began_s = self._clock.now()
         left_s = self._config.prefetch_wait_us_max * 1e-6
-        while left_s > 0 and any(self._under_way[session.family, layer] for session, layer in rows) and self._migrator.wait(left_s):
+        while left_s > 0 and not rows.isdisjoint(self._under_way) and self._migrator.wait(left_s):
             self.collect()
             left_s = self._config.prefetch_wait_us_max * 1e-6 - (self._clock.now() - began_s)
         return self._clock.now() - began_s
@@ -99,8 +102,19 @@ class ScratchCache:
             self._migrator.submit(CopyOrders(ids[some], sources[some], targets[some], size))
         return int(nbytes.sum())
 
-    def update(self, works: list[Work]) -> None:
-        """Learn from answered rows: count what they read, and start the copies that the policy chooses."""
+    @property
+    def is_behind(self) -> bool:
+        """Whether answered rows wait for `update`."""
+        return bool(self._answered)
+
+    def answered(self, works: list[Work]) -> None:
+        """These rows are there to learn from. Until `update` has, nothing may free blocks of theirs."""
+        self._answered += works
+
+    def update(self) -> None:
+        """Learn from answered rows: count what they read, and start the copies that the policy chooses. Also while a call's kernels run: a
+        copy that they read may go then, and is unread if none did before; the batch says what that needs."""
+        works, self._answered = self._answered, []
         if not works:
             return
         self._advance(works)

@@ -64,8 +64,10 @@ class Device:
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         return self._guarded(lambda: self._kernels.group_norms(layout, memory, original_offsets, hot_offsets))
 
-    def attend(self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
-        answers = self._guarded(lambda: self._kernels.attend(layout, memory, calls, num_q_heads))
+    def attend(
+        self, layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int, meanwhile: Callable[[], None]
+    ) -> list[Result | Exception]:  # fmt: skip
+        answers = self._guarded(lambda: self._kernels.attend(layout, memory, calls, num_q_heads, meanwhile))
         for answer in answers:
             if isinstance(answer, Result):
                 answer.candidates = partial(self._guarded, answer.candidates)  # they are waited for later, and so may a fault be met

@@ -49,6 +49,9 @@ from tierd.residency import Residency
 
 log = logging.getLogger(__name__)
 IDLE_TICK_S = 1.0  # how often an idle engine looks for leases that ran out
+# Longer than a model takes from layer to layer: the next call's kernels hide what tiering does for the last one, 0.3 to 0.9 ms on an H100's
+# host, and its answer does not wait for the interpreter's lock.
+LINGER_S = 1e-3
 STATUS_WAITING_MAX = 64  # monitors and people who ask at once; they have room when the queue is full
 NEED_NO_DEVICE = (Status, CloseSession, CloseWorker)
 
@@ -97,6 +100,7 @@ class Engine:
         self._jobs: list[Job] = []
         self._busy: set[str] = set()  # sessions of the waiting batch
         self._num_rows = 0
+        self._hides = False  # whether kernels of the last batch ran while tiering did its work
 
     @property
     def lost(self) -> "Future[str]":
@@ -140,12 +144,12 @@ class Engine:
                 self._leases.touch(command.worker)
             num_asked += self._answer_asked()
             self._expire_leases()
-            self._cache.collect()
             for command, future in drained:
                 self._take(command, future)
                 num_asked += self._answer_asked()
             self._run_batch()
-            self._cache.collect()
+            if not (drained and self._hides and self._thread):
+                self._tier()
         finally:
             # Only a fault of ours leaves a command without an answer; its caller must not wait for ever.
             for _, future in drained:
@@ -181,6 +185,7 @@ class Engine:
                     future.set_exception(Unavailable("the daemon stopped before this call's turn came"))
             self._thread.join()
             self._thread = None
+        self._tier()
         self._migrator.stop()
         while self.residency.num_in_flight:  # what failed is tried once more
             self._cache.collect()
@@ -220,7 +225,7 @@ class Engine:
         while True:
             with self._wake:
                 if not self._queue and not self._asked and not self._stopping:
-                    self._wake.wait(IDLE_TICK_S)
+                    self._wake.wait(LINGER_S if self._cache.is_behind else IDLE_TICK_S)
                 if not self._queue and not self._asked and self._stopping:
                     return
             try:
@@ -242,6 +247,7 @@ class Engine:
 
     def _expire_leases(self) -> None:
         for worker in self._leases.expired():
+            self._tier()  # while its sessions' blocks are what they were
             closed = self.sessions.close_all(self._leases.sessions_of(worker))
             self.counters.events["lease_expired"] += 1
             log.warning(
@@ -260,6 +266,7 @@ class Engine:
                 return
             if not isinstance(command, Status) and not (isinstance(command, Append) and command.session_id not in self._busy):
                 self._run_batch()
+            self._tier()  # whatever it is may free blocks that were read
             if not isinstance(command, NEED_NO_DEVICE):
                 self._device.check()  # only now: the batch may have lost it
             future.set_result(self._handlers[type(command)](command))
@@ -293,9 +300,26 @@ class Engine:
     def _run_batch(self) -> None:
         jobs = self._clear_batch()
         if jobs:
-            works = self._batch.run(jobs, self._cache.wait(jobs))
+            self._hides = False
+
+            def meanwhile() -> None:
+                self._hides = True
+                self._tier()
+
+            self._cache.answered(self._batch.run(jobs, self._cache.wait(jobs), meanwhile))
+            if not self._hides:
+                self._tier(collect=False)
+
+    def _tier(self, collect: bool = True) -> None:
+        """What tiering does for calls that have their answers; with `collect`, finished copies are taken in."""
+        try:
             with suppress(Unavailable):  # the device was lost behind its answers, as `lost` says: they are given, and no more will be
-                self._cache.update(works)
+                self._cache.update()
+            if collect:
+                self._cache.collect()
+        except Exception:  # a call may be under way, whose answer does not depend on it
+            log.exception("a turn of tiering failed")
+            self.counters.events["fault"] += 1
 
     def _clear_batch(self) -> list[Job]:
         jobs, self._jobs, self._busy, self._num_rows = self._jobs, [], set(), 0

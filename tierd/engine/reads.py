@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from tierd_kernels.in_scratch import InScratch
 
 from tierd.residency import BlockTable, Ids
 
@@ -38,12 +39,12 @@ class Reads(NamedTuple):
         """Those that are `chosen` [n]."""
         return Reads(self.kind[chosen], self.block[chosen], self.head[chosen])
 
-    def from_host(self, locations: Ints | None, exact_heads: Mask) -> Mask:
-        """Which were read from the host, bool [n]: without a copy, or of an exact head [Hkv], which never looks at scratch. `locations`
-        [2, m, Hkv]: where kernels were told to read; None: nothing lies in scratch."""
-        if locations is None or not len(self.kind):
+    def from_host(self, in_scratch: InScratch | None, exact_heads: Mask) -> Mask:
+        """Which were read from the host, bool [n]: without a copy, or of an exact head [Hkv], which never looks at scratch. `in_scratch`:
+        what kernels were told; None: nothing lies there."""
+        if in_scratch is None or not len(self.kind):
             return np.ones(len(self.kind), np.bool_)
-        return np.asarray((locations[self.kind, self.block, self.head] < 0) | exact_heads[self.head])
+        return ~in_scratch.holds(self.kind, self.block, self.head, len(exact_heads)) | exact_heads[self.head]
 
     def corrupt(self, table: BlockTable, ids: Ids) -> list[tuple[int, int, int]]:
         """(kind, block id, head) of those whose originals fail their checksum. `ids` [m]."""

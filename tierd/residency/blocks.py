@@ -28,7 +28,8 @@ class BlockTable:
     one failed for good. `used` [kind, id, Hkv]: the copy was read. `in_flight` and `resident` [id] count its copies under way and in
     scratch. `stamp` [id]: what `now` was when its places last changed. `notes` [kind, id, Hkv]: `copy_id` and what the policy remembers
     (`tierd/notes.py`).
-    `hot_block_bytes` is the size of a hot slot, which the backend chooses. `number`: of this table among all of a residency.
+    `hot_block_bytes` is the size of a hot slot, which the backend chooses. `number`: of this table among all of a residency. `pins`:
+    launches that read its blocks now.
     """
 
     def __init__(self, layout: Layout, arenas: Arenas, hot_block_bytes: int, number: int = 0) -> None:
@@ -39,10 +40,11 @@ class BlockTable:
         self.hot_offset = np.full(0, -1, dtype=np.int64)
         self.original_offset = np.full(0, -1, dtype=np.int64)
         self.references = np.zeros(0, dtype=np.int32)
-        self.pins = np.zeros(0, dtype=np.int32)
+        self.pins = 0
         self.resident = np.zeros(0, dtype=np.int32)
         self.stamp = np.zeros(0, dtype=np.int64)
         self.now = 0  # rises with every change of a place
+        self.moved = 0  # what it was when a copy came or went last
         self.location = np.zeros((2, 0, heads), dtype=np.int64)
         self.checksum = np.zeros((2, 0, heads), dtype=np.uint64)
         self.in_flight = np.zeros(0, dtype=np.int32)
@@ -74,10 +76,15 @@ class BlockTable:
         self.touch(ids)
         return ids
 
-    def touch(self, ids: Ids | int) -> None:
+    def touch(self, ids: Ids) -> None:
         """Places of these blocks have changed."""
         self.now += 1
         self.stamp[ids] = self.now
+
+    def move(self, ids: Ids) -> None:
+        """Copies of these blocks have come or gone."""
+        self.touch(ids)
+        self.moved = self.now
 
     def give_hot(self, ids: Ids) -> None:
         """Reserve hot slots for tails that are about to fill. Raises CapacityExceeded; nothing changes then."""
@@ -96,7 +103,8 @@ class BlockTable:
 
     def free(self, ids: Ids) -> None:
         """Give back blocks that nobody refers to and that have no copies."""
-        assert not (self.references[ids].any() or self.in_flight[ids].any() or self.pins[ids].any())
+        assert not self.pins, "a call reads the block"
+        assert not (self.references[ids].any() or self.in_flight[ids].any())
         assert (self.copy_id[:, ids] < 0).all()
         hot = self.hot_offset[ids]
         self.arenas.hot.release_many(hot[hot >= 0])
@@ -141,7 +149,7 @@ class BlockTable:
     def _grow(self) -> None:
         """Double the columns. The originals pool bounds the number of blocks, hence this."""
         old, extra = len(self.references), max(64, len(self.references))
-        for name in ("hot_offset", "original_offset", "references", "pins", "in_flight", "resident", "stamp"):
+        for name in ("hot_offset", "original_offset", "references", "in_flight", "resident", "stamp"):
             column = getattr(self, name)
             setattr(
                 self,

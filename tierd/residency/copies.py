@@ -2,23 +2,26 @@
 
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd.residency import moving
 from tierd.residency.blocks import BlockTable, Ids
+from tierd.residency.moving import COPY
 
-COLUMNS = "state", "table", "kind", "failures", "block", "head", "source", "target", "nbytes"
+LONG = "block", "head", "source", "target", "nbytes", "turn"
 GROWS_BY_MIN = 64
 
 
 class CopyState(IntEnum):
     """Where a copy stands; a record without a copy is host only, or barred. GONE: there is no copy of that id."""
 
-    GONE = 0
-    IN_FLIGHT = 1
-    RESIDENT = 2
-    ORPHAN = 3
+    GONE = moving.GONE
+    IN_FLIGHT = moving.IN_FLIGHT
+    RESIDENT = moving.RESIDENT
+    ORPHAN = moving.ORPHAN
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,11 @@ class ScratchCopy:
 
 class Copies:
     """Columns by copy id, of which `ScratchCopy` tells; `table` is a table's number. Ids are reused once a copy is gone, so the columns
-    stay as long as the most copies at a time. Written by the residency only."""
+    stay as long as the most copies at a time. `turn`: the residency's when it began. Written by the residency only."""
 
     def __init__(self) -> None:
-        self.state: NDArray[np.int8] = np.zeros(0, np.int8)
-        self.table: NDArray[np.int32] = np.zeros(0, np.int32)
-        self.kind: NDArray[np.int8] = np.zeros(0, np.int8)
-        self.failures: NDArray[np.int8] = np.zeros(0, np.int8)
-        self.block, self.head, self.source, self.target, self.nbytes = (np.zeros(0, np.int64) for _ in range(5))
         self._free: list[int] = []
+        self._name(np.zeros(0, COPY))
 
     def __len__(self) -> int:
         return len(self.state) - len(self._free)
@@ -60,16 +59,12 @@ class Copies:
         """Of all copies, in rising order."""
         return np.flatnonzero(self.state)
 
-    def add(self, table: BlockTable, kind: int, blocks: Ids, heads: Ids, targets: Ids) -> Ids:
-        """Copies in flight of these n records to `targets`; returns their ids, int64 [n]."""
-        count = len(blocks)
+    def reserve(self, count: int) -> Ids:
+        """Ids for so many new copies, int64 [n]; whoever asks writes their records."""
         if len(self._free) < count:
             self._grow(count)
         ids = np.array(self._free[len(self._free) - count :][::-1], np.int64)  # in rising order while they are new
         del self._free[len(self._free) - count :]
-        self.state[ids], self.table[ids], self.kind[ids], self.failures[ids] = CopyState.IN_FLIGHT, table.number, kind, 0
-        self.block[ids], self.head[ids], self.target[ids], self.nbytes[ids] = blocks, heads, targets, table.layout.original_record_bytes
-        self.source[ids] = table.offsets_of(kind, blocks, heads)
         return ids
 
     def forget(self, ids: Ids) -> None:
@@ -83,9 +78,16 @@ class Copies:
         return self.kind[ids], self.block[ids], self.head[ids]
 
     def _grow(self, count: int) -> None:
-        old = len(self.state)
+        old = len(self.records)
         extra = max(GROWS_BY_MIN, old, count)
-        for name in COLUMNS:
-            column = getattr(self, name)
-            setattr(self, name, np.concatenate([column, np.zeros(extra, column.dtype)]))
+        self._name(np.concatenate([self.records, np.zeros(extra, COPY)]))
         self._free.extend(range(old + extra - 1, old - 1, -1))
+
+    def _name(self, records: NDArray[Any]) -> None:
+        """Columns are views of the records, of which a copy's lies in one line of the cache."""
+        self.records = records
+        self.state: NDArray[np.int8] = records["state"]
+        self.table: NDArray[np.int32] = records["table"]
+        self.kind: NDArray[np.int8] = records["kind"]
+        self.failures: NDArray[np.int8] = records["failures"]
+        self.block, self.head, self.source, self.target, self.nbytes, self.turn = (records[name] for name in LONG)

@@ -12,10 +12,10 @@ import cupy as cp
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd_kernels.call import Call, Result
+from tierd_kernels.call import Call, Result, idle
 from tierd_kernels.cuda import launch
 from tierd_kernels.cuda.launch import CALL, CERTIFIED, EXACT, FIELDS, kernels
-from tierd_kernels.cuda.marks import NOWHERE, count_reads
+from tierd_kernels.cuda.marks import count_reads
 from tierd_kernels.cuda.marks import prepare as prepare_marks
 from tierd_kernels.cuda.memory import ALIGNMENT, BLOCK_BYTES_MIN, DeviceMemory, reserve
 from tierd_kernels.cuda.norms import group_bounds
@@ -25,6 +25,7 @@ from tierd_kernels.cuda.sources import ROW_TILE
 from tierd_kernels.cuda.start import FAULTS
 from tierd_kernels.cuda.step import Answer, Step
 from tierd_kernels.errors import SCORE_MAX, DeviceLost, ScoreOverflow
+from tierd_kernels.in_scratch import NOTHING
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.select.candidates import Candidates, joined
 
@@ -92,10 +93,12 @@ def group_norms(
 
 
 def copy_to_scratch(memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int) -> NDArray[np.uint8]:
-    """As the host's, on a stream of its own, there and back again: what is returned is what arrived. Raises DeviceLost."""
+    """As the host's, on a stream of its own, behind the last step that was enqueued, which may still read what lay at the targets; there
+    and back again: what is returned is what arrived. Raises DeviceLost."""
     own = _own(memory)
     arrived, most = np.empty((len(sources), nbytes), np.uint8), own.landing.nbytes // nbytes
     with faults(), own.copier:
+        own.copier.wait_event(own.answered)
         for start in range(0, len(sources), most):
             some = slice(start, min(start + most, len(sources)))
             back = np.arange(some.stop - start, dtype=np.int64) * nbytes
@@ -107,9 +110,11 @@ def copy_to_scratch(memory: Memory, sources: NDArray[np.int64], targets: NDArray
     return arrived
 
 
-def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) -> list[Result | Exception]:
-    """Answers every call, or returns the exception that explains why one has no answer (`ScoreOverflow`, ValueError). Raises
-    DeviceLost."""
+def attend(
+    layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int, meanwhile: Callable[[], None] = idle
+) -> list[Result | Exception]:  # fmt: skip
+    """Answers every call, or returns the exception that explains why one has no answer (`ScoreOverflow`, ValueError). `meanwhile` runs once
+    while the device computes, if it does: all that reads scratch is enqueued by then, and copies to it come behind. Raises DeviceLost."""
     own = _own(memory)
     answers: dict[int, list[Answer] | Exception] = {}
     waiting: list[Waiting] = []
@@ -121,11 +126,12 @@ def attend(layout: Layout, memory: Memory, calls: list[Call], num_q_heads: int) 
             continue
         answers[i] = []
     with faults():
-        for batch in _batches(own, waiting):
+        batches = list(_batches(own, waiting))
+        for number, batch in enumerate(batches):
             step = Step(layout, own, [x.part for x in batch])
             step.upload()
             step.launch()
-            for x, answer in zip(batch, step.answers(), strict=True):
+            for x, answer in zip(batch, step.answers(meanwhile if number == len(batches) - 1 else idle), strict=True):
                 done = answers[x.number]
                 assert isinstance(done, list)
                 done.append(answer)
@@ -246,11 +252,7 @@ def _reads(
         n = answer.output.shape[1]
         if answer.marks is not None:
             rows, cold = exact.shape[0] // heads * n, np.zeros(len(answer.marks) * ROW_TILE, np.int64)
-            keys, values = call.key_locations, call.value_locations
-            if keys is None or values is None:
-                count_reads(answer.marks, heads, False, NOWHERE, NOWHERE, reads, cold)
-            else:
-                count_reads(answer.marks, heads, True, keys, values, reads, cold)
+            count_reads(answer.marks, heads, NOTHING if call.in_scratch is None else call.in_scratch.words, reads, cold)
             host[:, start : start + n] += cold.reshape(heads, -1)[:, :rows].reshape(exact.shape[0], n) * layout.original_record_bytes
         start += n
     return reads, host

@@ -54,14 +54,15 @@ enum { MASS, LOW, T1, MASS_ERROR, SPREAD, USED, ERROR2, AMPLITUDE, KEY_SQUARES, 
 // m, of m e^Delta and of m e^Delta nu, and their number.
 enum { SKIP_MASS, SKIP_GROWN, SKIP_NORM, SKIP_COUNT, SKIPS };
 
+constexpr int PLACE_BYTES = 64;
 constexpr float LOWEST = -3e38f;       // below all scores; its difference to -infinity is no NaN
 constexpr double BUDGET_MAX = 1e250;  // keeps a budget finite in any unit
 constexpr float U32F = 5.9604644775390625e-8f;
 constexpr float NORM_FLOOR = 8.8817841970012523e-16f;  // 2^-50: squares stay far from underflow, and the bound only grows
 constexpr float LOG2_MIN = -124.f;                     // a weight below 2^-124 of its block's largest counts as zero
 
-// One session and layer. Offsets are bytes: hot [full] in the device pool, original [blocks] in the host pool, locations [full][Hkv] into
-// scratch, or ~offset of the record among the originals; none where nothing lies in scratch. What the passes need first lies together, in
+// One session and layer. Offsets are bytes: hot [full] in the device pool, original [blocks] in the host pool. What of the
+// full blocks lies in scratch is told as in_scratch.py has it; nothing is where nothing does. What the passes need first lies together, in
 // one line of the cache: at 8,192 tokens a kernel is waiting for its call for a tenth of its time.
 struct Call {
   int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
@@ -75,7 +76,9 @@ struct Call {
   u32 *marks;                                      // [tiles][full]: promoted keys, a bit a row, values, the next four bits, SKIPPED_BLOCK
   const unsigned char *scratch, *originals;
   void *output;   // raw [Hq][n][D]
-  const i64 *original, *key_at, *value_at;
+  const i64 *original;
+  const u64 *copied;                               // of 32 records each, a bit for each that has a copy, above them the number of copies before
+  const u32 *copies;                               // their places in scratch, in units of PLACE_BYTES
   const float *group_values, *group_errors;        // [groups][Hkv]: SV and SR of complete groups of 1024 tokens
   float *sums, *skips;                             // as partials
   double *fields;                                  // [FIELDS][Hkv * rows]
@@ -110,10 +113,11 @@ enum { DENSE_TOP, DENSE_MASS, DENSE_NORM, DENSE_SCORE, DENSE_KEY, DENSE_VALUE, D
 
 // Where a record of original keys (kind 0) or values (1) of a full block lies: a copy, or the original itself.
 __device__ __forceinline__ const unsigned char *located(const Call &call, int kind, int heads, int h, int block) {
-  const i64 *at = kind ? call.value_at : call.key_at;
-  if (!at) return call.originals + call.original[block] + (i64)(kind * heads + h) * ORIGINAL_BYTES;
-  const i64 place = at[(i64)block * heads + h];
-  return place >= 0 ? call.scratch + place : call.originals + ~place;
+  const unsigned char *original = call.originals + call.original[block] + (i64)(kind * heads + h) * ORIGINAL_BYTES;
+  if (!call.copied) return original;
+  const u32 record = (2 * block + kind) * heads + h, bit = 1u << record % 32;
+  const u64 word = call.copied[record / 32];
+  return (u32)word & bit ? call.scratch + (i64)call.copies[(word >> 32) + __popc((u32)word & (bit - 1))] * PLACE_BYTES : original;
 }
 
 __device__ __forceinline__ float as_float(const void *p, i64 i) {

@@ -48,7 +48,7 @@ NUMBERS = (
     "coverage", "k_min", "k_max", "boundary_check", "candidates_max",
 )  # fmt: skip
 POINTERS = (
-    "q", "hot", "pool", "weights", "statistics", "partials", "marks", "scratch", "originals", "output", "original", "key_at", "value_at",
+    "q", "hot", "pool", "weights", "statistics", "partials", "marks", "scratch", "originals", "output", "original", "copied", "copies",
     "group_values", "group_errors", "sums", "skips", "fields", "facts", "dots", "state", "counts", "picks", "dense", "canaries", "failures",
     "shares", "tickets", "candidate_blocks", "candidate_scores", "row_weights",
 )  # fmt: skip

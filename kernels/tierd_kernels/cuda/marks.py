@@ -6,18 +6,17 @@ from numpy.typing import NDArray
 
 from tierd_kernels.cuda.sources import ROW_TILE
 from tierd_kernels.floats import compiled
+from tierd_kernels.in_scratch import NOTHING, holds
 
 OF_KIND = (1 << ROW_TILE) - 1  # bits of a mark that say for which rows of the tile the keys were read; behind them, the values
-NOWHERE = np.empty((0, 0), np.int64)
 
 
 @compiled()
 def count_reads(
-    marks: NDArray[np.uint32], heads: int, located: bool, key_at: NDArray[np.int64], value_at: NDArray[np.int64],
-    reads: NDArray[np.bool_], cold: NDArray[np.int64],
-) -> None:  # fmt: skip
+    marks: NDArray[np.uint32], heads: int, words: NDArray[np.int64], reads: NDArray[np.bool_], cold: NDArray[np.int64]
+) -> None:
     """Sets in `reads` [2, full, Hkv] the records that marks uint32 [Hkv * tiles, full] name, and adds to `cold` [Hkv * tiles * ROW_TILE]
-    those that a row read from the host: all, or with `located` those that lie below 0 by `key_at` and `value_at` [full, Hkv]."""
+    those that a row read from the host: which have no copy, by the `words` of `InScratch`; NOTHING where none has."""
     tiles = len(marks) // heads
     for tile in range(len(marks)):
         head = tile // tiles
@@ -30,7 +29,7 @@ def count_reads(
                 if not rows:
                     continue
                 reads[kind, block, head] = True
-                if located and (value_at if kind else key_at)[block, head] >= 0:
+                if len(words) and holds(words, (2 * block + kind) * heads + head):
                     continue
                 for row in range(ROW_TILE):
                     cold[tile * ROW_TILE + row] += np.int64(rows >> np.uint32(row) & np.uint32(1))
@@ -38,4 +37,4 @@ def count_reads(
 
 def prepare() -> None:
     """Compiles it, or loads it."""
-    count_reads(np.zeros((1, 0), np.uint32), 1, False, NOWHERE, NOWHERE, np.zeros((2, 0, 1), np.bool_), np.zeros(ROW_TILE, np.int64))
+    count_reads(np.zeros((1, 0), np.uint32), 1, NOTHING, np.zeros((2, 0, 1), np.bool_), np.zeros(ROW_TILE, np.int64))

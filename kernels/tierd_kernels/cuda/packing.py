@@ -12,6 +12,7 @@ from tierd_kernels.cuda.launch import CALL, PACKED, kernels
 from tierd_kernels.cuda.memory import DeviceMemory
 from tierd_kernels.cuda.plan import INPUTS, Plan, Shape, plan, terms_of
 from tierd_kernels.cuda.sources import SPLITS_MAX
+from tierd_kernels.in_scratch import RECORDS
 from tierd_kernels.layout import Layout
 
 # Dot products with quantised keys stay below 2^32, half of them offsets: 256 channels of 127 * 65504 at most, q within [-1, 1].
@@ -64,7 +65,8 @@ def plan_of(layout: Layout, part: Part, per: int) -> Plan:
     call, full = part.call, part.full(layout)
     shape = Shape(
         len(call.q) // layout.num_kv_heads, part.n, full, -(-part.tokens // layout.block_size), len(call.group_value_norms), per,
-        len(part.canaries(full)), min(call.candidates_max, full), call.key_locations is not None,
+        len(part.canaries(full)), min(call.candidates_max, full),
+        0 if call.in_scratch is None else len(call.in_scratch.places),
     )  # fmt: skip
     return plan(layout, shape.rounded())
 
@@ -110,9 +112,9 @@ class Packed:
         host[tickets : tickets + 4 * self.plan.tickets] = 0
         if len(self.canaries):
             put("canaries", self.canaries.astype(np.int32))
-        if call.key_locations is not None and call.value_locations is not None:  # 1 MB at 131,072 tokens of 8 KV heads
-            put("key_at", call.key_locations[:full])
-            put("value_at", call.value_locations[:full])
+        if call.in_scratch is not None:
+            put("copied", call.in_scratch.words[: 2 * full * self._layout.num_kv_heads // RECORDS + 1])
+            put("copies", call.in_scratch.places)
         terms = terms_of(call.policy, call.relative_to)
         PACKED.pack_into(
             host.data, CALL.itemsize * number,

@@ -21,6 +21,7 @@ from tierd_kernels.cuda.sources import (
     STATISTIC_WORDS,
     TILE_WEIGHT_FLOATS,
 )
+from tierd_kernels.in_scratch import RECORDS
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Coverage, Policy
 
@@ -33,7 +34,7 @@ COUNT_MAX = 2**31 - 1
 
 class Shape(NamedTuple):
     """What decides how much room a part takes: query heads of a KV head, query tokens, full blocks and blocks that the newest of them
-    sees, complete groups, blocks of a split, canaries, candidates; `located`, whether records lie in scratch."""
+    sees, complete groups, blocks of a split, canaries, candidates; `copies`, records that lie in scratch."""
 
     group: int
     n: int
@@ -43,12 +44,15 @@ class Shape(NamedTuple):
     per: int
     canaries: int
     candidates: int
-    located: bool
+    copies: int
 
     def rounded(self) -> "Shape":
         """Up to one that many parts share, so that a context that grows has few plans: a sixteenth more, at most."""
         full = above(self.full, 5)
-        return self._replace(full=full, blocks=max(full + 1, self.blocks), groups=above(self.groups, 5), canaries=above(self.canaries, 3))
+        return self._replace(
+            full=full, blocks=max(full + 1, self.blocks), groups=above(self.groups, 5), canaries=above(self.canaries, 3),
+            copies=above(self.copies, 5),
+        )  # fmt: skip
 
 
 class Plan(NamedTuple):
@@ -71,7 +75,7 @@ def plan(layout: Layout, shape: Shape) -> Plan:
     tickets = heads + 2 * tiles
     weights = layout.block_size // TILE * TILE_WEIGHT_FLOATS
     outputs, of_candidates = rows * d * layout.itemsize, 4 * 2 * heads * shape.candidates
-    locations = {"key_at": 8 * full * heads, "value_at": 8 * full * heads} if shape.located else {}
+    in_scratch = {"copied": 8 * (2 * full * heads // RECORDS + 1), "copies": 4 * shape.copies} if shape.copies else {}
     wanted: dict[int, dict[str, int]] = {
         WORKSPACE: {
             "weights": 4 * tiles * (full + 1) * weights, "statistics": 4 * tiles * (full + 1) * STATISTIC_WORDS,
@@ -83,15 +87,15 @@ def plan(layout: Layout, shape: Shape) -> Plan:
         },
         INPUTS: {
             "q": outputs, "hot": 8 * full, "original": 8 * shape.blocks, "group_values": 4 * shape.groups * heads,
-            "group_errors": 4 * shape.groups * heads, "canaries": 4 * shape.canaries, "tickets": 4 * tickets, **locations,
+            "group_errors": 4 * shape.groups * heads, "canaries": 4 * shape.canaries, "tickets": 4 * tickets, **in_scratch,
         },
         # In this order in `answers`: numbers of eight bytes first.
         ANSWERS: {"fields": 8 * len(FIELDS) * rows, "state": 4 * rows, "output": outputs, "failures": shape.canaries * heads},
         LATE: {"candidate_blocks": of_candidates, "candidate_scores": of_candidates},
     }  # fmt: skip
     places = {"pool": (HOT, 0), "scratch": (SCRATCH, 0), "originals": (ORIGINALS, 0)}
-    if not shape.located:
-        places |= {"key_at": (NOWHERE, 0), "value_at": (NOWHERE, 0)}
+    if not shape.copies:
+        places |= {"copied": (NOWHERE, 0), "copies": (NOWHERE, 0)}
     sizes = []
     for place in range(SIZED):
         used = 0

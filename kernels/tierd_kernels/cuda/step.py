@@ -14,6 +14,7 @@ import cupy as cp
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd_kernels.call import idle
 from tierd_kernels.cuda.late import Late, Place
 from tierd_kernels.cuda.launch import CALL, FIELDS, Grid, Program, above, kernels
 from tierd_kernels.cuda.memory import DeviceMemory, Region
@@ -90,12 +91,14 @@ class Step:
         """The same as a graph, captured by the first launch of this shape."""
         self.memory.graphs.launch((self.layout, self.grid, self.program), self.enqueue, self.memory.stream)
 
-    def answers(self) -> list[Answer]:
-        """What came back; waits for the device, but not for the candidates, which it begins behind the answers."""
+    def answers(self, meanwhile: Callable[[], None] = idle) -> list[Answer]:
+        """What came back; waits for the device, but not for the candidates, which it begins behind the answers. Once all of it is enqueued
+        `meanwhile` runs."""
         memory = self.memory
         memory.outputs.download(memory.stream, 0, self.answers_end)
         memory.answered.record(memory.stream)
         late = memory.late = self._begin_late()
+        meanwhile()
         memory.answered.synchronize()
         return [self._answer(x, partial(late.of, i)) for i, x in enumerate(self.packed)]
 

@@ -1,9 +1,10 @@
 // Which blocks come near needing their originals, for whoever copies them ahead of need: of every KV head the at most `candidates_max`
 // blocks whose keys, and whose values, have the largest share of the bound in any of its rows, relative to what selection aims at
-// (threshold.cuh). It runs when the answers are on their way to the host already; nobody waits for it.
+// (threshold.cuh), and in a row that promoted to the share from which on it did, if that is less: 1 is where promotion begins. It runs when
+// the answers are on their way to the host already; nobody waits for it.
 //
-// Promotion has replaced what it promoted, so what those shares were is gone; they were above the row's threshold, and that is their score.
-// A skipped block has no share: it can spend none. Of the coverage policy, which promotes by mass, a promoted record's score is 1.
+// What any row promoted is none of them: that it was read is known from the marks, and of a KV head that promotes many it would leave no
+// place to others. A skipped block has no share: it can spend none. The coverage policy promotes by mass: its rows' shares stay as they are.
 //
 // A thread block reduces a part of the blocks over all rows of a KV head; the last of them to end sees all shares and chooses. Its
 // threshold is found by counting, a digit of the float's bits a pass: positive floats are ordered as integers. Of equal scores at the
@@ -11,31 +12,24 @@
 constexpr int CANDIDATE_PARTS = 16, CANDIDATE_WARPS = 16, THREADS = CANDIDATE_WARPS * LANES;
 constexpr int DIGITS = 4, DIGIT_BITS = 8, DIGIT_VALUES = 1 << DIGIT_BITS;  // of 32 bits, the sign's zero
 constexpr float SHARE_MAX = 3e38f;                                 // an infinite share is a large one
+constexpr float PROMOTED = 3.4e38f;                                // until all rows are seen: none
 
-struct Limits { float score[ROW_TILE][2]; };  // of promoted keys and values
+constexpr float LIMIT_MIN = 1e-30f;  // a row may promote whatever has a share
 
-// What each row of a tile promoted scores. Warp `row` its own; for all threads.
-__device__ __forceinline__ void promoted_scores(const Call &call, int h, int rows, int tile, Limits &to) {
-  const int row = threadIdx.x / LANES, lane = threadIdx.x % LANES, index = tile * ROW_TILE + row;
-  __syncthreads();
-  if (row < ROW_TILE) {
-    float score = 0.f;
-    // Without promotions there may be no threshold: the row was not open to selection.
-    const bool promoted = index < rows && (call.counts[2 * (h * rows + index)] | call.counts[2 * (h * rows + index) + 1]);
-    if (promoted) score = call.coverage ? 1.f : fminf(call.facts[(i64)(h * rows + index) * ROW_FACTS + ROW_LIMIT], SHARE_MAX);
-    if (lane < 2) to.score[row][lane] = score;
-  }
-  __syncthreads();
+// From which share on a row promotes.
+__device__ __forceinline__ float limit_of(const Call &call, int at_row) {
+  // Without promotions there may be no threshold: the row was not open to selection.
+  const bool promoted = call.counts[2 * at_row] | call.counts[2 * at_row + 1];
+  return promoted && !call.coverage ? fmaxf(fminf(call.facts[(i64)at_row * ROW_FACTS + ROW_LIMIT], 1.f), LIMIT_MIN) : 1.f;
 }
 
 // Shares of the blocks [first, last) to `shares` [2][full], the largest over all rows of the KV head.
 __device__ __forceinline__ void reduce_rows(const Call &call, int h, int rows, int tiles, int first, int last, float *shares) {
-  __shared__ Limits limits;
   const int row = threadIdx.x % ROW_TILE;
   for (int tile = 0; tile < tiles; tile++) {
     const int base = h * tiles + tile, index = tile * ROW_TILE + row;
-    promoted_scores(call, h, rows, tile, limits);
     const RowState own(call, h, rows, min(index, rows - 1));
+    const float aim = own.target * limit_of(call, h * rows + min(index, rows - 1));
     for (int start = first; start < last; start += THREADS / ROW_TILE) {
       const int b = start + threadIdx.x / ROW_TILE;
       float key = 0.f, value = 0.f;
@@ -43,17 +37,18 @@ __device__ __forceinline__ void reduce_rows(const Call &call, int h, int rows, i
         const Seen block = seen(call, base, b, row);
         const u32 mark = block.mark >> row;
         const Shares found = ::shares(block, own);
-        key = fminf(fmaxf(found.key / own.target, 0.f), SHARE_MAX), value = fminf(fmaxf(found.value / own.target, 0.f), SHARE_MAX);  // a NaN is 0
-        if (mark & 1) key = fmaxf(key, limits.score[row][0]);
-        if (mark & 16) value = fmaxf(value, limits.score[row][1]);
+        key = fminf(fmaxf(found.key / aim, 0.f), SHARE_MAX), value = fminf(fmaxf(found.value / aim, 0.f), SHARE_MAX);  // a NaN is 0
+        if (mark & 1) key = PROMOTED;
+        if (mark & 16) value = PROMOTED;
       }
 #pragma unroll
       for (int bit = 1; bit < ROW_TILE; bit <<= 1) {
         key = fmaxf(key, __shfl_xor_sync(~0u, key, bit)), value = fmaxf(value, __shfl_xor_sync(~0u, value, bit));
       }
       if (row || b >= last) continue;
-      shares[b] = tile ? fmaxf(shares[b], key) : key;
-      shares[call.full + b] = tile ? fmaxf(shares[call.full + b], value) : value;
+      if (tile) key = fmaxf(shares[b], key), value = fmaxf(shares[call.full + b], value);
+      const float most = tile == tiles - 1 ? SHARE_MAX : PROMOTED;
+      shares[b] = key <= most ? key : 0.f, shares[call.full + b] = value <= most ? value : 0.f;
     }
   }
 }

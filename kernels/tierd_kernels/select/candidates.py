@@ -17,11 +17,12 @@ CANDIDATES_MAX = 64  # of a KV head and kind
 
 class Candidates(NamedTuple):
     """`blocks` int32 [2, Hkv, c], indices of full blocks of the call in rising order; `scores` float32 [2, Hkv, c], positive and finite: a
-    block's share of the bound relative to the budget, the largest over the KV head's rows. Shorter lists end in -1 and 0. At a tie
-    the first blocks are taken.
+    block's share of the bound, the largest over the KV head's rows, relative to the share from which on originals were promoted, or to the
+    whole where none were. Shorter lists end in -1 and 0. At a tie the first blocks are taken.
 
-    A skipped block is no candidate. The CPU's scores are shares of the budget before promotion; on the device they are shares of what
-    selection aims at, and that of a promoted record is the threshold above which its row promoted (1 under the coverage policy)."""
+    A promoted block is no candidate, for it is known that it was read, nor is a skipped one. The CPU's shares are of the budget and before
+    promotion, and promotion begins at the least of the KV head's that were promoted; on the device they are shares of what selection aims
+    at, after promotion, and it begins at a row's own threshold (under the coverage policy, for both, at the whole)."""
 
     blocks: NDArray[np.int32]
     scores: NDArray[np.float32]
@@ -36,6 +37,16 @@ class Candidates(NamedTuple):
         kind, head, place = np.nonzero(self.blocks >= 0)
         shares[kind, self.blocks[kind, head, place], head] = self.scores[kind, head, place]
         return shares
+
+
+def near(shares: NDArray[np.float32], promoted: NDArray[np.bool_], by_share: bool = True) -> NDArray[np.float32]:
+    """Shares [2, m, Hkv] of what was not `promoted` [2, m, Hkv], relative to the least of its kind and head that was, if that is below 1
+    (and `by_share`: it was promoted for its share)."""
+    outside = np.where(promoted, np.float32(0.0), shares)
+    if not by_share:
+        return outside
+    least = np.min(shares, axis=1, keepdims=True, where=promoted & (shares > 0.0), initial=1.0)
+    return np.asarray(np.minimum(outside / least, np.finfo(np.float32).max), np.float32)
 
 
 def largest(shares: NDArray[np.float32], most: int) -> Candidates:

@@ -82,6 +82,7 @@ class Stream:
 
     def __init__(self, non_blocking: bool = False) -> None:
         self.recorded: list[Callable[[], None]] | None = None
+        self.waited: list[Event] = []
 
     def __enter__(self) -> "Stream":
         return self
@@ -91,6 +92,9 @@ class Stream:
 
     def synchronize(self) -> None:
         assert self.recorded is None, "a captured stream must not be waited for"
+
+    def wait_event(self, event: "Event") -> None:
+        self.waited.append(event)
 
     def begin_capture(self) -> None:
         self.recorded = []
