@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import corpus
 import torch
 import xxhash
+from full_float32 import require_float32
 from model import ByteTokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vocabulary import END, VOCABULARY
@@ -69,6 +70,11 @@ class Checkpoint:
     tokenizer: Tokenizer
 
     @property
+    def suffix(self) -> str:
+        """What tells results of this model from those of the small one of this repository, in a file's name."""
+        return "" if self.name == SMALL.name else f"_{self.name}"
+
+    @property
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
@@ -86,7 +92,8 @@ def default_device() -> str:
 def load(path: Path, device: str | None = None, dtype: str | None = None) -> Checkpoint:
     """The checkpoint in the folder `path`; `dtype` None: the one it was saved in, `device` None: the GPU where there is one.
 
-    Raises ValueError for a folder that holds none, an unknown dtype, or a vocabulary that is neither bytes nor has a tokenizer.
+    Raises ValueError for a folder that holds none, an unknown dtype, or a vocabulary that is neither bytes nor has a tokenizer;
+    ArithmeticError for float32 on a device that has fewer bits for it.
     """
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no config.json; a checkpoint is a folder with config.json and *.safetensors")
@@ -99,7 +106,10 @@ def load(path: Path, device: str | None = None, dtype: str | None = None) -> Che
     chosen = "auto" if dtype is None else DTYPES[dtype]
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, local_files_only=True, attn_implementation="sdpa")
     name = path.name if path.resolve() == SMALL.resolve() else f"{path.name}-{fingerprint(model)}"
-    return Checkpoint(name, model.to(device or default_device()).eval().requires_grad_(False), tokenizer)
+    checkpoint = Checkpoint(name, model.to(device or default_device()).eval().requires_grad_(False), tokenizer)
+    if model.dtype == torch.float32:
+        require_float32(checkpoint.device)
+    return checkpoint
 
 
 def fingerprint(model: Any) -> str:

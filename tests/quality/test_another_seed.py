@@ -37,7 +37,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def headline(results: Path, part: str) -> dict[str, Any]:
-    (path,) = results.glob(f"quality_{part}__*.json")
+    (path,) = results.glob(f"quality_{part}*__*.json")
     found: dict[str, Any] = json.loads(path.read_text())["headline"]
     return found
 
