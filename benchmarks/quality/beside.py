@@ -29,26 +29,35 @@ def precisions(results: "Results") -> list[str]:
     margins = next((name for name, file in results.others.items() if file.part == "margins" and not file.model), None)
     if len(named) == 1 and margins is None:
         return []
-    rows = [row for dtype, part in named.items() for row in _totals(results, part, dtype)]
+    measured = [{_cell(row) for row in results.rows(part, "task")} for part in named.values()]
+    both, every = set.intersection(*measured), set.union(*measured)
     columns: Columns = {name: itemgetter(name) for name in ("type", "machine", "variant", "tasks", "tokens", "prompts")}
-    columns |= {"dense": shown("dense"), "score": shown("score"), "critical failures": itemgetter("only_dense")}
-    columns |= {"right where dense is not": itemgetter("only_variant"), "p": shown("p")}
-    files = ", ".join(f"`benchmarks/results/{results.files[part].name}`" for part in named.values())
-    shown_margins = [] if margins is None else [_file(results, margins), MARGINS, _margins(results.rows(margins))]
-    return ["## What rounding does", files, PRECISION, table(columns, rows), *shown_margins]
+    columns |= {"answers differ": itemgetter("differing"), "dense": shown("dense"), "score": shown("score")}
+    columns |= {"critical failures": itemgetter("only_dense"), "right where dense is not": itemgetter("only_variant"), "p": shown("p")}
+    parts = ["## What rounding does", ", ".join(f"`benchmarks/results/{results.files[part].name}`" for part in named.values()), PRECISION]
+    shared = {"What has been measured in all types:": both} if both and both != every else {}
+    for title, cells in (shared | {"All that has been measured:": every}).items():
+        rows = [row for dtype, part in named.items() for row in _totals(results, part, dtype, cells)]
+        parts += [title, table(columns, rows)]
+    return parts if margins is None else [*parts, _file(results, margins), MARGINS, _margins(results.rows(margins))]
 
 
-def _totals(results: "Results", part: str, dtype: str) -> list[Row]:
-    """One row a variant, over all tasks and contexts."""
+def _cell(row: Row) -> tuple[str, int, str]:
+    return row["task"], row["tokens"], row["variant"]
+
+
+def _totals(results: "Results", part: str, dtype: str, cells: set[tuple[str, int, str]]) -> list[Row]:
+    """One row a variant, over those of `cells` that the part has."""
     totals = []
-    tasks = results.rows(part, "task")
-    for variant in sorted({row["variant"] for row in tasks} - {"dense"}):
-        rows = [row for row in tasks if row["variant"] == variant]
-        counts = {name: sum(row[name] for row in rows) for name in ("examples", "only_dense_right", "only_variant_right")}
+    chosen = [row for row in results.rows(part, "task") if row["variant"] != "dense" and _cell(row) in cells]
+    for variant in sorted({row["variant"] for row in chosen}):
+        rows = [row for row in chosen if row["variant"] == variant]
+        counts = {name: sum(row[name] for row in rows) for name in ("examples", "differing", "only_dense_right", "only_variant_right")}
         of = (rows, counts["examples"])
         totals.append({
-            "type": dtype, "machine": place(results.parts[part]["environment"]), "variant": variant, "prompts": counts["examples"],
+            "type": dtype, "machine": place(results.parts[part]["environment"]), "variant": variant,
             "tasks": len({row["task"] for row in rows}), "tokens": ", ".join(map(str, sorted({row["tokens"] for row in rows}))),
+            "prompts": counts["examples"], "differing": counts["differing"],
             "dense": _mean(*of, "dense_score"), "score": _mean(*of, "variant_score"), "only_dense": counts["only_dense_right"],
             "only_variant": counts["only_variant_right"], "p": mcnemar(counts["only_dense_right"], counts["only_variant_right"]),
         })  # fmt: skip

@@ -22,7 +22,7 @@ warnings.filterwarnings("ignore", ".past_key_values. is deprecated", FutureWarni
 SMALL = Path(__file__).parent / "byte-llama"  # what TRAINING.md made
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-BYTES = 4096  # of each weight that a fingerprint is made of
+READ = 1 << 20  # bytes at each end of a file that a fingerprint is made of
 
 
 class Tokenizer(Protocol):
@@ -105,18 +105,24 @@ def load(path: Path, device: str | None = None, dtype: str | None = None) -> Che
     tokenizer = _tokenizer(path, config)
     chosen = "auto" if dtype is None else DTYPES[dtype]
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, local_files_only=True, attn_implementation="sdpa")
-    name = path.name if path.resolve() == SMALL.resolve() else f"{path.name}-{fingerprint(model)}"
+    name = path.name if path.resolve() == SMALL.resolve() else f"{path.name}-{fingerprint(path)}"
     checkpoint = Checkpoint(name, model.to(device or default_device()).eval().requires_grad_(False), tokenizer)
     if model.dtype == torch.float32:
         require_float32(checkpoint.device)
     return checkpoint
 
 
-def fingerprint(model: Any) -> str:
-    """Eight hexadecimal digits of the first 4 KiB of every weight: enough to tell models of another seed or another hour of training."""
+def fingerprint(path: Path) -> str:
+    """Eight hexadecimal digits of the length and of the first and last MiB of each file of weights: enough to tell models of another seed
+    or another hour of training, and the same whatever type the weights are loaded in."""
     digest = xxhash.xxh64()
-    for weight in model.parameters():
-        digest.update(weight.detach().flatten()[: BYTES // weight.element_size()].view(torch.uint8).numpy().tobytes())
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as weights:
+            for start in (0, max(0, size - READ)):
+                weights.seek(start)
+                digest.update(weights.read(READ))
     return digest.hexdigest()[:8]
 
 

@@ -35,8 +35,19 @@ def test_the_other_type_stands_beside_with_how_many_prompts_it_had(tmp_path: Pat
     assert (top["critical_failures_rtol2"], top["prompts_rtol2"]) == (3, 4)
     assert (top["critical_failures_rtol2_bfloat16"], top["prompts_rtol2_bfloat16"]) == (7, 40)
     assert "of a model that computes in float32; those whose names end" in text
-    assert "| float32 | P, 2 cores | rtol2 | 1 | 8192 | 4 | 0.75 | 0.5 | 3 | 1 | 0.625 |" in text
-    assert "| bfloat16 | P, 2 cores | rtol2 | 1 | 8192 | 40 | 0.75 | 0.5 | 7 | 1 | 0.07031 |" in text
+    assert "| float32 | P, 2 cores | rtol2 | 1 | 8192 | 4 | 2 | 0.75 | 0.5 | 3 | 1 | 0.625 |" in text
+    assert "| bfloat16 | P, 2 cores | rtol2 | 1 | 8192 | 40 | 2 | 0.75 | 0.5 | 7 | 1 | 0.07031 |" in text
+
+
+def test_types_are_also_compared_where_both_have_been_measured(tmp_path: Path) -> None:
+    save(tmp_path)
+    other = [row | {"tokens": 2048} for row in parts()["evaluate"][1][:3]] + [parts()["evaluate"][1][2]]
+    also(tmp_path, "evaluate_bfloat16", {"critical_failures_rtol2": 7}, other)
+    text, _ = written(tmp_path)
+    first, second = (text.index(title) for title in ("measured in all types:", "All that has been measured:"))
+    between, after = text[first:second], text[second : text.index("## ", second) if "## " in text[second:] else None]
+    assert "| bfloat16 | P, 2 cores | rtol2 | 1 | 8192 | 4 |" in between and "naive" not in between
+    assert "| bfloat16 | P, 2 cores | rtol2 | 1 | 2048, 8192 | 8 |" in after and "| float32 | P, 2 cores | naive |" in after
 
 
 def test_the_preferred_machine_decides_which_type_is_the_headlines(tmp_path: Path) -> None:

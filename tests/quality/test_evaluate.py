@@ -90,6 +90,7 @@ def test_only_what_is_done_for_dense_too_is_compared() -> None:
     assert (found["rtol5"]["examples"], found["rtol5"]["delta"], found["rtol5"]["critical_failures"]) == (1, -0.5, 1)
     assert found["rtol2"]["scores"] == [1.0, 0.5]
     assert found["rtol2"]["failures"] == [{"number": 1, "dense": "dense 1", "variant": "rtol2 1"}] and not found["dense"]["failures"]
+    assert [found[name]["differing"] for name in ("dense", "rtol5", "rtol2")] == [0, 1, 2]
     top = summarise.headline(list(found.values()))
     assert top["niah_delta_8k_rtol5"] == -0.5 and top["critical_failures_rtol2"] == 1 and "ppl_delta_rtol5" not in top
 

@@ -13,7 +13,7 @@ MACHINE = "here"
 ENVIRONMENT = {"processor": "P", "cores": 2, "torch": "2"}
 COMPARED = {
     "examples": 4, "dense_score": 0.75, "variant_score": 0.5, "delta": -0.25, "delta_low": -0.75, "delta_high": 0.0, "mcnemar_p": 1.0,
-    "critical_failures": 3, "only_dense_right": 3, "only_variant_right": 1,
+    "critical_failures": 3, "only_dense_right": 3, "only_variant_right": 1, "differing": 2,
 }  # fmt: skip
 JUDGED = {"head_steps": 1000, "violations": 0, "broken": 0, "loose_budgets": 0, "exact": 10, "worst": 0.5, "seconds": 2.0}
 
