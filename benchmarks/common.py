@@ -47,11 +47,14 @@ def machine_name() -> str:
     return re.sub(r"[^a-z0-9]+", "-", f"{_processor()} {os.cpu_count()} cores".lower()).strip("-")
 
 
-def write_results(name: str, headline: dict[str, float], rows: list[dict[str, Any]], packages: tuple[str, ...] = ()) -> Path:
-    """Write benchmarks/results/<name>__<machine>.json; returns its path."""
+def write_results(
+    name: str, headline: dict[str, float], rows: list[dict[str, Any]], packages: tuple[str, ...] = (), run: dict[str, Any] | None = None
+) -> Path:
+    """Write benchmarks/results/<name>__<machine>.json; returns its path. `run`: what was run, where the name does not say all of it."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}__{machine_name()}.json"
-    path.write_text(json.dumps({"environment": environment(packages), "headline": headline, "rows": rows}, indent=1) + "\n")
+    said = {"environment": environment(packages)} | ({"run": run} if run else {}) | {"headline": headline, "rows": rows}
+    path.write_text(json.dumps(said, indent=1) + "\n")
     return path
 
 

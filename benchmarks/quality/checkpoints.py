@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import corpus
 import torch
 import xxhash
+from full_float32 import require_float32
 from model import ByteTokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vocabulary import END, VOCABULARY
@@ -21,7 +22,7 @@ warnings.filterwarnings("ignore", ".past_key_values. is deprecated", FutureWarni
 SMALL = Path(__file__).parent / "byte-llama"  # what TRAINING.md made
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-BYTES = 4096  # of each weight that a fingerprint is made of
+READ = 1 << 20  # bytes at each end of a file that a fingerprint is made of
 
 
 class Tokenizer(Protocol):
@@ -69,6 +70,11 @@ class Checkpoint:
     tokenizer: Tokenizer
 
     @property
+    def suffix(self) -> str:
+        """What tells results of this model from those of the small one of this repository, in a file's name."""
+        return "" if self.name == SMALL.name else f"_{self.name}"
+
+    @property
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
@@ -86,7 +92,8 @@ def default_device() -> str:
 def load(path: Path, device: str | None = None, dtype: str | None = None) -> Checkpoint:
     """The checkpoint in the folder `path`; `dtype` None: the one it was saved in, `device` None: the GPU where there is one.
 
-    Raises ValueError for a folder that holds none, an unknown dtype, or a vocabulary that is neither bytes nor has a tokenizer.
+    Raises ValueError for a folder that holds none, an unknown dtype, or a vocabulary that is neither bytes nor has a tokenizer;
+    ArithmeticError for float32 on a device that has fewer bits for it.
     """
     if not (path / "config.json").is_file():
         raise ValueError(f"{path} holds no config.json; a checkpoint is a folder with config.json and *.safetensors")
@@ -98,15 +105,24 @@ def load(path: Path, device: str | None = None, dtype: str | None = None) -> Che
     tokenizer = _tokenizer(path, config)
     chosen = "auto" if dtype is None else DTYPES[dtype]
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=chosen, local_files_only=True, attn_implementation="sdpa")
-    name = path.name if path.resolve() == SMALL.resolve() else f"{path.name}-{fingerprint(model)}"
-    return Checkpoint(name, model.to(device or default_device()).eval().requires_grad_(False), tokenizer)
+    name = path.name if path.resolve() == SMALL.resolve() else f"{path.name}-{fingerprint(path)}"
+    checkpoint = Checkpoint(name, model.to(device or default_device()).eval().requires_grad_(False), tokenizer)
+    if model.dtype == torch.float32:
+        require_float32(checkpoint.device)
+    return checkpoint
 
 
-def fingerprint(model: Any) -> str:
-    """Eight hexadecimal digits of the first 4 KiB of every weight: enough to tell models of another seed or another hour of training."""
+def fingerprint(path: Path) -> str:
+    """Eight hexadecimal digits of the length and of the first and last MiB of each file of weights: enough to tell models of another seed
+    or another hour of training, and the same whatever type the weights are loaded in."""
     digest = xxhash.xxh64()
-    for weight in model.parameters():
-        digest.update(weight.detach().flatten()[: BYTES // weight.element_size()].view(torch.uint8).numpy().tobytes())
+    for file in sorted(path.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(str(size).encode())
+        with file.open("rb") as weights:
+            for start in (0, max(0, size - READ)):
+                weights.seek(start)
+                digest.update(weights.read(READ))
     return digest.hexdigest()[:8]
 
 

@@ -5,6 +5,9 @@
 Each part is written to a ledger when it is done; the same command goes on where the last one stopped, and the results are written
 from whatever is done for every variant. With --catastrophic value channels are rescaled first (see catastrophic.py), which
 leaves dense outputs as they are.
+
+The model computes in float32 unless another --dtype is given, so that what differs from dense is what its cache does. In 16 bits a model's
+own rounding moves its logits by more than lies between the first and the second byte of some answers (margins.py shows which).
 """
 
 import argparse
@@ -29,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import write_results
 
 IDENTITY = ("text", "examples", "batch", "seed", "catastrophic")  # what makes a ledger another run's, and is not in its parts' keys
+DTYPE = "float32"
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -48,15 +52,20 @@ def main(arguments: list[str]) -> int:
         print(f"{'all' if finished else 'not all'} parts of this share done")
         return 0 if finished else 3
     rows = summarise(ledger.records)
-    name = "quality_catastrophic" if options.catastrophic else "quality_evaluate"
-    path = write_results(name, headline(rows), rows, PACKAGES)
+    path = write_results(results_name(options.catastrophic, checkpoint), headline(rows), rows, PACKAGES, identity)
     print(f"{len(ledger.records)} parts, {'all' if finished else 'not all'} done; {path.name}")
     return 0 if finished else 3
 
 
+def results_name(catastrophic: bool, checkpoint: checkpoints.Checkpoint) -> str:
+    """A type other than the default and a model other than this repository's are named: results of one do not replace another's."""
+    dtype = str(checkpoint.model.dtype).removeprefix("torch.")
+    return f"quality_{'catastrophic' if catastrophic else 'evaluate'}{checkpoint.suffix}{'' if dtype == DTYPE else f'_{dtype}'}"
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commandline.add_run(parser, "quality.jsonl")
+    commandline.add_run(parser, "quality.jsonl", dtype=DTYPE)
     parser.add_argument("--text", type=Path, help="PG-19: a text file or a folder of .txt (default: the standard library's source)")
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192], help="tokens")
     parser.add_argument("--tasks", nargs="+", default=list(tasks.NAMES), choices=tasks.NAMES)

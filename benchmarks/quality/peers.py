@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> int:
     absent = [peer for peer in all_peers if peer.missing]
     rows += [{"peer": peer.name, "tokens": tokens, "missing": peer.missing} for tokens in options.contexts for peer in absent]
     headline = {f"{row['peer']}_{row['tokens']}_delta": row["delta"] for row in rows if "delta" in row}
-    print(f"{'all' if finished else 'not all'} parts done; {write_results('quality_peers', headline, rows, PACKAGES).name}")
+    path = write_results(f"quality_peers{checkpoint.suffix}", headline, rows, PACKAGES)
+    print(f"{'all' if finished else 'not all'} parts done; {path.name}")
     return 0 if finished else 3
 
 

@@ -7,6 +7,7 @@ and those of a prefill the same in every variant, for the client computes it thi
 from typing import Any
 
 import torch
+from tierd_client.hf.local import attend_locally
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface
@@ -33,8 +34,7 @@ def attention(
 def _one_row(module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None) -> torch.Tensor:
     n, length = q.shape[2], k.shape[2]
     if n == length:
-        output, _ = sdpa_attention_forward(module, q, k, v, None, scaling=scaling, is_causal=True)
-        return output[0]
+        return attend_locally(module, q[0], k[0], v[0], scaling)
     seen = torch.ones(n, length, dtype=torch.bool, device=q.device).tril(length - n)
     output, _ = sdpa_attention_forward(module, q, k, v, seen[None, None] if n > 1 else None, scaling=scaling, is_causal=False)
     return output[0]

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from paired import compare, perplexity_delta
+from paired import RIGHT, compare, perplexity_delta
 
 Row = dict[str, Any]
 COUNTS = ("answers", "over_budget", "promoted_key_blocks", "promoted_value_blocks", "skipped_blocks", "host_bytes")
@@ -13,7 +13,9 @@ EIGHT_K = 8192
 
 
 def summarise(records: Iterable[Row]) -> list[Row]:
-    """Rows of the kinds "task", "depth" (of "niah"), and "perplexity". Only parts that are done for dense, too, count."""
+    """Rows of the kinds "task", "depth" (of "niah"), and "perplexity". Only parts that are done for dense, too, count. Of a task's row
+    `failures` are the prompts that dense attention answers right and the variant does not, with both answers; `differing` is how many
+    answers are not dense attention's to the last character, right or wrong."""
     groups: dict[tuple[str, str, int, str], list[Row]] = defaultdict(list)
     for record in records:
         groups[record["kind"], record.get("task", ""), record["tokens"], record["variant"]].append(record)
@@ -35,7 +37,12 @@ def _scores(dense: list[Row], parts: list[Row]) -> Row:
     compared = compare([theirs[i] for i in both], [ours[i] for i in both]).row()
     said = {name: sum(part[name] for part in parts) for name in COUNTS if name in parts[0]}
     rungs = {"rungs": np.sum([part["rungs"] for part in parts], axis=0).tolist()} if "rungs" in parts[0] else {}
-    return compared | said | rungs | {"seconds": sum(part["seconds"] for part in parts), "scores": [ours[i] for i in both]}
+    failed = [i for i in both if theirs[i] >= RIGHT > ours[i]]
+    answers = [{i: text for part in side for i, text in zip(part["numbers"], part["completions"], strict=True)} for side in (dense, parts)]
+    failures = [{"number": i, "dense": answers[0][i], "variant": answers[1][i]} for i in failed]
+    differing = sum(answers[0][i] != answers[1][i] for i in both)
+    end = {"seconds": sum(part["seconds"] for part in parts), "scores": [ours[i] for i in both]}
+    return compared | said | rungs | end | {"differing": differing, "failures": failures}
 
 
 def _by_depth(parts: list[Row]) -> list[tuple[float, float]]:

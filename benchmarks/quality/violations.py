@@ -51,7 +51,7 @@ def main(arguments: list[str]) -> int:
         return 0
     rows = summarise(ledger.records)
     headline = {name: sum(row[name] for row in rows) for name in ("head_steps", "violations", "broken", "loose_budgets")}
-    path = write_results("quality_violations", headline, rows, PACKAGES)
+    path = write_results(f"quality_violations{checkpoint.suffix}", headline, rows, PACKAGES, identity)
     print(f"{headline} in {path.name}; largest error over bound {max(row['worst'] for row in rows):.4f}")
     return int(headline["violations"] > 0 or headline["broken"] > 0)
 

@@ -37,7 +37,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def headline(results: Path, part: str) -> dict[str, Any]:
-    (path,) = results.glob(f"quality_{part}__*.json")
+    (path,) = results.glob(f"quality_{part}*__*.json")
     found: dict[str, Any] = json.loads(path.read_text())["headline"]
     return found
 
@@ -81,6 +81,7 @@ def test_models_in_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
         tiny.build(seed=seed).save_pretrained(folder)
     names = [checkpoints.load(folder, "cpu").name for folder in (*folders, folders[0])]
     assert names[0] != names[1] and names[0] == names[2] and all(name.startswith("model-") for name in names)
+    assert checkpoints.load(folders[0], "cpu", "bfloat16").name == names[0], "in another type it is the same model"
     arguments = ["--device", "cpu", "--context", "600", "--minutes", "0", "--share", "1/2", "--ledger", str(tmp_path / "run.jsonl")]
     violations.main(["--model", str(folders[0]), *arguments])
     with pytest.raises(ValueError, match="another run"):

@@ -32,7 +32,8 @@ def test_what_is_given_is_taken_and_the_rest_is_the_small_model_in_one_process(
     assert (given.model, given.share, given.minutes, given.device, given.dtype) == (tmp_path, Share(2, 4), 1.5, "cpu", "float16")
     default = parse([])
     assert (default.model.name, default.share, default.minutes) == ("byte-llama", WHOLE, None)
-    assert (default.device, default.dtype) == (None, None), "found by the machine and the checkpoint"
+    assert default.device is None, "found by the machine"
+    assert default.dtype == ("float32" if parse is evaluate.parse else None), "found by the checkpoint, but where rounding is compared"
 
 
 def test_a_command_names_its_own_ledger() -> None:

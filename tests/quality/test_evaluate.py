@@ -31,7 +31,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows(results: Path, part: str) -> Any:
-    (path,) = results.glob(f"quality_{part}__*.json")
+    (path,) = results.glob(f"quality_{part}_tiny-*__*.json")
     found = json.loads(path.read_text())
     return [{name: value for name, value in row.items() if name != "seconds"} for row in found["rows"]], found["headline"]
 
@@ -83,12 +83,14 @@ def test_the_rescaled_model_is_another_evaluation(checkpoint: Path, tmp_path: Pa
 def test_only_what_is_done_for_dense_too_is_compared() -> None:
     def part(variant: str, numbers: list[int], scores: list[float]) -> dict[str, Any]:
         return {"kind": "task", "task": "niah", "tokens": 8192, "variant": variant, "numbers": numbers, "scores": scores,
-                "depths": [0.0] * len(numbers), "seconds": 1.0}  # fmt: skip
+                "completions": [f"{variant} {i}" for i in numbers], "depths": [0.0] * len(numbers), "seconds": 1.0}  # fmt: skip
 
     records = [part("dense", [0, 1], [1.0, 1.0]), part("rtol5", [1], [0.5]), part("rtol2", [1, 0], [0.5, 1.0])]
     found = {row["variant"]: row for row in summarise.summarise(records) if row["kind"] == "task"}
     assert (found["rtol5"]["examples"], found["rtol5"]["delta"], found["rtol5"]["critical_failures"]) == (1, -0.5, 1)
     assert found["rtol2"]["scores"] == [1.0, 0.5]
+    assert found["rtol2"]["failures"] == [{"number": 1, "dense": "dense 1", "variant": "rtol2 1"}] and not found["dense"]["failures"]
+    assert [found[name]["differing"] for name in ("dense", "rtol5", "rtol2")] == [0, 1, 2]
     top = summarise.headline(list(found.values()))
     assert top["niah_delta_8k_rtol5"] == -0.5 and top["critical_failures_rtol2"] == 1 and "ppl_delta_rtol5" not in top
 

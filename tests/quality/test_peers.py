@@ -29,7 +29,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rows(results: Path) -> list[dict[str, Any]]:
-    (path,) = results.glob("quality_peers__*.json")
+    (path,) = results.glob("quality_peers*__*.json")
     found: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
     return found
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import report
-from sections import number
+from tables import number
 
 MACHINE = "here"
 ENVIRONMENT = {"processor": "P", "cores": 2, "torch": "2"}
 COMPARED = {
     "examples": 4, "dense_score": 0.75, "variant_score": 0.5, "delta": -0.25, "delta_low": -0.75, "delta_high": 0.0, "mcnemar_p": 1.0,
-    "critical_failures": 3,
+    "critical_failures": 3, "only_dense_right": 3, "only_variant_right": 1, "differing": 2,
 }  # fmt: skip
 JUDGED = {"head_steps": 1000, "violations": 0, "broken": 0, "loose_budgets": 0, "exact": 10, "worst": 0.5, "seconds": 2.0}
 
@@ -50,7 +50,7 @@ def parts() -> dict[str, tuple[dict[str, float], list[dict[str, Any]]]]:
 
 def save(folder: Path, changed: dict[str, tuple[dict[str, float], list[dict[str, Any]]]] | None = None, machine: str = MACHINE) -> None:
     for part, (headline, rows) in (parts() if changed is None else changed).items():
-        written = {"environment": ENVIRONMENT, "headline": headline, "rows": rows}
+        written = {"environment": ENVIRONMENT, "run": {"dtype": "torch.float32"}, "headline": headline, "rows": rows}
         (folder / f"quality_{part}__{machine}.json").write_text(json.dumps(written))
 
 
@@ -70,6 +70,7 @@ def test_every_number_of_the_report_is_in_a_result(tmp_path: Path) -> None:
         "violations": 0, "head_steps": 3000, "niah_delta_8k_rtol5": -0.25, "ruler_delta_8k_rtol5": 0.0, "critical_failures_rtol2": 3,
         "ppl_delta_rtol5": 0.0, "bytes_vs_paper_rtol5": 12.5, "naive_catastrophic_accuracy": 0.125,
         "certified_catastrophic_accuracy": 0.875, "certified_rtol5_catastrophic_accuracy": 0.75, "dense_catastrophic_accuracy": 0.9,
+        "prompts_rtol2": 4,
     }  # fmt: skip
 
 

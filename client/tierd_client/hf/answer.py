@@ -2,10 +2,10 @@
 
 import torch
 from tierd_proto.coding import CERTIFICATE_ROW_BYTES
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from tierd_client.hf.batch import Batch
 from tierd_client.hf.handover import HandOver
+from tierd_client.hf.local import attend_locally
 from tierd_client.hf.summary import Tally
 from tierd_client.session import Session
 from tierd_client.tier import Tier
@@ -43,18 +43,10 @@ def answer_rows(
             steps.append((session, handover.layer, own_q, own_k, own_v))
         else:
             session.append(layer=handover.layer, k=own_k, v=own_v)
-            output[row, place] = _attend_locally(module, own_q, own_k, own_v, scaling)
+            output[row, place] = attend_locally(module, own_q, own_k, own_v, scaling)
     for row, place, answer in zip(rows, places, _step(tier, steps, tally), strict=True):
         output[row, place] = answer.transpose(0, 1)
     return output
-
-
-def _attend_locally(
-    module: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
-    """Causal attention of one row, unpadded: [n, num_q_heads, head_dim] from [heads, n, head_dim]."""
-    output, _ = sdpa_attention_forward(module, q[None], k[None], v[None], None, scaling=scaling, is_causal=True)
-    return output[0]
 
 
 def _step(tier: Tier, steps: list[Row], tally: Tally) -> list[torch.Tensor]:
