@@ -66,7 +66,7 @@ def shared_bytes(layout: Layout, kernel: str) -> int:
         return WARPS * staged + LINE + 4 * STATISTIC_WORDS * SPLIT_TOKENS_MAX // layout.block_size
     if kernel == "finish":  # the row's partials and skips
         return 4 * SPLITS_MAX * (SUMMED + SKIPS)
-    if kernel == "promote":  # of a block original keys and values, coded values, weights, norms, notes; in their place the split's statistics
+    if kernel == "promote":  # of a block original keys and values, coded values, weights, norms, notes; then the split's statistics
         staged = 2 * layout.original_record_bytes + layout.block_size // TILE * (record.value_bytes + 4 * TILE_WEIGHT_FLOATS)
         staged = _lines(staged + 4 * layout.block_size + 64)
         blocks = 4 if staged <= PROMOTE_STAGED_SMALL else 1
