@@ -45,7 +45,7 @@ def _bounds(results: "Results", axes: Axes) -> None:
 
 
 def _quality(results: "Results", axes: Axes) -> None:
-    rows = results.rows("evaluate", "task")
+    rows = max((results.rows(part, "task") for part in results.of_all_types()), key=len)  # of the type that most was run in
     for tokens in sorted({row["tokens"] for row in rows}):
         chosen: dict[str, list[dict[str, Any]]] = {}
         for row in rows:

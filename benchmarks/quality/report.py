@@ -56,6 +56,10 @@ class Results:
         others = {dtype_of(self.parts[name]): name for name, file in self.others.items() if file.part == "evaluate" and not file.model}
         return {dtype: name for dtype, name in others.items() if dtype != headline}
 
+    def of_all_types(self) -> list[str]:
+        """The parts that are evaluations of the same model, the headline's first."""
+        return ["evaluate", *self.other_types().values()]
+
 
 def read(folder: Path, machines: list[str]) -> Results:
     """Every part from the first machine that has it, "violations" from all of them. Raises Unreportable naming the command that makes what

@@ -51,18 +51,23 @@ def document(results: "Results", headline: dict[str, float], figures: dict[str, 
 
 
 def needles_and_ruler(results: "Results", figures: dict[str, str]) -> list[str]:
-    depths = results.rows("evaluate", "depth")
-    merged: dict[tuple[int, str], Row] = {}
-    for row in depths:
-        merged.setdefault((row["tokens"], row["variant"]), dict(row))[row["depth"]] = row["score"]
-    columns: Columns = {"tokens": itemgetter("tokens"), "variant": itemgetter("variant")}
-    columns |= {f"depth {place:g}": shown(place) for place in sorted({row["depth"] for row in depths})}
-    parts = ["## Needles and RULER", source(results, "evaluate"), scores(results.rows("evaluate", "task"))]
-    return [*parts, "Ten needles, by the depth of the one asked for:", table(columns, merged.values()), figures["quality"]]
+    """Of every type of numbers, the headline's first."""
+    parts = ["## Needles and RULER"]
+    for part in results.of_all_types():
+        depths = results.rows(part, "depth")
+        merged: dict[tuple[int, str], Row] = {}
+        for row in depths:
+            merged.setdefault((row["tokens"], row["variant"]), dict(row))[row["depth"]] = row["score"]
+        columns: Columns = {"tokens": itemgetter("tokens"), "variant": itemgetter("variant")}
+        columns |= {f"depth {place:g}": shown(place) for place in sorted({row["depth"] for row in depths})}
+        parts += [source(results, part), scores(results.rows(part, "task"))]
+        parts += ["Ten needles, by the depth of the one asked for:", table(columns, merged.values())]
+    return [*parts, figures["quality"]]
 
 
 def perplexity(results: "Results", figures: dict[str, str]) -> list[str]:
-    return ["## Perplexity", source(results, "evaluate"), perplexities(results.rows("evaluate", "perplexity"))]
+    tables = ((source(results, part), perplexities(results.rows(part, "perplexity"))) for part in results.of_all_types())
+    return ["## Perplexity", *(text for pair in tables for text in pair)]
 
 
 def catastrophic(results: "Results", figures: dict[str, str]) -> list[str]:
@@ -134,4 +139,5 @@ def peers(results: "Results", figures: dict[str, str]) -> list[str]:
 def source(results: "Results", part: str) -> str:
     """Which file the section's numbers are in, and the machine."""
     environment = results.parts[part]["environment"]
-    return f"`benchmarks/results/{results.files[part].name}` ({place(environment)}, torch {environment['torch']})"
+    dtype = f", the model in {dtype_of(results.parts[part])}" if results.parts[part].get("run", {}).get("dtype") else ""
+    return f"`benchmarks/results/{results.files[part].name}` ({place(environment)}, torch {environment['torch']}{dtype})"

@@ -37,6 +37,10 @@ def test_the_other_type_stands_beside_with_how_many_prompts_it_had(tmp_path: Pat
     assert "of a model that computes in float32; those whose names end" in text
     assert "| float32 | P, 2 cores | rtol2 | 1 | 8192 | 4 | 2 | 0.75 | 0.5 | 3 | 1 | 0.625 |" in text
     assert "| bfloat16 | P, 2 cores | rtol2 | 1 | 8192 | 40 | 2 | 0.75 | 0.5 | 7 | 1 | 0.07031 |" in text
+    needles, text_of_types = text.split("## Needles and RULER")[1].split("## Perplexity")[0], text.split("## Perplexity")[1].split("## ")[0]
+    for section in (needles, text_of_types):
+        assert section.index("the model in float32") < section.index(f"quality_evaluate_bfloat16__{MACHINE}.json")
+    assert needles.count("| rtol2 | 40 |") == 1
 
 
 def test_types_are_also_compared_where_both_have_been_measured(tmp_path: Path) -> None:
