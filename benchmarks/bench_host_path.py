@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Self
 
 sys.path.insert(0, str(Path(__file__).parent / "hostpath"))
 
@@ -95,7 +95,7 @@ def script(setting: Setting, rng: np.random.Generator, calls: int) -> list[tuple
 
 
 class Driven:
-    """An engine with its tokens stored, on threads of its own as in a daemon."""
+    """An engine with its tokens stored, on threads of its own as in a daemon, until the context is left."""
 
     def __init__(self, setting: Setting, told: Script, seed: int) -> None:
         self._told, rng = told, np.random.default_rng(seed)
@@ -115,6 +115,12 @@ class Driven:
         self._found = script(setting, rng, WARM + CALLS)  # ahead, or its making would hold up the engine's thread
         self._q = rng.standard_normal((WARM + CALLS, Q_HEADS, 1, HEAD_DIM)).astype(np.float16)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.stop(grace_s=10.0)
+
     def call(self, number: int) -> None:
         """Ends the program where the answer is not the call's own, or where it does not say what was read."""
         promoted, self._told.near = self._found[number]
@@ -126,8 +132,8 @@ class Driven:
             sys.exit(f"call {number}: the answer is not the call's own: nothing is reported")
 
     def check(self, number: int) -> None:
-        """Once `number` calls were made: the engine has counted as read, from scratch or host, what kernels marked, keys and values."""
-        self.engine.stop(grace_s=10.0)
+        """Once `number` calls were made and the context is left: the engine has counted as read, from scratch or host, what kernels marked,
+        keys and values."""
         counted = self.engine.counters.hits + self.engine.counters.misses
         marked = 2 * sum(len(promoted) for promoted, _ in self._found[:number])
         if counted != marked:
@@ -155,17 +161,17 @@ def measure(setting: Setting, seed: int) -> dict[str, Any]:
     told, watch = Script(Q_HEADS * HEAD_DIM * 2), Stopwatch(ENGINE_THREAD)
     samples = []
     with stubbed(told, lambda do: watch.timed(DEVICE, do)):
-        run = Driven(setting, told, seed)
-        for number in range(WARM):
-            run.call(number)
-        with watch.over(stages()):
-            began_s = perf_counter()
-            for number in range(WARM, WARM + CALLS):
-                watch.reset()
+        with Driven(setting, told, seed) as run:
+            for number in range(WARM):
                 run.call(number)
-                ended_s = perf_counter()
-                samples.append({**watch.taken_s, "whole": ended_s - began_s})
-                began_s = ended_s
+            with watch.over(stages()):
+                began_s = perf_counter()
+                for number in range(WARM, WARM + CALLS):
+                    watch.reset()
+                    run.call(number)
+                    ended_s = perf_counter()
+                    samples.append({**watch.taken_s, "whole": ended_s - began_s})
+                    began_s = ended_s
         run.check(WARM + CALLS)
         counters = run.engine.counters
         read = counters.hits / max(1, counters.hits + counters.misses)

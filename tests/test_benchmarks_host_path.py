@@ -69,9 +69,9 @@ def test_a_tenth_of_a_script_changes_from_step_to_step() -> None:
 def driven(calls: int) -> None:
     told = Script(bench.Q_HEADS * bench.HEAD_DIM * 2)
     with stubbed(told, lambda do: do):
-        run = Driven(SMALL, told, seed=3)
-        for number in range(calls):
-            run.call(number)
+        with Driven(SMALL, told, seed=3) as run:
+            for number in range(calls):
+                run.call(number)
         run.check(calls)
         counters = run.engine.counters
         assert counters.misses > 0 and counters.prefetched > 0
