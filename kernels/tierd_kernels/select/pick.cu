@@ -83,7 +83,7 @@ __device__ __forceinline__ Foreseen foresee(const Call &call, const Groups &grou
     all.join(bit);
     low += __shfl_xor_sync(~0u, low, bit);
   }
-  // Else T1, and the blocks' own value errors, of what is not promoted.
+  // Where a total is not known, T1 and the blocks' own value errors are foreseen, summed over what stays.
   const float most = TOTAL_MAX * own.target;
   to.keys = trailing || (all.t1 + own.output * all.g < most && all.squares + all.spread < INFINITY);
   to.values = trailing || (all.coded < most && all.a2 < INFINITY);
