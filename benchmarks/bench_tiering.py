@@ -131,7 +131,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, nargs="*", default=[], help="folders of recorded traces, besides the committed one")
+    parser.add_argument("--trace", type=Path, nargs="*", action="extend", default=[], help="folders of recorded traces, besides ours")
     parser.add_argument("--seed", type=int, default=0, help="of the synthetic regimes")
     options = parser.parse_args(arguments)
     print(f"seed {options.seed}")
