@@ -176,12 +176,13 @@ __device__ __forceinline__ float spread_factor(const Group &x, float o) {
   return root<rough>(fmaxf(x.used - 2.f * x.dot + x.rho * o * o, 0.f) + slack) + root<rough>(x.error);
 }
 
-// E_key and E_val of a group.
-__device__ __forceinline__ float2 group_terms(const Group &x, float2 norms, float o) {
-  float best = x.t1 + x.g * o, other = spread_factor<false>(x, o) * sqrtf(x.spread);
+// E_key and E_val of a group, `factor` being its spread's.
+template <bool rough>
+__device__ __forceinline__ float2 group_terms(const Group &x, float factor, float2 norms, float o) {
+  float best = x.t1 + x.g * o, other = factor * root<rough>(x.spread);
   best = other < best ? other : best;
-  other = norms.x * sqrtf(x.squares) + o * x.g;
+  other = norms.x * root<rough>(x.squares) + o * x.g;
   best = other < best ? other : best;
-  other = norms.y * sqrtf(x.a2);
+  other = norms.y * root<rough>(x.a2);
   return make_float2(best, other < x.coded ? other : x.coded);
 }

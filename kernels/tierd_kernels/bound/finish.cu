@@ -166,7 +166,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
 #pragma unroll 1
     for (int bit = 1; bit < share; bit <<= 1) x.join(bit);
     if (k >= groups.count || lane % share) continue;
-    const float2 terms = group_terms(x, k < FINISH_WARPS * (LANES / share) ? ahead : group_norms(call, groups, k, heads, h), o);
+    const float2 of_group = k < FINISH_WARPS * (LANES / share) ? ahead : group_norms(call, groups, k, heads, h);
+    const float2 terms = group_terms<false>(x, spread_factor<false>(x, o), of_group, o);
     key += terms.x, value += terms.y;
   }
   key = warp_sum(key), value = warp_sum(value), low = warp_sum(low), norm = warp_sum(norm), failed = warp_sum(failed);

@@ -54,7 +54,7 @@ enum { MASS, LOW, T1, MASS_ERROR, SPREAD, USED, ERROR2, AMPLITUDE, KEY_SQUARES, 
 // m, of m e^Delta and of m e^Delta nu, and their number.
 enum { SKIP_MASS, SKIP_GROWN, SKIP_NORM, SKIP_COUNT, SKIPS };
 
-constexpr int PLACE_BYTES = 64;
+constexpr int PLACE_BYTES = 64;  // `UNIT` of in_scratch.py
 constexpr float LOWEST = -3e38f;       // below all scores; its difference to -infinity is no NaN
 constexpr double BUDGET_MAX = 1e250;  // keeps a budget finite in any unit
 constexpr float U32F = 5.9604644775390625e-8f;

@@ -99,9 +99,8 @@ __device__ __forceinline__ float score_original(const unsigned char *keys, const
   return (sum + __shfl_xor_sync(~0u, sum, TILE)) * with.scale[row];
 }
 
-// Joins eight values over the sixteen lanes of each half of a warp: lane i of eight returns value i. Eight shuffles where butterflies take 32.
-template <typename Join>
-__device__ __forceinline__ float fold_half(float (&v)[8], int lane, Join join) {
+// Sums eight values over a warp: lane i of eight returns the sum of value i. Nine shuffles where butterflies take forty.
+__device__ __forceinline__ float fold_warp(float (&v)[8], int lane) {
 #pragma unroll
   for (int half = 4; half; half >>= 1) {
     const bool upper = lane & half;
@@ -109,8 +108,11 @@ __device__ __forceinline__ float fold_half(float (&v)[8], int lane, Join join) {
     for (int i = 0; i < 4; i++)
       if (i < half) {
         const float keep = upper ? v[i + half] : v[i], give = upper ? v[i] : v[i + half];
-        v[i] = join(keep, __shfl_xor_sync(~0u, give, half));
+        v[i] = keep + __shfl_xor_sync(~0u, give, half);
       }
   }
-  return join(v[0], __shfl_xor_sync(~0u, v[0], 8));
+  float sum = v[0];
+#pragma unroll
+  for (int bit = 8; bit < LANES; bit <<= 1) sum += __shfl_xor_sync(~0u, sum, bit);
+  return sum;
 }

@@ -128,12 +128,11 @@ __device__ __forceinline__ void add_group(const Foreseen &of, const RowState &ow
   }
 #pragma unroll
   for (int i = 0; i < EACH; i++) {
-    const float g = stays[OF_G][i], by_norm = of.norms.x * sqrt_approx(stays[OF_SQUARES][i]) + own.output * g;
-    const float by_spread = of.spread_factor * sqrt_approx(stays[OF_SPREAD][i]), coded = of.norms.y * sqrt_approx(stays[OF_CODED][i]);
-    float best = stays[OF_T1][i] + own.output * g;
-    best = by_spread < best ? by_spread : best;
-    bound[i] += (by_norm < best ? by_norm : best) + (coded < stays[OF_VALUE][i] ? coded : stays[OF_VALUE][i]);
-    lost[i] += of.low_share * g;
+    Group x = {};
+    x.t1 = stays[OF_T1][i], x.g = stays[OF_G][i], x.spread = stays[OF_SPREAD][i], x.squares = stays[OF_SQUARES][i];
+    x.coded = stays[OF_VALUE][i], x.a2 = stays[OF_CODED][i];
+    const float2 found = group_terms<true>(x, of.spread_factor, of.norms, own.output);
+    bound[i] += found.x + found.y, lost[i] += of.low_share * x.g;
   }
 }
 

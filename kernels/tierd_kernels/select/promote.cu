@@ -100,8 +100,7 @@ __device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, in
     room.weight[t * TILE + token][row] = value ? -then : now - then, room.weight[t * TILE + token][ROW_TILE + row] = value ? now : 0.f;
   }
   if (value) sums.v[SUM_SQUARE_ERROR] = 0.f;
-  float sum = fold_half(sums.v, lane, [](float x, float y) { return x + y; });
-  sum += __shfl_xor_sync(~0u, sum, TILE);
+  const float sum = fold_warp(sums.v, lane);
   const float eps = wrong ? INFINITY
                           : (room.size[row] * (room.q_norm[row] * notes[KEY_NORM_MAX] * KEY_ROUNDINGS + KEY_FLOOR) +
                              SCORE_ROUNDINGS * size + EXP_ERROR) * STORE;
