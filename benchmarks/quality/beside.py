@@ -5,7 +5,7 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from compared import perplexities, scores, verdicts
+from compared import perplexities, scores, source, verdicts
 from found import File, dtype_of
 from paired import mcnemar
 from tables import Columns, Row, number, place, shown, table
@@ -39,7 +39,7 @@ def precisions(results: "Results") -> list[str]:
     for title, cells in (shared | {"All that has been measured:": every}).items():
         rows = [row for dtype, part in named.items() for row in _totals(results, part, dtype, cells)]
         parts += [title, table(columns, rows)]
-    return parts if margins is None else [*parts, _file(results, margins), MARGINS, _margins(results.rows(margins))]
+    return parts if margins is None else [*parts, source(results, margins), MARGINS, _margins(results.rows(margins))]
 
 
 def _cell(row: Row) -> tuple[str, int, str]:
@@ -102,7 +102,7 @@ def _model(results: "Results", model: str) -> list[str]:
     files = {name: file for name, file in results.others.items() if file.model == model}
     parts = [f"## Another model: `{model}`", *_training(next(iter(files.values())))]
     for name, file in files.items():
-        parts += [f"### {file.part.capitalize()}", _file(results, name)]
+        parts += [f"### {file.part.capitalize()}", source(results, name)]
         if file.part in ("evaluate", "catastrophic"):
             parts += [scores(results.rows(name, "task")), perplexities(results.rows(name, "perplexity"))]
         elif file.part == "violations":
@@ -128,9 +128,3 @@ def _training(file: File) -> list[str]:
     about = f"Seed {end['seed']}, {number(end['step'])} steps, {number(end['tokens'])} bytes: `benchmarks/results/{path.name}`."
     shares = "Share of answers by greedy decoding that are right to the last byte, by length:"
     return [about, shares, table(columns, merged.values()), "Perplexity by context:", *perplexity]
-
-
-def _file(results: "Results", name: str) -> str:
-    said = results.parts[name]
-    dtype = f", {dtype_of(said)}" if "dtype" in said.get("run", {}) else ""
-    return f"`benchmarks/results/{results.files[name].name}` ({place(said['environment'])}, torch {said['environment']['torch']}{dtype})"

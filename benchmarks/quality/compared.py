@@ -2,8 +2,20 @@
 
 from collections.abc import Iterable
 from operator import itemgetter
+from typing import TYPE_CHECKING
 
-from tables import Columns, Row, interval, number, rungs, shown, table
+from found import dtype_of
+from tables import Columns, Row, interval, number, place, rungs, shown, table
+
+if TYPE_CHECKING:
+    from report import Results
+
+
+def source(results: "Results", part: str) -> str:
+    """Which file the numbers are in, its machine, and the model's type of numbers where the file says it."""
+    said = results.parts[part]
+    dtype = f", the model in {dtype_of(said)}" if "dtype" in said.get("run", {}) else ""
+    return f"`benchmarks/results/{results.files[part].name}` ({place(said['environment'])}, torch {said['environment']['torch']}{dtype})"
 
 
 def scores(rows: Iterable[Row]) -> str:

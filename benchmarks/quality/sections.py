@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from beside import other_models, precisions
-from compared import perplexities, scores, verdicts
+from compared import perplexities, scores, source, verdicts
 from found import dtype_of
-from tables import Columns, Row, interval, number, place, rungs, shown, table, times
+from tables import Columns, Row, interval, number, rungs, shown, table, times
 
 if TYPE_CHECKING:
     from report import Results
@@ -134,10 +134,3 @@ def peers(results: "Results", figures: dict[str, str]) -> list[str]:
     absent = [f"Not run: {row['peer']} at {row['tokens']} tokens, because {row['missing']}." for row in rows if "missing" in row]
     ran = table(columns, [row for row in rows if "missing" not in row])
     return ["## Other caches", source(results, "peers"), PEERS, ran, *absent, figures["memory"]]
-
-
-def source(results: "Results", part: str) -> str:
-    """Which file the section's numbers are in, and the machine."""
-    environment = results.parts[part]["environment"]
-    dtype = f", the model in {dtype_of(results.parts[part])}" if results.parts[part].get("run", {}).get("dtype") else ""
-    return f"`benchmarks/results/{results.files[part].name}` ({place(environment)}, torch {environment['torch']}{dtype})"

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from tierd.compiling import compiled
 from tierd.notes import NOTE
+from tierd.residency.blocks import NO_COPY
 
 Ints = NDArray[np.int64]
 Counts = NDArray[np.int32]
@@ -32,7 +33,7 @@ def begin(
     for i in range(len(ids)):
         block, head = blocks[i], heads[i]
         note = notes[kind, block, head]
-        if hot_offset[block] < 0 or note.copy_id != -1:
+        if hot_offset[block] < 0 or note.copy_id != NO_COPY:
             return False
         note.copy_id = ids[i]
         used[kind, block, head] = False
@@ -68,7 +69,7 @@ def detach(copies: NDArray[Any], ids: Ints, location: Ints, notes: NDArray[Any],
     for i in ids:
         copy = copies[i]
         resident[copy.block] -= copy.state == RESIDENT
-        notes[copy.kind, copy.block, copy.head].copy_id = -1
+        notes[copy.kind, copy.block, copy.head].copy_id = NO_COPY
         location[copy.kind, copy.block, copy.head] = ~copy.source
 
 
