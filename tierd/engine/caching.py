@@ -95,7 +95,7 @@ class ScratchCache:
                     del self._under_way[asker.family, asker.layer]  # families come and go
 
     def _submit(self, ids: Ids) -> int:
-        """Gives copies in flight to the copier; returns their bytes."""
+        """Gives copies in flight to the migrator; returns their bytes."""
         sources, targets, nbytes = self._residency.ways(ids)
         for size in np.unique(nbytes).tolist():
             some = nbytes == size
@@ -128,7 +128,7 @@ class ScratchCache:
                 self._scratch.gain(wishes[-1].choice)
         self._link.refill(self._clock.now(), self._active)
         begun = self._start(wishes)
-        if len(begun):  # or the copier would be woken by every call, to contend with the caller that has its answer now
+        if len(begun):
             self._submit(begun)
 
     def status(self) -> dict[str, Any]:
