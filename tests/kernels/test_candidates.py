@@ -173,7 +173,7 @@ def test_the_devices_candidates_are_the_largest_shares(
     promoted, skipped = (int(np.count_nonzero(left.marks & bits)) for bits in (255, 256))
     assert skipped or regime != "passage" or isinstance(policy, Coverage)
     print(f"{left.full} blocks, {promoted} promoted, {skipped} skipped of {left.marks.size}")
-    cache.memory.outputs.device[step.answers_end :].fill(0xFF)  # type: ignore[attr-defined]
+    cache.memory.outputs.host[step.answers_end :] = 0xFF  # type: ignore[attr-defined]
     # The same again, whose tickets have been handed back; another step.
     for other in (step.answers()[0].candidates(), run(cache, call, split_blocks)[1]):
         assert np.array_equal(found.blocks, other.blocks) and np.array_equal(found.scores.view(np.uint32), other.scores.view(np.uint32))

@@ -17,7 +17,7 @@ class Place(NamedTuple):
 
 class Late:
     """Candidates of one step's parts. The next step uses their memory again: it calls `collect` first, so that whoever asks later still
-    finds what was there. `arrived`: an event behind the copy to the host."""
+    finds what was there. `arrived`: an event behind the kernel that writes them."""
 
     def __init__(self, arrived: Any, places: list[Place]) -> None:
         self._arrived, self._places = arrived, places

@@ -41,11 +41,11 @@ class Region:
 
 
 class Staging:
-    """A range in pinned memory and its twin on the device, at address `at`."""
+    """A range in pinned memory, at address `host_at`, and its twin on the device, at address `at`."""
 
     def __init__(self, nbytes: int) -> None:
         self.host, self.device = pinned(nbytes, "calls"), cp.empty(nbytes, cp.uint8)
-        self.at = int(self.device.data.ptr)
+        self.at, self.host_at = int(self.device.data.ptr), int(self.host.ctypes.data)
         self.region = Region(nbytes)
 
     def reset(self) -> Region:
@@ -59,12 +59,12 @@ class Staging:
 
     def upload(self, stream: Any) -> None:
         to_device = cp.cuda.runtime.memcpyHostToDevice
-        cp.cuda.runtime.memcpyAsync(self.at, self.host.ctypes.data, self.region.used, to_device, stream.ptr)
+        cp.cuda.runtime.memcpyAsync(self.at, self.host_at, self.region.used, to_device, stream.ptr)
 
-    def download(self, stream: Any, start: int, stop: int) -> None:
-        """Bytes [start, stop) of the range."""
+    def download(self, stream: Any, nbytes: int) -> None:
+        """The first so many bytes of the range."""
         to_host = cp.cuda.runtime.memcpyDeviceToHost
-        cp.cuda.runtime.memcpyAsync(self.host.ctypes.data + start, self.at + start, stop - start, to_host, stream.ptr)
+        cp.cuda.runtime.memcpyAsync(self.host_at, self.at, nbytes, to_host, stream.ptr)
 
 
 class OfArray:
@@ -85,8 +85,8 @@ class OfArray:
 class DeviceMemory(Memory):
     """The arenas of one daemon: hot and scratch on the device, originals pinned; and what calls need besides. `exponents` int16: of the
     largest value norm of the block whose offset in hot, over BLOCK_BYTES_MIN, is the index; `exponent`: the largest of blocks at these
-    offsets. `*_at`: addresses. `answered`, `arrived`: events behind the copies of a step's answers and of its candidates, which are the
-    `late` of the last step. Of copies to scratch under way: `ways` int64 [3, COPIES_MAX], their offsets in originals, in scratch and in
+    offsets. `*_at`: addresses. `answered`, `arrived`: events behind the copies of a step's answers and behind its candidates, which are
+    the `late` of the last step. Of copies to scratch under way: `ways` int64 [3, COPIES_MAX], their offsets in originals, in scratch and in
     `landing`, where they come back to; `copied`: the event behind them. Both arrays are pinned."""
 
     hot_at: int

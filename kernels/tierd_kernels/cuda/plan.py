@@ -25,7 +25,7 @@ from tierd_kernels.in_scratch import RECORDS
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Coverage, Policy
 
-# Where an address may lie: in the workspace; in what a launch carries in; in what comes back with the answers, and behind them; in a pool.
+# Where an address may lie: in the workspace; in what a launch carries in; in what comes back with the answers; in pinned memory behind it; in a pool.
 WORKSPACE, INPUTS, ANSWERS, LATE, HOT, SCRATCH, ORIGINALS, NOWHERE = range(8)
 SIZED = 4  # the first of these hold arrays of calls
 PLANS_MAX, POLICIES_MAX = 4096, 256

@@ -74,7 +74,7 @@ class Step:
         if number < calls_most:
             self.calls[number:] = np.zeros((), CALL)
         for i, (x, own) in enumerate(zip(packed, bases, strict=True)):
-            late = memory.outputs.at + outputs.take(x.plan.sizes[LATE])  # behind all answers, for they are copied later
+            late = memory.outputs.host_at + outputs.take(x.plan.sizes[LATE])  # a few KB, which their kernel writes over the link by itself
             x.write((*own, late, *pools), i)
         splits, canaries = max(x.splits for x in packed) + 1, max(len(x.canaries) for x in packed)
         self.grid = Grid(number, splits, max(tiles), group * max(part.n for part in parts), group, canaries).rounded()
@@ -95,7 +95,7 @@ class Step:
         """What came back; waits for the device, but not for the candidates, which it begins behind the answers. Once all of it is enqueued
         `meanwhile` runs."""
         memory = self.memory
-        memory.outputs.download(memory.stream, 0, self.answers_end)
+        memory.outputs.download(memory.stream, self.answers_end)
         memory.answered.record(memory.stream)
         late = memory.late = self._begin_late()
         meanwhile()
@@ -123,12 +123,14 @@ class Step:
         memory, heads = self.memory, self.layout.num_kv_heads
         if any(x.candidates for x in self.packed):
             memory.graphs.launch((self.layout, self.grid), partial(self.kernels.candidates, self.at, self.grid), memory.stream)
-            memory.outputs.download(memory.stream, self.answers_end, memory.outputs.region.used)
         memory.arrived.record(memory.stream)
-        view = memory.outputs.view
+
+        def view(address: int, candidates: int, dtype: Any) -> NDArray[Any]:
+            return np.ndarray((2, heads, candidates), dtype, memory.outputs.host, address - memory.outputs.host_at)
+
         return Late(memory.arrived, [
-            Place(view(x.at("candidate_blocks"), shape, np.int32), view(x.at("candidate_scores"), shape, np.float32))
-            for x in self.packed for shape in ((2, heads, x.candidates),)
+            Place(view(x.at("candidate_blocks"), x.candidates, np.int32), view(x.at("candidate_scores"), x.candidates, np.float32))
+            for x in self.packed
         ])  # fmt: skip
 
     def _marks(self, x: Packed) -> NDArray[np.uint32]:
