@@ -1,10 +1,11 @@
 """Tables of what was compared with dense or exact attention, the same for every model and type of numbers."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from found import dtype_of
+from paired import mcnemar
 from tables import Columns, Row, interval, number, place, rungs, shown, table
 
 if TYPE_CHECKING:
@@ -66,3 +67,15 @@ def verdicts(rows: Iterable[Row]) -> str:
         "head-steps a second": lambda row: number(row["head_steps"] / row["seconds"]),
     }
     return table(columns, rows)
+
+
+def cell(row: Row) -> tuple[str, int, str]:
+    """What was measured, by task (none of text), context and variant."""
+    return row.get("task", ""), row["tokens"], row["variant"]
+
+
+def counts(rows: Collection[Row]) -> Row:
+    """Over rows of the kind "task": how many tasks, prompts, and answers that are not dense attention's, and McNemar's test of them all."""
+    names = {"prompts": "examples", "differing": "differing", "only_dense": "only_dense_right", "only_variant": "only_variant_right"}
+    found: Row = {name: sum(row[of] for row in rows) for name, of in names.items()}
+    return found | {"tasks": len({row["task"] for row in rows}), "p": mcnemar(found["only_dense"], found["only_variant"])}

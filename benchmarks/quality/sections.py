@@ -4,7 +4,8 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
-from beside import other_models, precisions
+from another import other_models
+from beside import precisions
 from compared import perplexities, scores, source, verdicts
 from found import dtype_of
 from tables import Columns, Row, interval, number, rungs, shown, table, times

@@ -1,4 +1,4 @@
-"""Results of another type of numbers, or of another model, stand beside the headline's and never in their place."""
+"""Results of another type of numbers stand beside the headline's and never in their place."""
 
 import json
 from pathlib import Path
@@ -76,23 +76,6 @@ def test_the_place_where_answers_part_is_shown_with_its_margin(tmp_path: Path) -
     text, _ = written(tmp_path)
     line = "| cwe, 8192 tokens, 13 | rtol2 | ` s` | `ecret.` | `afe.` | 0 | 0.0625 | 0.0016 | 1e-06 |  | dense 0.9, rtol2 0.9 |"
     assert line in text
-
-
-def test_another_model_has_a_section_and_none_of_the_headline(tmp_path: Path) -> None:
-    save(tmp_path)
-    _, before = written(tmp_path)
-    evaluated, judged = parts()["evaluate"], parts()["violations"]
-    also(tmp_path, f"evaluate_{MODEL}_bfloat16", {"critical_failures_rtol2": 9}, [row | {"examples": 17} for row in evaluated[1][:4]])
-    also(tmp_path, f"violations_{MODEL}", {}, [row | {"head_steps": 4321} for row in judged[1]])
-    log = [{"event": "exact", "task": "vt", "length": 1024, "of": 50, "share": 0.5}, {"event": "perplexity", "by_context": {"256": 2.5}},
-           {"event": "end", "seed": 2, "step": 10, "tokens": 99}]  # fmt: skip
-    (tmp_path / f"quality_training_{MODEL}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    text, after = written(tmp_path)
-    assert after == before
-    section = text[text.index(f"## Another model: `{MODEL}`") :]
-    assert "Seed 2, 10 steps, 99 bytes" in section and "| vt | 0.5 |" in section and "| 2.5 |" in section
-    assert "| niah | 8192 | rtol2 | 17 |" in section and "4,321" in section
-    assert f"`benchmarks/results/quality_evaluate_{MODEL}_bfloat16__{MACHINE}.json`" in section
 
 
 @pytest.mark.parametrize("name", ["evaluate_bfloat16", f"violations_{MODEL}"])
