@@ -339,7 +339,7 @@ class Step:
         visible = -(-self.visible_R[: self.used] // self.layout.block_size)
         kept = np.count_nonzero(keep, axis=1).reshape(self.heads, -1)
         skipped = np.where(exact, 0, (visible - kept).reshape(-1))
-        shares, most = self.contributions, self.call.candidates_max  # what outlives the step
+        seen, most = self.contributions[:, : self.full], self.call.candidates_max  # what outlives the step
         by_share = not isinstance(self.call.policy, Coverage)
         fields: dict[str, NDArray[np.generic]] = {name: x[use] for name, x in self.fields.items()}
         fields |= {
@@ -349,6 +349,6 @@ class Step:
         return Result(
             self.output[use].reshape(*shape, self.d),
             {name: np.ascontiguousarray(x.reshape(shape)) for name, x in fields.items()},
-            reads, lambda: largest(near(shares, np.stack(promotions).transpose(0, 2, 1), by_share) if promotions else shares, most),
-            failures, shares,
+            reads, lambda: largest(near(seen, np.stack(promotions).transpose(0, 2, 1), by_share) if promotions else seen, most), failures,
+            self.contributions,
         )  # fmt: skip

@@ -347,6 +347,37 @@ def test_the_parts_of_a_call_are_as_small_as_the_one_that_sees_the_most_needs(mo
     assert (result.certificate["exact"] | np.less_equal(result.certificate["bound"], result.certificate["budget"])).all()
 
 
+def test_a_call_in_parts_has_read_what_any_of_them_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another step has used what comes back meanwhile, and with half of the records in scratch."""
+    from tierd_kernels.cuda import backend
+    from tierd_kernels.cuda.step import Answer, Step
+
+    layout = LAYOUTS[0]
+    k, v, q = draw(layout, 512, 8, 4, "sharp", 3)
+    cache, asked, answers = store(layout, k, v), list[Answer](), Step.answers
+    call = in_scratch(cache, cache.call(q, 0.01, Budget()))
+    locations = np.array(call.locations(layout))
+    locations[:, ::2] = -1
+    call.in_scratch = InScratch.of(locations)
+
+    def seen(step: Step, meanwhile: Callable[[], None]) -> list[Answer]:
+        asked.extend(answers(step, meanwhile))
+        return asked[-1:]
+
+    monkeypatch.setattr(backend, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(backend, "_batches", lambda memory, waiting: [[x] for x in waiting])
+    monkeypatch.setattr(Step, "answers", seen)
+    (result,) = backend.attend(layout, cache.memory, [call], 8)
+    assert isinstance(result, Result) and not result.certificate["exact"].any() and len(asked) == 4
+    parts = [{*map(tuple, answer.reads.records.T.tolist())} for answer in asked]
+    kind, block, head = result.reads.records
+    assert list(zip(kind, block, head, strict=True)) == sorted(set.union(*parts)) and len({*map(frozenset, parts)}) > 1
+    assert np.array_equal(result.reads.from_host, locations[kind, block, head] < 0) and len({*result.reads.from_host}) == 2
+    promoted = result.certificate["promoted_key_blocks"] + result.certificate["promoted_value_blocks"]
+    cold = result.certificate["host_bytes"] // layout.original_record_bytes
+    assert np.array_equal(cold, np.concatenate([x.cold for x in asked], axis=1)) and 0 < cold.sum() < promoted.sum()
+
+
 @pytest.mark.parametrize("state", [0, 2, 77])  # open, due, and what no kernel writes
 def test_a_row_left_between_the_rungs_is_not_answered(monkeypatch: pytest.MonkeyPatch, state: int) -> None:
     from tierd_kernels.cuda import backend
