@@ -24,7 +24,7 @@ import torch
 from common import write_results
 from rich.console import Console
 from rich.table import Table
-from shares import read_share, tolerance
+from shares import tolerance
 from tierd_kernels.call import Call
 from tierd_kernels.cuda import backend
 from tierd_kernels.cuda.launch import kernels
@@ -105,7 +105,7 @@ class Graph:
             kernels(step.layout, self.what == "naive").certify(step.at, step.grid, False, on)
 
     def answers(self) -> list[Answer]:
-        """Of every call. What steps promoted lies in the workspace, which they share: each is asked before the next one runs."""
+        """Of every call. Candidates are found from the workspace, which steps share: each is asked before the next one runs."""
         found = []
         for step in self.steps:
             self._launch(step, self.stream)
@@ -126,6 +126,11 @@ def own_buffers(memory: DeviceMemory) -> DeviceMemory:
     return other
 
 
+def read_share(answer: Answer, call: Call) -> float:
+    """Of the original records, keys and values alike, the share that some query row read: each of them is read once."""
+    return float(answer.reads.from_host.size) / (2 * HEADS * len(call.hot_offsets))
+
+
 def needed(layout: Layout, memory: DeviceMemory, batches: list[list[Call]], share: float) -> float:
     """The relative tolerance at which that share of the originals is read, on average over all calls."""
 
@@ -137,7 +142,8 @@ def needed(layout: Layout, memory: DeviceMemory, batches: list[list[Call]], shar
             step = Step(layout, memory, [Part(call, 0, 1) for call in calls])
             step.upload()
             step.launch()
-            shares += [1.0 if (x.states != backend.CERTIFIED).any() else read_share(x.marks, HEADS) for x in step.answers()]
+            found = zip(step.answers(), calls, strict=True)
+            shares += [1.0 if (x.states != backend.CERTIFIED).any() else read_share(x, call) for x, call in found]
         return float(np.mean(shares))
 
     return tolerance(share_at, share)
@@ -148,7 +154,7 @@ def facts_of(answers: list[Answer], sessions: list[Session], call: Call, quantis
     fields = {name: np.stack([x.fields[name] for x in answers]) for name in answers[0].fields}
     return {
         "error_over_bound": check(answers[0], *sessions[0]), "bound_over_vbar": float(np.median(fields["bound"] / fields["value_norm"])),
-        "read": float(np.mean([read_share(x.marks, HEADS) for x in answers])),
+        "read": float(np.mean([read_share(x, call) for x in answers])),
         "a_row": float(np.mean(fields["promoted_key_blocks"] + fields["promoted_value_blocks"])) / (2 * len(call.hot_offsets)),
         "exact": float(np.mean([x.states != backend.CERTIFIED for x in answers])), "rtol": call.rtol, "quantised_bytes": quantised,
     }  # fmt: skip

@@ -78,7 +78,7 @@ def policy_us(candidates: int, rounds: int = 30) -> float:
     rng = np.random.default_rng(0)
     notes = np.full((2, LAYERS * BLOCKS, HEADS), 0, NOTE)  # filled, as the engine's table is: then it lies on large pages
     notes["copy_id"] = np.where(rng.random(notes.shape) < 0.125, 1, NONE)
-    policy, reads, exact = Predictive(), np.zeros((2, BLOCKS, HEADS), bool), np.zeros(HEADS, bool)
+    policy, exact = Predictive(), np.zeros(HEADS, bool)
     lists = (2, HEADS, candidates)
     picked = [
         (rng.integers(0, BLOCKS, lists).astype(np.int32), rng.gamma(0.5, 0.2, lists).astype(np.float32)) for _ in range(LAYERS)
@@ -89,7 +89,7 @@ def policy_us(candidates: int, rounds: int = 30) -> float:
         began = time.perf_counter()
         for layer in range(LAYERS):
             if policy.looks_at(step + layer, needs=0, misses=0):
-                policy.choose(Snapshot(ids[layer], NO_READS, reads[0], reads[1], exact, *picked[layer], notes, FIRST_STEP + step))
+                policy.choose(Snapshot(ids[layer], NO_READS, exact, *picked[layer], notes, FIRST_STEP + step))
         times.append(1e6 * (time.perf_counter() - began))
     return float(np.median(times))
 

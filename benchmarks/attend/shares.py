@@ -1,25 +1,13 @@
-"""What a step reads of the originals, and the tolerance at which that is a wanted share."""
+"""The tolerance at which what a step reads of the originals is a wanted share."""
 
 from collections.abc import Callable
 from functools import cache
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import brentq
-from tierd_kernels.cuda.marks import OF_KIND
-from tierd_kernels.cuda.sources import ROW_TILE
 
 CLOSE, TRIES = 0.1, 8  # of the wanted share; measurements, besides those of the ends
 RTOL_MIN, RTOL_MAX = 0.02, 0.05
-
-
-def read_share(marks: NDArray[np.uint32] | None, heads: int) -> float:
-    """Of the original records of `heads` KV heads, keys and values alike, the share that some query row of theirs promotes: each of them is
-    read once. marks: uint32 [heads * tiles, full blocks], as an answer has them, None where nothing was promoted."""
-    if marks is None:
-        return 0.0
-    of_head = np.bitwise_or.reduce(marks.reshape(heads, -1, marks.shape[1]), axis=1)
-    return float(np.mean([of_head & OF_KIND > 0, of_head & OF_KIND << ROW_TILE > 0]))
 
 
 def tolerance(share_at: Callable[[float], float], wanted: float) -> float:

@@ -78,4 +78,4 @@ class Stored:
 
     def host_bytes(self, result: ladder.Result) -> int:
         """Bytes of originals that the answer read: a record once, however many heads read it."""
-        return int(result.key_reads.sum() + result.value_reads.sum()) * self.layout.original_record_bytes
+        return result.reads.from_host.size * self.layout.original_record_bytes

@@ -96,7 +96,7 @@ def _rung_zero(
 def _certify(stored: Stored, q: torch.Tensor, seen: int, rtol: float, layer: int, tally: Tally) -> None:
     for name, policy in POLICIES.items():
         result = stored.attend(q, seen, rtol, policy)
-        blocks = int(result.key_reads.sum()), int(result.value_reads.sum())
+        blocks = np.bincount(result.reads.records[0], minlength=2).tolist()
         tally.add(("cost", name, rtol, layer), np.array([stored.host_bytes(result), *blocks]))
         tally.add(("rung", name, rtol), np.bincount(result.certificate["rung"].ravel().astype(np.int64), minlength=5))
 

@@ -131,9 +131,8 @@ def _with_needs(meta: Meta, tensors: dict[str, torch.Tensor]) -> dict[str, torch
     for step in range(meta.steps):
         result = stored.attend(tensors["queries"][step], meta.prefill + step + 1, meta.rtol, policy)
         assert result.shares is not None, "the CPU's kernels tell them"
-        full = len(result.key_reads)
-        needed[step, :, :full] = result.key_reads, result.value_reads
-        contributions[step, :, :full] = np.minimum(result.shares, SHARE_MAX)
+        needed[step, *result.reads.records] = 1
+        contributions[step, :, : result.shares.shape[1]] = np.minimum(result.shares, SHARE_MAX)
     return tensors | {"needed": torch.from_numpy(needed), "contributions": torch.from_numpy(contributions)}
 
 

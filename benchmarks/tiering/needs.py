@@ -40,7 +40,9 @@ class Watching(Nothing):
         return True
 
     def choose(self, snapshot: Snapshot) -> Choice:
-        self.seen.append(np.stack([snapshot.key_reads, snapshot.value_reads]))
+        needed = np.zeros((2, len(snapshot.ids), len(snapshot.exact_heads)), np.bool_)
+        needed[*snapshot.reads] = True
+        self.seen.append(needed)
         return NOTHING
 
 

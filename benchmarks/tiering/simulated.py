@@ -102,9 +102,8 @@ class Replay:
             return
         candidates, scores = largest(near(self._steps.shares[t, layer, :, :blocks], needed), CANDIDATES_MAX)
         exact = np.zeros(needed.shape[2], bool)
-        choice = self._policy.choose(
-            Snapshot(ids, np.array(np.nonzero(needed)), needed[0], needed[1], exact, candidates, scores, self._notes, self._now)
-        )
+        reads = np.array(np.nonzero(needed))
+        choice = self._policy.choose(Snapshot(ids, reads, exact, candidates, scores, self._notes, self._now))
         for kind, shelf in enumerate(self._shelves):
             held = np.array([self._places[copy_id][0] for copy_id in choice.held.tolist()], np.int64) == kind
             shelf.gain(choice.held[held], choice.held_worths[held])

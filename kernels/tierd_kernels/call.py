@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from tierd_kernels.in_scratch import InScratch
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Budget, Policy
+from tierd_kernels.reads import Reads
 from tierd_kernels.select.candidates import CANDIDATES_MAX, Candidates
-from tierd_kernels.select.reference import Mask
 
 
 @dataclass
@@ -48,15 +48,14 @@ class Call:
 
 @dataclass
 class Result:
-    """Output [Hq, n, d] in q's type, certificate fields [Hq, n]; `key_reads`, `value_reads` bool [full, Hkv] name the original
-    records that were read. `candidates()`: the blocks that come near needing their originals; a device works them out behind the
+    """Output [Hq, n, d] in q's type, certificate fields [Hq, n]; `reads`: the original records that were read.
+    `candidates()`: the blocks that come near needing their originals; a device works them out behind the
     answer, and only who asks for them waits. It raises DeviceLost. `shares` float32 [2, full, Hkv], on the CPU: of the budget before any
     promotion, of keys and of values, the largest of a KV head's rows; None on a device, which keeps them to itself."""
 
     output: NDArray[np.generic]
     certificate: dict[str, NDArray[np.generic]]
-    key_reads: Mask
-    value_reads: Mask
+    reads: Reads
     candidates: Callable[[], Candidates]
     canary_failures: list[tuple[int, int]]
     shares: NDArray[np.float32] | None = None

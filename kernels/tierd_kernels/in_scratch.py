@@ -89,11 +89,6 @@ class InScratch(NamedTuple):
         np.bitwise_or.at(words, records // RECORDS, 1 << records % RECORDS)
         return InScratch(words, (at[records] // UNIT).astype(np.uint32)) if count_copies(words) else None
 
-    def holds(self, kind: Ints, block: Ints, head: Ints, heads: int) -> NDArray[np.bool_]:
-        """Which of these records, int64 [n] each, have a copy. `heads`: KV heads of the call."""
-        record = (2 * block + kind) * heads + head
-        return np.asarray(self.words[record // RECORDS] >> record % RECORDS & 1 != 0)
-
     def locations(self, layout: Layout, original_offsets: Ints) -> Ints:
         """Written out, int64 [2, m, Hkv]: a byte offset in scratch, or ~offset of the record among the originals, whose blocks lie at byte
         offsets [m]: the call's, or its first ones."""

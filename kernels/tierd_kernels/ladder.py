@@ -15,6 +15,7 @@ from tierd_kernels.call import Call, Result, idle
 from tierd_kernels.host import begin_copies, hot_block_bytes, prepare, reserve
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.quantise.cpu import group_norms, quantise_blocks
+from tierd_kernels.reads import exact_heads, united
 from tierd_kernels.select.candidates import joined
 from tierd_kernels.step import Step
 from tierd_kernels.workspace import Workspace
@@ -56,11 +57,12 @@ def _attend(layout: Layout, memory: Memory, call: Call, num_q_heads: int, space:
         parts.append(Step(layout, memory, call, start, stop, space).run())
     if len(parts) == 1:
         return parts[0]
+    certificate = {name: np.concatenate([p.certificate[name] for p in parts], axis=1) for name in parts[0].certificate}
+    exact = exact_heads(np.asarray(certificate["exact"], np.bool_), layout.num_kv_heads)
     return Result(
         np.concatenate([p.output for p in parts], axis=1),
-        {name: np.concatenate([p.certificate[name] for p in parts], axis=1) for name in parts[0].certificate},
-        np.logical_or.reduce([p.key_reads for p in parts]),
-        np.logical_or.reduce([p.value_reads for p in parts]),
+        certificate,
+        united([p.reads for p in parts], len(call.hot_offsets), exact, call.in_scratch),
         lambda: joined([p.candidates() for p in parts], len(call.hot_offsets), call.candidates_max),
         parts[0].canary_failures,
         np.maximum.reduce([p.shares for p in parts if p.shares is not None]),

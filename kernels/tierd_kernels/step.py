@@ -23,6 +23,7 @@ from tierd_kernels.kvview import KVView, narrow, widen
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.numerics import SAFETY, U64, Array
 from tierd_kernels.policy import Budget, Coverage
+from tierd_kernels.reads import KEY, NONE_READ, VALUE, exact_heads, listed
 from tierd_kernels.score.cpu import NORM_FLOOR, score
 from tierd_kernels.select.candidates import largest, near
 from tierd_kernels.select.cpu import skip_blocks
@@ -315,23 +316,21 @@ class Step:
     def _result(self, failures: list[tuple[int, int]]) -> Result:
         use = slice(None) if self.used == self.rows else (np.arange(self.heads)[:, None] * self.rows + np.arange(self.used)).reshape(-1)
         exact, keep, by_head = self.exact[use], self.keep[use], (self.heads, self.used, self.full)
-        promotions: list[Mask] = []  # of any row, [full, Hkv]
-        counts, reads, host = [], [], np.where(exact, 2 * self.num_tokens * self.d * self.layout.itemsize, 0)
+        promotions: list[Mask] = []  # of any row, [Hkv, full]
+        counts, reads, host = [], NONE_READ, np.where(exact, 2 * self.num_tokens * self.d * self.layout.itemsize, 0)
         for mask, locations in ((self.key_exact, self.key_locations), (self.value_exact, self.value_locations)):
             if not self.promoted and not np.any(exact):  # half a millisecond at 32,768 tokens
                 counts.append(np.zeros(len(exact), np.int64))
-                reads.append(np.zeros((len(self.call.hot_offsets), self.heads), np.bool_))
                 continue
             promoted = mask[use]
             counts.append(promoted.sum(axis=1))
             stored = promoted[:, : self.full].reshape(by_head)
-            promotions.append(np.any(stored, axis=1).T)
-            # Rows that were answered exactly read every original; what they promoted on the way up was read as well.
-            read = np.any(stored, axis=1) | np.any(exact.reshape(self.heads, self.used), axis=1)[:, None]
-            reads.append(np.zeros((len(self.call.hot_offsets), self.heads), np.bool_))
-            reads[-1][: self.full] = read.T
+            promotions.append(np.any(stored, axis=1))
             cold = locations[: self.full].T[:, None] < 0
             host += np.sum(stored & cold, axis=2).reshape(-1) * self.layout.original_record_bytes
+        if promotions:  # what rows promoted that came to be exact was read as well
+            marks = promotions[0] * KEY | promotions[1] * VALUE
+            reads, _ = listed(marks, exact_heads(exact, self.heads), self.call.in_scratch)
         keys, values = counts
         rung = np.where(values > 0, 2, np.where(keys > 0, 1, 0))
         shape = (self.heads * self.used // self.n, self.n)
@@ -340,7 +339,7 @@ class Step:
         visible = -(-self.visible_R[: self.used] // self.layout.block_size)
         kept = np.count_nonzero(keep, axis=1).reshape(self.heads, -1)
         skipped = np.where(exact, 0, (visible - kept).reshape(-1))
-        shares, most = self.contributions, self.call.candidates_max  # what outlives the step
+        seen, most = self.contributions[:, : self.full], self.call.candidates_max  # what outlives the step
         by_share = not isinstance(self.call.policy, Coverage)
         fields: dict[str, NDArray[np.generic]] = {name: x[use] for name, x in self.fields.items()}
         fields |= {
@@ -350,6 +349,6 @@ class Step:
         return Result(
             self.output[use].reshape(*shape, self.d),
             {name: np.ascontiguousarray(x.reshape(shape)) for name, x in fields.items()},
-            reads[0], reads[1], lambda: largest(near(shares, np.stack(promotions), by_share) if promotions else shares, most), failures,
-            shares,
+            reads, lambda: largest(near(seen, np.stack(promotions).transpose(0, 2, 1), by_share) if promotions else seen, most), failures,
+            self.contributions,
         )  # fmt: skip

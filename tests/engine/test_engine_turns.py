@@ -10,6 +10,7 @@ from engine_calls import CONFIG, GEOMETRY, LOOSE, Bench
 from fake_kernels import attention
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.policy import Budget
+from tierd_kernels.reads import Reads
 
 from tierd.commands import (
     Append,
@@ -139,7 +140,7 @@ def test_an_answer_that_read_one_kind_of_originals_has_those_checked(kind: int, 
     session, attend = bench.engine.sessions.by_id[name], bench.kernels.attend
 
     def of_one_kind(*args: Any) -> Any:
-        return [replace(x, **{("value_reads", "key_reads")[kind]: np.zeros_like(x.key_reads)}) for x in attend(*args)]
+        return [replace(x, reads=Reads(*(y[..., x.reads.records[0] == kind] for y in x.reads))) for x in attend(*args)]
 
     monkeypatch.setattr(bench.kernels, "attend", of_one_kind)
     at = session.table.offsets_of(corrupt, int(session.layers[0].ids[5]), 1)

@@ -28,7 +28,7 @@ class Table:
         self, shares: NDArray[np.float32], needed: NDArray[np.bool_], now: float = FIRST_STEP, exact: tuple[bool, bool] = (False, False)
     ) -> Snapshot:
         blocks, scores = largest(np.where((shares == 0) & needed & ~np.array(exact), np.float32(0.5), shares), 4)
-        return Snapshot(self.ids, np.array(np.nonzero(needed)), needed[0], needed[1], np.array(exact), blocks, scores, self.notes, now)
+        return Snapshot(self.ids, np.array(np.nonzero(needed)), np.array(exact), blocks, scores, self.notes, now)
 
 
 def shares_of(values: dict[tuple[int, int, int], float]) -> NDArray[np.float32]:

@@ -89,7 +89,7 @@ def test_a_negative_number_of_candidates_is_refused() -> None:
 
 
 class Left:
-    """What a step of one call has left in the workspace, in float64."""
+    """What a step of one call has left on the device, in float64."""
 
     def __init__(self, step: Any) -> None:
         self.call, self.memory = step.calls[0].copy(), step.memory
@@ -97,7 +97,8 @@ class Left:
         self.rows = step.group * self.call["n"]
         tiles = -(-self.rows // 4)
         self.statistics = self._statistics(self._read("statistics", (heads, tiles, self.full + 1, 8, 4), np.uint32)[:, :, : self.full])
-        self.marks = self._read("marks", (heads, tiles, self.full), np.uint32)
+        marks = step.memory.outputs.device[int(self.call["marks"]) - step.memory.outputs.at :]
+        self.marks = np.asarray(marks[: 4 * heads * tiles * self.full].get()).view(np.uint32).reshape(heads, tiles, self.full)
         self.facts = self._read("facts", (heads, self.rows, 7), np.float32).astype(np.float64)
 
     def _read(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:

@@ -294,9 +294,10 @@ def test_a_step_answers_the_same_when_it_is_launched_again(rtol: float) -> None:
         step.launch()
         found += step.answers()
     assert ((found[0].states == EXACT) if rtol == 0 else (found[0].states == CERTIFIED)).all()
-    assert (found[0].marks is None) == (rtol == 0), "the other promotes"
+    assert found[0].cold.any() == (rtol > 0), "the other promotes"
     for again in found[1:]:
         assert np.array_equal(again.output, found[0].output) and np.array_equal(again.states, found[0].states)
+        assert np.array_equal(again.cold, found[0].cold) and np.array_equal(again.reads.records, found[0].reads.records)
         assert all(np.array_equal(again.fields[name], x, equal_nan=True) for name, x in found[0].fields.items())
 
 
@@ -335,7 +336,7 @@ def test_copies_that_begin_meanwhile_come_behind_all_steps_of_a_launch(monkeypat
 
     monkeypatch.setattr(backend, "_batches", lambda memory, waiting: [[x] for x in waiting])
     steps = backend.attend(layout, memory, [call, call], 3, meanwhile)
-    assert isinstance(before, Result) and isinstance(again, Result) and before.key_reads.any()
+    assert isinstance(before, Result) and isinstance(again, Result) and before.reads.from_host.size
     (copying,) = begun
     assert len(copying.arrived) == len(at) and all(isinstance(x, Result) and np.array_equal(x.output, before.output) for x in steps)
     while not copying.done():
@@ -358,6 +359,37 @@ def test_the_parts_of_a_call_are_as_small_as_the_one_that_sees_the_most_needs(mo
     (result,) = backend.attend(layout, memory, [call], 2)
     assert isinstance(result, Result) and result.output.shape == q.shape
     assert (result.certificate["exact"] | np.less_equal(result.certificate["bound"], result.certificate["budget"])).all()
+
+
+def test_a_call_in_parts_has_read_what_any_of_them_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another step has used what comes back meanwhile, and with half of the records in scratch."""
+    from tierd_kernels.cuda import backend
+    from tierd_kernels.cuda.step import Answer, Step
+
+    layout = LAYOUTS[0]
+    k, v, q = draw(layout, 512, 8, 4, "sharp", 3)
+    cache, asked, answers = store(layout, k, v), list[Answer](), Step.answers
+    call = in_scratch(cache, cache.call(q, 0.01, Budget()))
+    locations = np.array(call.locations(layout))
+    locations[:, ::2] = -1
+    call.in_scratch = InScratch.of(locations)
+
+    def seen(step: Step, meanwhile: Callable[[], None]) -> list[Answer]:
+        asked.extend(answers(step, meanwhile))
+        return asked[-1:]
+
+    monkeypatch.setattr(backend, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(backend, "_batches", lambda memory, waiting: [[x] for x in waiting])
+    monkeypatch.setattr(Step, "answers", seen)
+    (result,) = backend.attend(layout, cache.memory, [call], 8)
+    assert isinstance(result, Result) and not result.certificate["exact"].any() and len(asked) == 4
+    parts = [{*map(tuple, answer.reads.records.T.tolist())} for answer in asked]
+    kind, block, head = result.reads.records
+    assert list(zip(kind, block, head, strict=True)) == sorted(set.union(*parts)) and len({*map(frozenset, parts)}) > 1
+    assert np.array_equal(result.reads.from_host, locations[kind, block, head] < 0) and len({*result.reads.from_host}) == 2
+    promoted = result.certificate["promoted_key_blocks"] + result.certificate["promoted_value_blocks"]
+    cold = result.certificate["host_bytes"] // layout.original_record_bytes
+    assert np.array_equal(cold, np.concatenate([x.cold for x in asked], axis=1)) and 0 < cold.sum() < promoted.sum()
 
 
 @pytest.mark.parametrize("state", [0, 2, 77])  # open, due, and what no kernel writes
@@ -550,7 +582,7 @@ def test_corruption_is_seen_by_the_canary_and_a_copy_in_scratch_is_read() -> Non
     good = cache.call(q, 0.01, Budget())
     (result,) = backend.attend(layout, cache.memory, [in_scratch(cache, good)], 8)
     assert isinstance(result, Result)
-    assert (result.key_reads | result.value_reads).any() and not result.certificate["exact"].all()
+    assert result.reads.from_host.size and not result.certificate["exact"].all()
     certified = ~result.certificate["exact"]
     cache.memory.scratch[:] ^= 0x08  # type: ignore[index]
     (other,) = backend.attend(layout, cache.memory, [good], 8)
@@ -570,7 +602,7 @@ def test_originals_are_found_at_their_own_places(layout: Layout) -> None:
     results = [backend.attend(layout, cache.memory, [call], len(q))[0] for call in (in_scratch(cache, right), itself)]
     assert all(isinstance(result, Result) and not result.canary_failures for result in results)
     first, second = results
-    assert first.key_reads.any() and first.value_reads.any() and not first.certificate["exact"].all()  # type: ignore[union-attr]
+    assert {*first.reads.records[0]} == {0, 1} and not first.certificate["exact"].all()  # type: ignore[union-attr]
     assert np.array_equal(first.output, second.output) and not np.array_equal(first.output, astray.output)  # type: ignore[union-attr]
     for name, x in first.certificate.items():  # type: ignore[union-attr]
         assert name == "host_bytes" or np.array_equal(x, second.certificate[name], equal_nan=True), name  # type: ignore[union-attr]

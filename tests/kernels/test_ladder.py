@@ -14,6 +14,7 @@ from tierd_kernels.errors import ScoreOverflow
 from tierd_kernels.in_scratch import InScratch
 from tierd_kernels.layout import BLOCK_SIZES, HEAD_DIMS, VALUE_GROUPS, Layout
 from tierd_kernels.policy import Budget, Coverage, Policy
+from tierd_kernels.reads import exact_heads
 
 REGIMES = ("random", "sharp", "sink", "outliers", "constant", "ties", "tiny", "huge", "mixed", "offset")
 
@@ -129,6 +130,29 @@ def test_a_chunk_of_queries_is_answered_as_its_tokens_are() -> None:
     assert result.output.shape == (4, 130, 64)
 
 
+@pytest.mark.parametrize("rtol", [0.05, 0.07])
+def test_a_chunk_of_queries_reads_what_its_runs_do(rtol: float) -> None:
+    """Runs of 64 queries are answered one after the other; the first sees two blocks less, and some heads have exact rows."""
+    k, v, q = draw("random", 2, 2, 672, 96, 64, "float32", 5)
+    k[0, :16], q[0, 3] = 1e3 * k[0, :16], 1e3 * q[0, 3]  # of the first run, a row of the first head
+    cache = store(Layout(2, 64, 16, 16, "float32"), k, v)
+    (whole,) = ladder.attend(cache.layout, cache.memory, [cache.call(q, rtol, Budget())], 4)
+    runs = []
+    for tokens, rows in ((640, slice(64)), (672, slice(64, 96))):
+        call = cache.call(q[:, rows], rtol, Budget())
+        call.num_tokens, call.hot_offsets, call.original_offsets = tokens, cache.hot[: tokens // 16], cache.originals[: tokens // 16]
+        runs += ladder.attend(cache.layout, cache.memory, [call], 4)
+    assert isinstance(whole, ladder.Result) and all(isinstance(run, ladder.Result) for run in runs)
+    exact = exact_heads(whole.certificate["exact"].astype(bool), 2)
+    assert exact.tolist() == [True, False]
+    expected = {tuple(record) for run in runs for record in run.reads.records.T.tolist()}  # type: ignore[union-attr]
+    expected |= {(kind, block, 0) for kind in (0, 1) for block in range(42)}
+    assert [tuple(record) for record in whole.reads.records.T.tolist()] == sorted(expected) and len(expected) > 84
+    assert whole.reads.from_host.all()
+    shares = np.maximum.reduce([run.candidates().shares(42) for run in runs])  # type: ignore[union-attr]
+    assert np.array_equal(whole.candidates().shares(42), shares) and shares[:, 40:].any()
+
+
 def test_loose_tolerance_stays_on_rung_zero_and_skips() -> None:
     k, v, q = draw("sharp", 2, 4, 2048, 1, 128, "float16", 1)
     cache = store(Layout(2, 128, 16, 16, "float16"), k, v)
@@ -156,7 +180,7 @@ def test_originals_are_found_at_their_own_places() -> None:
     first, second = (ladder.attend(cache.layout, memory, [call], len(q))[0] for call in (told, itself))
     assert isinstance(first, ladder.Result) and isinstance(second, ladder.Result)
     assert not first.canary_failures and not second.canary_failures
-    assert first.key_reads.any() and first.value_reads.any() and not first.certificate["exact"].all()
+    assert {*first.reads.records[0]} == {0, 1} and not first.certificate["exact"].all()
     np.testing.assert_array_equal(first.output, second.output)
     certified = ~first.certificate["exact"]
     assert not first.certificate["host_bytes"][certified].any() and second.certificate["host_bytes"][certified].all()

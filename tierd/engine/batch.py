@@ -13,12 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 from tierd_kernels.call import Call, Result, idle
 from tierd_kernels.copying import Copying
-from tierd_kernels.in_scratch import InScratch
 from tierd_kernels.layout import Layout, Memory
+from tierd_kernels.reads import Reads, exact_heads
 
 from tierd.commands import EXACT, Attend, Row, RowResult, Tolerance
 from tierd.engine.counters import Counters
-from tierd.engine.reads import Reads
 from tierd.engine.validate import check_row, is_finite
 from tierd.errors import CertificateUnavailable, InvalidArgument, TierdError
 from tierd.residency import NAMES, Ids, Residency
@@ -64,14 +63,12 @@ class Kernels(Quantiser, Protocol):
 
 @dataclass(eq=False)
 class Work:
-    """One row under way. `ids`: its full blocks; of their records its kernels were told what is `in_scratch`, None: nothing.
-    `result` is set once, before anything that follows from it is asked for."""
+    """One row under way. `ids`: its full blocks. `result` is set once, before anything that follows from it is asked for."""
 
     session: Session
     row: Row
     call: Call
     ids: Ids
-    in_scratch: InScratch | None
     result: Result | None = None
     late_records: int = 0
 
@@ -79,25 +76,30 @@ class Work:
     def exact_heads(self) -> NDArray[np.bool_]:
         """KV heads [Hkv] of which any row was computed from the originals themselves."""
         assert self.result is not None
-        exact = self.result.certificate["exact"].astype(bool)
-        return np.asarray(exact.reshape(self.session.layout.num_kv_heads, -1).any(axis=1))
+        return exact_heads(self.result.certificate["exact"].astype(bool), self.session.layout.num_kv_heads)
 
-    @cached_property
+    @property
     def reads(self) -> Reads:
         """Original records that were read; mostly none."""
         assert self.result is not None
-        return Reads.of(self.result.key_reads, self.result.value_reads)
+        return self.result.reads
 
     @cached_property
-    def from_host(self) -> NDArray[np.bool_]:
-        """Which of `reads` were read from the host, [n]."""
-        return self.reads.from_host(self.in_scratch, self.exact_heads)
+    def from_host(self) -> Ids:
+        """The records of these that were read from the host, int64 [3, n]: kinds, block ids, heads."""
+        return self.named(self.reads.from_host)
+
+    def named(self, some: NDArray[np.bool_]) -> Ids:
+        """Those of `reads` that are in `some`, with the ids of their blocks."""
+        records = np.compress(some, self.reads.records, axis=1)  # half the time of an index
+        records[1] = self.ids[records[1]]
+        return records
 
     def num_late(self, residency: Residency) -> int:
         """How many were read from the host although a copy was on its way when the kernels started. It may have arrived meanwhile; one that
         failed for good is not counted."""
-        kind, index, head = self.reads.where(self.from_host & ~self.exact_heads[self.reads.head])
-        copies = self.session.table.copy_id[kind, self.ids[index], head]
+        kind, ids, head = self.from_host
+        copies = self.session.table.copy_id[kind, ids, head][~self.exact_heads[head]]
         return residency.num_older(copies[copies >= 0])
 
 
@@ -175,7 +177,6 @@ class Batch:
     def _plan(self, session: Session, row: Row, tolerance: Tolerance | None = None, canaries: bool = True) -> Work:
         tolerance = tolerance or row.tolerance or session.tolerance
         state, table, ids = session.layers[row.layer], session.table, session.full_ids(row.layer)
-        in_scratch = state.places.of(table, ids)
         hot_offsets, original_offsets = session.offsets(row.layer)
         call = Call(
             q=row.q,
@@ -183,7 +184,7 @@ class Batch:
             softmax_scale=session.geometry.scale,
             hot_offsets=hot_offsets,
             original_offsets=original_offsets,
-            in_scratch=in_scratch,
+            in_scratch=state.places.of(table, ids),
             group_value_norms=state.group_value_norms,
             group_error_norms=state.group_error_norms,
             rtol=tolerance.rtol,
@@ -193,7 +194,7 @@ class Batch:
             canary_blocks=self._draw_canaries(len(ids)) if canaries else NO_BLOCKS,
             candidates_max=self._candidates_max,
         )
-        return Work(session, row, call, ids, in_scratch)
+        return Work(session, row, call, ids)
 
     def _draw_canaries(self, num_blocks: int) -> NDArray[np.int64]:
         """Each full block with the configured probability."""
@@ -250,9 +251,7 @@ class Batch:
 
     def _check_reads(self, work: Work) -> None:
         """Every original that came from the host must still be what was stored."""
-        if not work.from_host.any():
-            return
-        if bad := work.reads.where(work.from_host).corrupt(work.session.table, work.ids):
+        if work.from_host.size and (bad := work.session.table.corrupt_records(*work.from_host)):
             self._counters.events["corrupt_original"] += len(bad)
             kind, block, head = bad[0]
             raise CertificateUnavailable(
@@ -296,7 +295,7 @@ class Batch:
             for work in job.works:
                 assert work.result is not None
                 self._counters.add(work.result)
-                if self._residency.num_copies and work.from_host.any():
+                if self._residency.num_copies and work.from_host.size:
                     work.late_records = work.num_late(self._residency)
             waited_s = self._prefetch_wait_s
             job.future.set_result(

@@ -15,7 +15,7 @@ from tierd.engine.counters import Counters
 from tierd.engine.ledger import Ledger
 from tierd.engine.scratch import NO_COPIES, Asker, Scratch
 from tierd.migrator import CopyOrders, Migrator
-from tierd.policy import FIRST_STEP, NO_READS, Choice, LinkBudget, Snapshot, Turns, named
+from tierd.policy import FIRST_STEP, Choice, LinkBudget, Snapshot, Turns, named
 from tierd.residency import KEY, NO_COPY, VALUE, Ids, Residency
 from tierd.session import Session
 
@@ -164,11 +164,11 @@ class ScratchCache:
     def _count(self, work: Work) -> tuple[int, int]:
         """Returns how many originals were read, and how many of them from the host."""
         table, nbytes = work.session.table, work.session.layout.original_record_bytes
-        if not len(work.reads.kind):
+        if not work.reads.from_host.size:
             return 0, 0
-        kind, index, head = work.reads.where(~work.from_host)
-        table.used[kind, work.ids[index], head] = True
-        hits, misses = len(kind), int(np.count_nonzero(work.from_host))
+        at_hand = work.named(~work.reads.from_host)
+        table.used[*at_hand] = True
+        hits, misses = len(at_hand[0]), len(work.from_host[0])
         self._counters.hits += hits
         self._counters.misses += misses
         self._counters.late += work.late_records
@@ -184,13 +184,9 @@ class ScratchCache:
 
     def _snapshot(self, work: Work) -> Snapshot:
         assert work.result is not None
-        table, result = work.session.table, work.result
-        blocks, scores = result.candidates()
         # The table's columns of now, not the call's: a batch may hold several sessions that share blocks.
-        return Snapshot(
-            work.ids, np.stack(work.reads) if len(work.reads.kind) else NO_READS, result.key_reads, result.value_reads, work.exact_heads,
-            blocks, scores, table.notes, self._now,
-        )  # fmt: skip
+        notes = work.session.table.notes
+        return Snapshot(work.ids, work.reads.records, work.exact_heads, *work.result.candidates(), notes, self._now)
 
     def _start(self, wishes: list[_Wish]) -> Ids:
         """Begins copies, the best of each row in turn, until room, link or scratch is used up, and notes for whom; returns their ids."""

@@ -18,18 +18,16 @@ class Snapshot(NamedTuple):
     """One answered call, of one layer of one session.
 
     `ids` int64 [m]: its full blocks in the table. `reads` int64 [3, n]: kinds, blocks (indices into `ids`) and heads of the originals
-    that the answer needed, wherever they were read, none twice, keys first, in rising order; `key_reads`, `value_reads` bool [m, Hkv] say
-    the same. Those of `exact_heads` [Hkv] say nothing, for such a head reads all. `blocks` int32 and `scores` float32 [2, Hkv, c]: the
-    candidates, blocks near needing their originals, as indices into `ids` in rising order and with their shares of what the bound may be,
-    or of what their head promoted from on; -1 ends a shorter list. What was needed is mostly none of them (it may be where a call was
-    answered in parts). `notes` [2, C, Hkv], of `tierd/notes.py`, are the table's: all but `copy_id` is the policy's own to write, and zero
-    where nothing is known. `now`: steps, a fraction for each layer; at least FIRST_STEP.
+    that the answer needed, wherever they were read, none twice, keys first, in rising order. Those of `exact_heads` [Hkv] say nothing, for
+    such a head reads all. `blocks` int32 and `scores` float32 [2, Hkv, c]: the candidates, blocks near needing their originals, as indices
+    into `ids` in rising order and with their shares of what the bound may be, or of what their head promoted from on; -1 ends a shorter
+    list. What was needed is mostly none of them (it may be where a call was answered in parts). `notes` [2, C, Hkv], of `tierd/notes.py`,
+    are the table's: all but `copy_id` is the policy's own to write, and zero where nothing is known. `now`: steps, a fraction for each
+    layer; at least FIRST_STEP.
     """
 
     ids: Ids
     reads: Ids
-    key_reads: NDArray[np.bool_]
-    value_reads: NDArray[np.bool_]
     exact_heads: NDArray[np.bool_]
     blocks: NDArray[np.int32]
     scores: NDArray[np.float32]

@@ -21,21 +21,20 @@ LEVELS, LEVELS_PER_NEED = 64, 16.0
 
 @compiled
 def weigh(
-    ids: Ids, reads: Ids, key_reads: Mask, value_reads: Mask, exact_heads: Mask, all_blocks: NDArray[np.int32],
-    all_scores: NDArray[np.float32], notes: NDArray[Any], now: float, weight: float, near: float, floor: float, found: Ids,
-    worths: Worths,
+    ids: Ids, reads: Ids, exact_heads: Mask, all_blocks: NDArray[np.int32], all_scores: NDArray[np.float32], notes: NDArray[Any],
+    now: float, weight: float, near: float, floor: float, found: Ids, worths: Worths,
 ) -> tuple[int, int]:  # fmt: skip
     """Writes notes; fills `found` [., 3] and `worths` with the records that deserve a copy, best first, and from the end, in any order,
     with the ids of copies that have gained; returns how many of both. One array for both: numba takes its time to be told of each."""
     kinds, heads, most = all_blocks.shape
-    needs, kept = np.empty(most, np.bool_), np.empty(most, np.int64)
+    all_needs, named = _needs(reads, exact_heads, all_blocks)
+    kept = np.empty(most, np.int64)
     shares, copies = np.empty(most, np.float32), np.empty(most, np.int64)
     count = known = 0
     for kind in range(kinds):
-        of_kind = key_reads if kind == 0 else value_reads
         for head in range(heads):
-            blocks, scores = all_blocks[kind, head], all_scores[kind, head]
-            length, threshold = _needs(blocks, scores, of_kind[:, head], exact_heads[head], needs)
+            blocks, scores, needs = all_blocks[kind, head], all_scores[kind, head], all_needs[kind, head]
+            length, threshold = _from(blocks, scores, needs)
             number = _near(scores, length, needs, np.float32(0.5 * floor) * threshold, kept)
             for i in range(number):
                 at = ids[blocks[kept[i]]]
@@ -52,8 +51,7 @@ def weigh(
                 note.worth += weight * gain
                 if gain > 0.0:
                     count, known = _put(found, worths, count, known, kind, at, head, copies[i], note.worth)
-    if reads.shape[1]:
-        count, known = _unnamed(ids, reads, exact_heads, all_blocks, notes, now, weight, found, worths, count, known)
+    count, known = _unnamed(ids, reads, named, notes, now, weight, found, worths, count, known)
     if count > 1:
         _order(found[:count], worths[:count], weight)
     return count, known
@@ -75,14 +73,13 @@ def _put(
 
 @compiled
 def _unnamed(
-    ids: Ids, reads: Ids, exact_heads: Mask, all_blocks: NDArray[np.int32], notes: NDArray[Any], now: float, weight: float, found: Ids,
-    worths: Worths, count: int, known: int,
+    ids: Ids, reads: Ids, named: Mask, notes: NDArray[Any], now: float, weight: float, found: Ids, worths: Worths, count: int, known: int
 ) -> tuple[int, int]:  # fmt: skip
-    """What was needed and is no candidate: its share is not known, so it is noted as the whole, from which none grows."""
+    """What was needed and is not `named` [n] as a candidate: its share is unknown, so it is noted as the whole, from which none grows."""
     for i in range(reads.shape[1]):
-        kind, block, head = reads[0, i], reads[1, i], reads[2, i]
-        if exact_heads[head] or _among(all_blocks[kind, head], block):
+        if named[i]:
             continue
+        kind, block, head = reads[0, i], reads[1, i], reads[2, i]
         note = notes[kind, ids[block], head]
         note.share, note.seen = ONE, now
         note.worth += weight
@@ -91,8 +88,23 @@ def _unnamed(
 
 
 @compiled
-def _among(blocks: NDArray[np.int32], block: int) -> bool:
-    """Whether `block` is one of a head's candidates, which rise until they end in -1."""
+def _needs(reads: Ids, exact_heads: Mask, all_blocks: NDArray[np.int32]) -> tuple[Mask, Mask]:
+    """Which candidates [2, Hkv, c] were needed; which reads [n] are so named already, or are of exact heads."""
+    needs, named = np.zeros(all_blocks.shape, np.bool_), np.empty(reads.shape[1], np.bool_)
+    for i in range(len(named)):
+        kind, block, head = reads[0, i], reads[1, i], reads[2, i]
+        named[i] = exact_heads[head]
+        if named[i]:
+            continue
+        place = _place(all_blocks[kind, head], block)
+        if place >= 0:
+            named[i] = needs[kind, head, place] = True
+    return needs, named
+
+
+@compiled
+def _place(blocks: NDArray[np.int32], block: int) -> int:
+    """Where `block` is among a head's candidates, which rise until they end in -1; -1: nowhere."""
     low, high = 0, len(blocks)
     while low < high:
         middle = (low + high) // 2
@@ -100,27 +112,24 @@ def _among(blocks: NDArray[np.int32], block: int) -> bool:
             low = middle + 1
         else:
             high = middle
-    return low < len(blocks) and blocks[low] == block
+    return low if low < len(blocks) and blocks[low] == block else -1
 
 
 def prepare() -> None:
     """Compiles `weigh`, or loads it, for what every call shows it."""
-    none, reads, ids = np.empty((2, 1, 0), np.int32), np.zeros((0, 1), np.bool_), np.empty(0, np.int64)
-    shown = ids, NO_READS, reads, reads, np.zeros(1, np.bool_), none, none.astype(np.float32), np.zeros((2, 0, 1), NOTE)
+    none, ids = np.empty((2, 1, 0), np.int32), np.empty(0, np.int64)
+    shown = ids, NO_READS, np.zeros(1, np.bool_), none, none.astype(np.float32), np.zeros((2, 0, 1), NOTE)
     weigh(*shown, 0.0, 1.0, 0.0, 0.0, np.empty((0, 3), np.int64), np.empty(0))
 
 
 @compiled
-def _needs(
-    blocks: NDArray[np.int32], scores: NDArray[np.float32], reads: Mask, exact: bool, needs: Mask
-) -> tuple[int, np.float32]:
-    """Which of a head's candidates were needed; how many there are, and from which share on the head promoted."""
+def _from(blocks: NDArray[np.int32], scores: NDArray[np.float32], needs: Mask) -> tuple[int, np.float32]:
+    """How many candidates a head has, and from which share on it promoted, by those that were needed."""
     threshold, length = ONE, 0
     for j in range(len(blocks)):
         if blocks[j] < 0:
             break
         length += 1
-        needs[j] = reads[blocks[j]] and not exact
         threshold = min(threshold, scores[j] if needs[j] else ONE)
     return length, threshold
 

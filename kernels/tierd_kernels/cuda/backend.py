@@ -16,18 +16,16 @@ from tierd_kernels.call import Call, Result, idle
 from tierd_kernels.copying import Copying
 from tierd_kernels.cuda import launch
 from tierd_kernels.cuda.launch import CALL, CERTIFIED, EXACT, FIELDS, kernels
-from tierd_kernels.cuda.marks import count_reads
-from tierd_kernels.cuda.marks import prepare as prepare_marks
 from tierd_kernels.cuda.memory import ALIGNMENT, BLOCK_BYTES_MIN, DeviceMemory, reserve
 from tierd_kernels.cuda.norms import group_bounds
 from tierd_kernels.cuda.packing import UNIT_MAX, UNIT_MIN, Part, plan_of
 from tierd_kernels.cuda.record import Record
-from tierd_kernels.cuda.sources import ROW_TILE
 from tierd_kernels.cuda.start import FAULTS
 from tierd_kernels.cuda.step import Answer, Step
 from tierd_kernels.errors import SCORE_MAX, DeviceLost, ScoreOverflow
-from tierd_kernels.in_scratch import NOTHING
 from tierd_kernels.layout import Layout, Memory
+from tierd_kernels.reads import Reads, exact_heads, united
+from tierd_kernels.reads import prepare as prepare_reads
 from tierd_kernels.select.candidates import Candidates, joined
 
 NOT_READY = 600  # cudaErrorNotReady
@@ -57,7 +55,7 @@ def faults() -> Iterator[None]:
 
 def prepare(layout: Layout) -> None:
     """Compiles the layout's kernels, unless they are there. Raises DeviceLost."""
-    prepare_marks()
+    prepare_reads()
     with faults():
         launch.prepare(layout)
 
@@ -183,8 +181,8 @@ def _limits(memory: DeviceMemory) -> tuple[int, int, int]:
 def _needs(layout: Layout, memory: DeviceMemory, part: Part) -> tuple[int, int, int]:
     """What a part takes of each of them, at most."""
     per = kernels(layout).split_blocks(part.full(layout), 1, memory.processors)  # the most splits: more tiles make fewer
-    workspace, inputs, answers, late = plan_of(layout, part, per).sizes
-    return workspace, inputs + CALL_ROOM, answers + late
+    workspace, inputs, *back = plan_of(layout, part, per).sizes
+    return workspace, inputs + CALL_ROOM, sum(back)
 
 
 def _fits(needs: tuple[int, ...], limits: tuple[int, ...]) -> bool:
@@ -226,20 +224,22 @@ def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
         top = joined([x.fields["score_top"] for x in answers])[exact]
         if not np.all(top <= SCORE_MAX):
             raise ScoreOverflow(f"a score of {np.nanmax(top):.3g} is above {SCORE_MAX:g}, the largest that is answered")
-    rung = np.zeros(states.shape, np.int64)
-    if any(x.marks is not None for x in answers):
+    reads = _reads(layout, call, answers, exact)
+    rung, host = np.zeros(states.shape, np.int64), np.zeros(states.shape, np.int64)
+    if reads.from_host.size:
+        host += joined([x.cold for x in answers]) * layout.original_record_bytes
         rung = np.where(found["promoted_value_blocks"] > 0, 2, found["promoted_key_blocks"] > 0)
     if some_exact:
         rung[exact] = 3
         rung[:, exact.all(axis=0)] = 4
-    reads, host = _reads(layout, call, answers, exact, some_exact)
+        host += exact * (2 * call.num_tokens * layout.head_dim * layout.itemsize)
     for name in COUNTS:
         found[name] = found[name].astype(np.int64)
     found |= {"exact": exact, "rank_certified": found["rank_certified"] > 0, "rung": rung, "host_bytes": host}
     failures = answers[0].failures
     failed = [(int(call.canary_blocks[i]), int(h)) for i, h in np.argwhere(failures)] if failures.size and failures.any() else []
     output = joined([x.output for x in answers])
-    return Result(output, found, reads[0], reads[1], partial(_candidates, call, [x.candidates for x in answers]), failed)
+    return Result(output, found, reads, partial(_candidates, call, [x.candidates for x in answers]), failed)
 
 
 def _candidates(call: Call, parts: list[Callable[[], Candidates]]) -> Candidates:
@@ -247,24 +247,10 @@ def _candidates(call: Call, parts: list[Callable[[], Candidates]]) -> Candidates
         return joined([part() for part in parts], len(call.hot_offsets), call.candidates_max)
 
 
-def _reads(
-    layout: Layout, call: Call, answers: list[Answer], exact: NDArray[np.bool_], some_exact: bool
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Which original records were read, [2, full, Hkv], and bytes from the host by row, [Hq, n]."""
-    heads, full = layout.num_kv_heads, len(call.hot_offsets)
-    host, reads = np.zeros(exact.shape, np.int64), np.zeros((2, full, heads), np.bool_)
-    if some_exact:
-        host += exact * (2 * call.num_tokens * layout.head_dim * layout.itemsize)
-        reads |= exact.reshape(heads, -1).any(axis=1)
-    start = 0
-    for answer in answers:
-        n = answer.output.shape[1]
-        if answer.marks is not None:
-            rows, cold = exact.shape[0] // heads * n, np.zeros(len(answer.marks) * ROW_TILE, np.int64)
-            count_reads(answer.marks, heads, NOTHING if call.in_scratch is None else call.in_scratch.words, reads, cold)
-            host[:, start : start + n] += cold.reshape(heads, -1)[:, :rows].reshape(exact.shape[0], n) * layout.original_record_bytes
-        start += n
-    return reads, host
+def _reads(layout: Layout, call: Call, answers: list[Answer], exact: NDArray[np.bool_]) -> Reads:
+    if len(answers) == 1:
+        return answers[0].reads
+    return united([x.reads for x in answers], len(call.hot_offsets), exact_heads(exact, layout.num_kv_heads), call.in_scratch)
 
 
 __all__ = ["attend", "begin_copies", "group_norms", "hot_block_bytes", "limit_threads", "quantise_blocks", "reserve"]

@@ -61,10 +61,10 @@ class Staging:
         to_device = cp.cuda.runtime.memcpyHostToDevice
         cp.cuda.runtime.memcpyAsync(self.at, self.host_at, self.region.used, to_device, stream.ptr)
 
-    def download(self, stream: Any, nbytes: int) -> None:
-        """The first so many bytes of the range."""
+    def download(self, stream: Any, start: int, stop: int) -> None:
+        """Bytes [start, stop) of the range."""
         to_host = cp.cuda.runtime.memcpyDeviceToHost
-        cp.cuda.runtime.memcpyAsync(self.host_at, self.at, nbytes, to_host, stream.ptr)
+        cp.cuda.runtime.memcpyAsync(self.host_at + start, self.at + start, stop - start, to_host, stream.ptr)
 
 
 class OfArray:
@@ -85,14 +85,16 @@ class OfArray:
 class DeviceMemory(Memory):
     """The arenas of one daemon: hot and scratch on the device, originals pinned; and what calls need besides. `exponents` int16: of the
     largest value norm of the block whose offset in hot, over BLOCK_BYTES_MIN, is the index; `exponent`: the largest of blocks at these
-    offsets. `*_at`: addresses. `answered`, `arrived`: events behind the copies of a step's answers and behind its candidates, which are
-    the `late` of the last step. Of copies to scratch under way: `ways` int64 [3, COPIES_MAX], their offsets in originals, in scratch and in
-    `landing`, where they come back to; `copied`: the event behind them. Both arrays are pinned."""
+    offsets. `*_at`: addresses. `stream`: of steps; beside it `asked`: of copies that the host asks for once it has an answer; `copier`: of
+    those to scratch. `answered`, `arrived`: events behind the copies of a step's answers and behind its candidates, which are the `late` of
+    the last step. Of copies to scratch under way: `ways` int64 [3, COPIES_MAX], their offsets in originals, in scratch and in `landing`,
+    where they come back to; `copied`: the event behind them. Both arrays are pinned."""
 
     hot_at: int
     scratch_at: int
     originals_at: int
     stream: Any
+    asked: Any
     copier: Any
     workspace: Any
     workspace_at: int
@@ -128,7 +130,7 @@ def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: 
     try:
         hot, scratch, workspace = (cp.zeros(max(n, ALIGNMENT), cp.uint8) for n in (hot_bytes, scratch_bytes, WORKSPACE_BYTES))
         inputs, outputs = Staging(STAGING_BYTES), Staging(STAGING_BYTES)
-        stream, copier = cp.cuda.Stream(non_blocking=True), cp.cuda.Stream(non_blocking=True)
+        stream, asked, copier = (cp.cuda.Stream(non_blocking=True) for _ in range(3))
     except (cp.cuda.memory.OutOfMemoryError, *FAULTS) as error:
         raise DeviceUnavailable(
             f"the device refused memory for hot_bytes {hot_bytes}, scratch_bytes {scratch_bytes} and calls: {one_line(error)}; lower "
@@ -136,7 +138,7 @@ def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: 
         ) from error
     memory = DeviceMemory(hot, scratch, pinned(originals_bytes, f"originals_bytes {originals_bytes}"))
     memory.hot_at, memory.scratch_at, memory.originals_at = int(hot.data.ptr), int(scratch.data.ptr), int(memory.originals.ctypes.data)
-    memory.stream, memory.copier = stream, copier
+    memory.stream, memory.asked, memory.copier = stream, asked, copier
     memory.workspace_at = int(workspace.data.ptr)
     memory.workspace, memory.inputs, memory.outputs, memory.landing = workspace, inputs, outputs, pinned(LANDING_BYTES, "copies")
     memory.ways = pinned(3 * 8 * COPIES_MAX, "copies").view(np.int64).reshape(3, COPIES_MAX)

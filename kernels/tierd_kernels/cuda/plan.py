@@ -25,9 +25,10 @@ from tierd_kernels.in_scratch import RECORDS
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Coverage, Policy
 
-# Where an address may lie: in the workspace; in what a launch carries in; in what comes back with the answers; in pinned memory behind it; in a pool.
-WORKSPACE, INPUTS, ANSWERS, LATE, HOT, SCRATCH, ORIGINALS, NOWHERE = range(8)
-SIZED = 4  # the first of these hold arrays of calls
+# Where an address may lie: in the workspace; in what a launch carries in; in what comes back with the answers; in the host's part of that;
+# in what comes back only where it is asked for; in a pool.
+WORKSPACE, INPUTS, ANSWERS, LATE, ASKED, HOT, SCRATCH, ORIGINALS, NOWHERE = range(9)
+SIZED = 5  # the first of these hold arrays of calls
 PLANS_MAX, POLICIES_MAX = 4096, 256
 COUNT_MAX = 2**31 - 1
 
@@ -56,7 +57,7 @@ class Shape(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`sizes`: bytes that a part takes of each of the first four places; `places`: of every address of CALL, where it lies and its offset
+    """`sizes`: bytes that a part takes of each of the SIZED first places; `places`: of every address of CALL, where it lies and its offset
     there; `pointers`: the same in the order of CALL; `tiles`: of all KV heads; `tickets`, which a call begins with as zeros."""
 
     sizes: tuple[int, ...]
@@ -81,7 +82,7 @@ def plan(layout: Layout, shape: Shape) -> Plan:
             "weights": 4 * tiles * (full + 1) * weights, "statistics": 4 * tiles * (full + 1) * STATISTIC_WORDS,
             "partials": 4 * tiles * (splits + 1) * PARTIALS * ROW_TILE, "sums": 4 * tiles * (splits + 1) * ROW_TILE * d,
             "skips": 4 * tiles * (splits + 1) * SKIPS * ROW_TILE, "dense": 8 * tiles * (splits + 1) * ROW_TILE * (DENSE_FACTS + d),
-            "facts": 4 * rows * ROW_FACTS, "dots": 4 * rows * (splits + 1), "marks": 4 * tiles * full, "counts": 8 * rows,
+            "facts": 4 * rows * ROW_FACTS, "dots": 4 * rows * (splits + 1), "counts": 8 * rows,
             "picks": tiles * 4 * 2 * min(PICK_PARTS, splits + 1) * ROW_TILE * PICK_BINS, "shares": 8 * heads * full,
             "row_weights": 8 * tiles * full * ROW_TILE,
         },
@@ -92,6 +93,7 @@ def plan(layout: Layout, shape: Shape) -> Plan:
         # In this order in `answers`: numbers of eight bytes first.
         ANSWERS: {"fields": 8 * len(FIELDS) * rows, "state": 4 * rows, "output": outputs, "failures": shape.canaries * heads},
         LATE: {"candidate_blocks": of_candidates, "candidate_scores": of_candidates},
+        ASKED: {"marks": 4 * tiles * full},
     }  # fmt: skip
     places = {"pool": (HOT, 0), "scratch": (SCRATCH, 0), "originals": (ORIGINALS, 0)}
     if not shape.copies:

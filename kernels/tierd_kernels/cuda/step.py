@@ -10,20 +10,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import cupy as cp
 import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.call import idle
 from tierd_kernels.cuda.late import Late, Place
-from tierd_kernels.cuda.launch import CALL, FIELDS, Grid, Program, above, kernels
+from tierd_kernels.cuda.launch import CALL, CERTIFIED, FIELDS, Grid, Program, above, kernels
 from tierd_kernels.cuda.memory import DeviceMemory, Region
 from tierd_kernels.cuda.packing import Packed, Part
-from tierd_kernels.cuda.plan import ANSWERS, INPUTS, LATE, WORKSPACE
+from tierd_kernels.cuda.plan import ANSWERS, ASKED, INPUTS, LATE, WORKSPACE
 from tierd_kernels.cuda.sources import ROW_TILE
 from tierd_kernels.layout import Layout
 from tierd_kernels.numerics import Array
 from tierd_kernels.policy import Budget, Coverage, Policy
+from tierd_kernels.reads import NONE_READ, Reads, exact_heads, listed
 from tierd_kernels.select.candidates import Candidates
 
 PROMOTED = slice(FIELDS.index("promoted_key_blocks"), FIELDS.index("promoted_value_blocks") + 1)
@@ -31,14 +31,15 @@ PROMOTED = slice(FIELDS.index("promoted_key_blocks"), FIELDS.index("promoted_val
 
 @dataclass
 class Answer:
-    """Of a part: output raw [Hq, n, d]; fields by name, float64 [Hq, n]; states int32 [Hq, n]; failures bool [canaries, Hkv]; marks
-    uint32 [Hkv * tiles, full], None: nothing was promoted; candidates of this part, once the device has them."""
+    """Of a part: output raw [Hq, n, d]; fields by name, float64 [Hq, n]; states int32 [Hq, n]; failures bool [canaries, Hkv]; reads, and of
+    the records promoted for a row how many had no copy in scratch, int64 [Hq, n]; candidates of this part, once the device has them."""
 
     output: NDArray[Any]
     fields: dict[str, Array]
     states: NDArray[np.int32]
     failures: NDArray[np.bool_]
-    marks: NDArray[np.uint32] | None
+    reads: Reads
+    cold: NDArray[np.int64]
     candidates: Callable[[], Candidates]
 
 
@@ -73,9 +74,11 @@ class Step:
         self.calls = memory.inputs.view(self.at, (calls_most,), CALL)
         if number < calls_most:
             self.calls[number:] = np.zeros((), CALL)
+        # A few KB, which their kernel writes over the link by itself.
+        late = [memory.outputs.host_at + outputs.take(x.plan.sizes[LATE]) for x in packed]
+        asked = [memory.outputs.at + outputs.take(x.plan.sizes[ASKED]) for x in packed]
         for i, (x, own) in enumerate(zip(packed, bases, strict=True)):
-            late = memory.outputs.host_at + outputs.take(x.plan.sizes[LATE])  # a few KB, which their kernel writes over the link by itself
-            x.write((*own, late, *pools), i)
+            x.write((*own, late[i], asked[i], *pools), i)
         splits, canaries = max(x.splits for x in packed) + 1, max(len(x.canaries) for x in packed)
         self.grid = Grid(number, splits, max(tiles), group * max(part.n for part in parts), group, canaries).rounded()
         self.program = _program([x.part.call.policy for x in packed if not x.exact_only])
@@ -95,7 +98,7 @@ class Step:
         """What came back; waits for the device, but not for the candidates, which it begins behind the answers. Once all of it is enqueued
         `meanwhile` runs."""
         memory = self.memory
-        memory.outputs.download(memory.stream, self.answers_end)
+        memory.outputs.download(memory.stream, 0, self.answers_end)
         memory.answered.record(memory.stream)
         late = memory.late = self._begin_late()
         meanwhile()
@@ -111,13 +114,12 @@ class Step:
         def view(name: str, size: tuple[int, ...], dtype: Any) -> NDArray[Any]:
             return np.ndarray(size, dtype, own, places[name][1])
 
-        fields = view("fields", (len(FIELDS), *shape), np.float64)
+        fields, states = view("fields", (len(FIELDS), *shape), np.float64), view("state", shape, np.int32)
         failures = view("failures", (len(x.canaries), self.layout.num_kv_heads), np.bool_)
-        marks = self._marks(x) if x.full and fields[PROMOTED].any() else None
+        reads, cold = self._reads(x, states != CERTIFIED, bool(x.full and fields[PROMOTED].any()))
         return Answer(
-            view("output", (*shape, q.shape[2]), q.dtype), dict(zip(FIELDS, fields, strict=True)), view("state", shape, np.int32), failures,
-            marks, candidates,
-        )  # fmt: skip
+            view("output", (*shape, q.shape[2]), q.dtype), dict(zip(FIELDS, fields, strict=True)), states, failures, reads, cold, candidates
+        )
 
     def _begin_late(self) -> Late:
         memory, heads = self.memory, self.layout.num_kv_heads
@@ -133,7 +135,20 @@ class Step:
             for x in self.packed
         ])  # fmt: skip
 
+    def _reads(self, x: Packed, exact: NDArray[np.bool_], promoted: bool) -> tuple[Reads, NDArray[np.int64]]:
+        """As `Answer` has them, of a part whose rows [Hq, n] are `exact` or not. Most often none is, and nothing was `promoted`."""
+        if not promoted and not exact.any():
+            return NONE_READ, np.zeros(exact.shape, np.int64)
+        heads = self.layout.num_kv_heads
+        marks = self._marks(x) if promoted else np.zeros((x.plan.tiles, x.full), np.uint32)
+        reads, cold = listed(marks, exact_heads(exact, heads), x.part.call.in_scratch)
+        return reads, cold.reshape(heads, -1)[:, : exact.size // heads].reshape(exact.shape)
+
     def _marks(self, x: Packed) -> NDArray[np.uint32]:
-        marks = np.empty((x.plan.tiles, x.full), np.uint32)
-        cp.cuda.runtime.memcpy(marks.ctypes.data, x.at("marks"), marks.nbytes, cp.cuda.runtime.memcpyDeviceToHost)
+        """Where they lie in pinned memory, until the next step: copied beside the candidates, which may not have been found yet."""
+        memory, shape = self.memory, (x.plan.tiles, x.full)
+        marks = memory.outputs.view(x.at("marks"), shape, np.uint32)
+        start = x.at("marks") - memory.outputs.at
+        memory.outputs.download(memory.asked, start, start + marks.nbytes)
+        memory.asked.synchronize()
         return marks
