@@ -12,13 +12,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from tierd_kernels.call import Call, Result, idle
+from tierd_kernels.floats import is_finite
 from tierd_kernels.in_scratch import InScratch
 from tierd_kernels.layout import Layout, Memory
 
 from tierd.commands import EXACT, Attend, Row, RowResult, Tolerance
 from tierd.engine.counters import Counters
 from tierd.engine.reads import Reads
-from tierd.engine.validate import check_row, is_finite
+from tierd.engine.validate import check_row
 from tierd.errors import CertificateUnavailable, InvalidArgument, TierdError
 from tierd.residency import NAMES, Ids, Residency
 from tierd.session import Quantiser, Savepoint, Session
