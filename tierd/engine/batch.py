@@ -17,6 +17,7 @@ from tierd_kernels.in_scratch import InScratch
 from tierd_kernels.layout import Layout, Memory
 
 from tierd.commands import EXACT, Attend, Row, RowResult, Tolerance
+from tierd.engine.canaries import NO_BLOCKS, Canaries
 from tierd.engine.counters import Counters
 from tierd.engine.reads import Reads
 from tierd.engine.validate import check_row
@@ -25,7 +26,6 @@ from tierd.residency import NAMES, Ids, Residency
 from tierd.session import Quantiser, Savepoint, Session
 
 log = logging.getLogger(__name__)
-NO_BLOCKS = np.empty(0, dtype=np.int64)
 
 
 class Kernels(Quantiser, Protocol):
@@ -132,9 +132,8 @@ class Batch:
         self._kernels = kernels
         self._sessions = sessions
         self._counters = counters
-        self._canary_share = canary_share
+        self._canaries = Canaries(canary_share, seed)
         self._candidates_max = candidates_max
-        self._random = np.random.default_rng(seed)
         self._prefetch_wait_s = 0.0
 
     def run(self, jobs: list[Job], prefetch_wait_s: float, meanwhile: Callable[[], None]) -> list[Work]:
@@ -198,13 +197,9 @@ class Batch:
         return Work(session, row, call, ids, in_scratch)
 
     def _draw_canaries(self, num_blocks: int) -> NDArray[np.int64]:
-        """Each full block with the configured probability."""
-        if self._canary_share == 0.0 or num_blocks == 0:
-            return NO_BLOCKS
-        # How many, then which: a draw for each of 8192 blocks took 40 us.
-        count = int(self._random.binomial(num_blocks, self._canary_share))
-        self._counters.canaries += count
-        return np.sort(self._random.choice(num_blocks, count, replace=False, shuffle=False)) if count else NO_BLOCKS
+        drawn = self._canaries.draw(num_blocks)
+        self._counters.canaries += len(drawn)
+        return drawn
 
     def _launch(self, rows: Iterable[tuple[Job, Work]], meanwhile: Callable[[], None]) -> None:
         """One kernel call per geometry, with the last of which `meanwhile` goes; a job fails with its first row that has no answer."""
