@@ -4,7 +4,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -22,7 +21,7 @@ from tierd.engine.counters import Counters
 from tierd.engine.reads import Reads
 from tierd.engine.validate import check_row
 from tierd.errors import CertificateUnavailable, InvalidArgument, TierdError
-from tierd.residency import NAMES, Ids, Residency
+from tierd.residency import NAMES, Ids, Pinned, Residency
 from tierd.session import Quantiser, Savepoint, Session
 
 log = logging.getLogger(__name__)
@@ -222,11 +221,10 @@ class Batch:
                     work.result = answer
 
     def _attend(self, layout: Layout, calls: list[Call], num_q_heads: int, meanwhile: Callable[[], None]) -> list[Result | Exception]:
-        with ExitStack() as pins:
-            pins.enter_context(self._residency.pinned(self._residency.table(layout)))
+        with Pinned(self._residency.table(layout)) as pin:
 
             def unpinned() -> None:
-                pins.close()  # a copy that replaces another comes behind what the calls read
+                pin.release()  # a copy that replaces another comes behind what the calls read
                 meanwhile()
 
             return self._kernels.attend(layout, self._residency.arenas.memory, calls, num_q_heads, unpinned)
