@@ -11,7 +11,7 @@ from tierd_kernels.layout import NUMPY_DTYPE
 from tierd_kernels.policy import Budget
 
 from tierd.commands import EXACT, Append, Attend, Command, Geometry, OpenSession, Row, Tolerance
-from tierd.engine import Engine, EngineConfig
+from tierd.engine import Engine, EngineConfig, counters
 from tierd.policy import eviction, weighing
 from tierd.residency import counting, moving
 
@@ -24,6 +24,7 @@ def warm_policy() -> None:
     """What checks tensors and chooses copies, on the host whatever the backend. (CUDA kernels of a layout are compiled when its first
     session opens.)"""
     floats.prepare()
+    counters.prepare()
     weighing.prepare()
     eviction.prepare()
     counting.prepare()

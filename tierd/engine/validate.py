@@ -61,9 +61,8 @@ def check_length(length: int, lengths: list[int]) -> None:
 
 
 def _check_tensor(name: str, x: Raw, shape: tuple[int, str, int], dtype: str) -> None:
-    expected = f"[{shape[0]}, n, {shape[2]}]"
     if x.ndim != 3 or (x.shape[0], x.shape[2]) != (shape[0], shape[2]) or x.shape[1] < 1:
-        raise InvalidArgument(f"{name} has shape {list(x.shape)}; expected {expected} with n of at least 1")
+        raise InvalidArgument(f"{name} has shape {list(x.shape)}; expected [{shape[0]}, n, {shape[2]}] with n of at least 1")
     if x.dtype != NUMPY_DTYPE[dtype]:
         raise InvalidArgument(f"{name} is {x.dtype}; this session's {dtype} travels as {np.dtype(NUMPY_DTYPE[dtype])}")
     if not is_finite(x, dtype):
