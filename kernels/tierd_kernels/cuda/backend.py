@@ -205,7 +205,8 @@ def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
     def joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    found: dict[str, NDArray[Any]] = {name: joined([x.fields[name] for x in answers]) for name in IN_CERTIFICATE}
+    fields = {name: joined([x.fields[name] for x in answers]) for name in FIELDS} if len(answers) > 1 else answers[0].fields
+    found: dict[str, NDArray[Any]] = {name: fields[name] for name in IN_CERTIFICATE}
     states = joined([x.states for x in answers])
     exact = states != CERTIFIED
     some_exact = bool(exact.any())
@@ -214,7 +215,7 @@ def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
         if between.size:
             found_states = sorted(set(between.tolist()))
             raise RuntimeError(f"{between.size} of {states.size} rows are neither certified nor exact: their states are {found_states}")
-        top = joined([x.fields["score_top"] for x in answers])[exact]
+        top = fields["score_top"][exact]
         if not np.all(top <= SCORE_MAX):
             raise ScoreOverflow(f"a score of {np.nanmax(top):.3g} is above {SCORE_MAX:g}, the largest that is answered")
     rung = np.zeros(states.shape, np.int64)

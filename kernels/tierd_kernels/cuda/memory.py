@@ -44,7 +44,7 @@ class Staging:
 
     def __init__(self, nbytes: int) -> None:
         self.host, self.device = pinned(nbytes, "calls"), cp.empty(nbytes, cp.uint8)
-        self.at = int(self.device.data.ptr)
+        self.at, self._host_at = int(self.device.data.ptr), int(self.host.ctypes.data)
         self.region = Region(nbytes)
 
     def reset(self) -> Region:
@@ -58,12 +58,12 @@ class Staging:
 
     def upload(self, stream: Any) -> None:
         to_device = cp.cuda.runtime.memcpyHostToDevice
-        cp.cuda.runtime.memcpyAsync(self.at, self.host.ctypes.data, self.region.used, to_device, stream.ptr)
+        cp.cuda.runtime.memcpyAsync(self.at, self._host_at, self.region.used, to_device, stream.ptr)
 
     def download(self, stream: Any, start: int, stop: int) -> None:
         """Bytes [start, stop) of the range."""
         to_host = cp.cuda.runtime.memcpyDeviceToHost
-        cp.cuda.runtime.memcpyAsync(self.host.ctypes.data + start, self.at + start, stop - start, to_host, stream.ptr)
+        cp.cuda.runtime.memcpyAsync(self._host_at + start, self.at + start, stop - start, to_host, stream.ptr)
 
 
 class OfArray:

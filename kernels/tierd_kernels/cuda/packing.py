@@ -1,7 +1,7 @@
 """A part of a call as kernels want it: its numbers, addresses and arrays, written where a launch carries them in from."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,14 +28,12 @@ class Part:
     call: Call
     start: int
     stop: int
+    n: int = field(init=False)
+    tokens: int = field(init=False)
 
-    @property
-    def n(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def tokens(self) -> int:
-        return self.call.num_tokens - int(self.call.q.shape[1]) + self.stop
+    def __post_init__(self) -> None:
+        self.n = self.stop - self.start
+        self.tokens = self.call.num_tokens - self.call.q.shape[1] + self.stop
 
     def full(self, layout: Layout) -> int:
         return min(len(self.call.hot_offsets), -(-self.tokens // layout.block_size))
@@ -43,7 +41,9 @@ class Part:
     def canaries(self, full: int) -> NDArray[np.int64]:
         """The call's canaries among its `full` blocks; those of the first part alone."""
         drawn = self.call.canary_blocks
-        return drawn if not len(drawn) else drawn[drawn < full] if self.start == 0 else drawn[:0]
+        if self.start:
+            return drawn[:0]
+        return drawn if full == len(self.call.hot_offsets) else drawn[drawn < full]
 
 
 def needs_exact(call: Call) -> bool:
