@@ -51,14 +51,14 @@ def needs_exact(call: Call) -> bool:
     lie beyond FP32 (the queries' power of two joins the scale)."""
     if call.rtol == 0 and call.atol == 0:
         return True
+    half = call.q.dtype == np.float16
+    if half and abs(call.softmax_scale) * 2.0**16 <= SCALE_MAX:  # which no half reaches
+        return False
+    fraction = 10 if half else 23 if call.q.dtype == np.float32 else 7  # bits
+    if not half and least_bits(call.q) < 1 << fraction:
+        return True
     largest = largest_bits(call.q)
-    if call.q.dtype == np.float16:
-        top = np.uint16(largest).view(np.float16)
-    else:
-        bits_below = 23 if call.q.dtype == np.float32 else 7  # of the fraction
-        if least_bits(call.q) < 1 << bits_below:
-            return True
-        top = np.uint32(largest << 23 - bits_below).view(np.float32)
+    top = np.uint16(largest).view(np.float16) if half else np.uint32(largest << 23 - fraction).view(np.float32)
     return abs(call.softmax_scale) * 2.0 ** math.frexp(top)[1] > SCALE_MAX
 
 
