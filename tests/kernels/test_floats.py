@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tierd_kernels import floats
@@ -87,6 +88,14 @@ def test_the_least_and_the_largest_magnitude_are_found_by_their_bits(dtype: str,
         above = np.where(values > 0, values, np.inf)
         if np.isfinite(above).any():
             assert floats.least_bits(x) == magnitudes.flat[above.argmin()]
+
+
+@pytest.mark.parametrize("dtype", list(RAW))
+def test_neither_infinity_nor_nan_is_finite_but_the_largest_number_is(dtype: str) -> None:
+    infinite = floats.INFINITE[dtype]
+    for bits, finite in ((infinite - 1, True), (infinite, False), (infinite + 1, False)):
+        for sign in (0, np.iinfo(RAW[dtype]).max // 2 + 1):
+            assert floats.is_finite(np.array([0, bits | sign, 1], RAW[dtype]), dtype) == finite
 
 
 def test_bits_of_what_must_not_be_written_and_of_zeros() -> None:

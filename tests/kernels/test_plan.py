@@ -90,15 +90,15 @@ def test_what_is_known_of_an_array_goes_with_it() -> None:
 
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@given(st.integers(0, 2**32 - 1), st.sampled_from([1.0, -(2.0**60), 2.0**73, 2.0**74, 2.0**75, 2.0**90, 1e300]), st.booleans())
-def test_what_fp32_cannot_score_is_exact_from_the_start(dtype: str, seed: int, scale: float, tiny: bool) -> None:
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1.0, -(2.0**73), 1.01 * 2.0**74, 2.0**80, 1e300]), st.sampled_from([-140, -125, -10, 5, 12, 15]))
+def test_what_fp32_cannot_score_is_exact_from_the_start(dtype: str, seed: int, scale: float, power: int) -> None:
     import numpy as np
     from tierd_kernels.call import Call
     from tierd_kernels.cuda.packing import SCALE_MAX, needs_exact
     from tierd_kernels.kvview import narrow, widen
 
     random, none, norms = np.random.default_rng(seed), np.empty(0, np.int64), np.empty((0, 1), np.float32)
-    q = random.standard_normal((2, 1, 8)) * 2.0 ** random.integers(-140 if tiny else -40, 14)
+    q = np.clip(random.standard_normal((2, 1, 8)) * 2.0 ** power, -6e4, 6e4)  # all are finite
     q[random.random(q.shape) < 0.3] = 0.0
     raw = narrow(q, dtype)
     size = np.abs(widen(raw, dtype))
