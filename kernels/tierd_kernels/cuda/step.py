@@ -70,9 +70,8 @@ class Step:
              memory.outputs.at + outputs.take(x.plan.sizes[ANSWERS])) for x in packed
         ]  # fmt: skip
         self.answers_end = outputs.used
-        self.calls = memory.inputs.view(self.at, (calls_most,), CALL)
         if number < calls_most:
-            self.calls[number:] = np.zeros((), CALL)
+            memory.inputs.view(self.at, (calls_most,), CALL)[number:] = np.zeros((), CALL)
         for i, (x, own) in enumerate(zip(packed, bases, strict=True)):
             late = memory.outputs.at + outputs.take(x.plan.sizes[LATE])  # behind all answers, for they are copied later
             x.write((*own, late, *pools), i)
