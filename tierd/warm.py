@@ -6,11 +6,12 @@ Loading them from the cache takes half a second; compiling them, once after each
 import logging
 
 import numpy as np
+from tierd_kernels import floats
 from tierd_kernels.layout import NUMPY_DTYPE
 from tierd_kernels.policy import Budget
 
 from tierd.commands import EXACT, Append, Attend, Command, Geometry, OpenSession, Row, Tolerance
-from tierd.engine import Engine, EngineConfig
+from tierd.engine import Engine, EngineConfig, counters
 from tierd.policy import eviction, weighing
 from tierd.residency import counting, moving
 
@@ -20,7 +21,10 @@ NUM_TOKENS = 17  # a full block, so that it is quantised, and a tail
 
 
 def warm_policy() -> None:
-    """What chooses copies, on the host whatever the backend. (CUDA kernels of a layout are compiled when its first session opens.)"""
+    """What checks tensors and chooses copies, on the host whatever the backend. (CUDA kernels of a layout are compiled when its first
+    session opens.)"""
+    floats.prepare()
+    counters.prepare()
     weighing.prepare()
     eviction.prepare()
     counting.prepare()

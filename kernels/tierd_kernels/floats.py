@@ -16,6 +16,8 @@ NEAREST, AWAY, TOWARDS_ZERO = 0, 1, 2
 # Fraction bits and smallest normal exponent of each format.
 _F16, _BF16, _F32 = (10, -14), (7, -126), (23, -126)
 _INF16, _INF_BF16 = 0x7C00, 0x7F80
+INFINITE = {"float16": _INF16, "bfloat16": _INF_BF16, "float32": 0x7F800000}  # bits of infinity; those of NaN are above
+_MAGNITUDE: dict[int, Any] = {2: np.uint16(0x7FFF), 4: np.uint32(0x7FFFFFFF)}  # all bits but the sign's, by bytes of a number
 
 
 def compiled(parallel: bool = False, reassociate: bool = False) -> Callable[[Function], Function]:
@@ -132,6 +134,52 @@ def widen(raw: NDArray[np.uint8], dtype_code: int, out: NDArray[np.float32]) -> 
         widen_bf16(raw.view(np.uint16), out)
     else:
         out[:] = raw.view(np.float32)
+
+
+@compiled()
+def _largest(bits: NDArray[Any], magnitude: Any) -> Any:
+    most = bits.dtype.type(0)
+    for i in range(len(bits)):
+        most = max(most, bits[i] & magnitude)
+    return most
+
+
+@compiled()
+def _least(bits: NDArray[Any], magnitude: Any) -> Any:
+    least = magnitude
+    for i in range(len(bits)):
+        if bits[i] & magnitude:
+            least = min(least, bits[i] & magnitude)
+    return least
+
+
+def largest_bits(raw: NDArray[Any]) -> int:
+    """Bits, without sign, of the largest magnitude among raw originals (as for `as_float64`) of any shape; zero for none. Numpy's own two
+    passes over 4096 halves took a call of decoding 6 us, this 2."""
+    return _over_bits(_largest, raw)
+
+
+def least_bits(raw: NDArray[Any]) -> int:
+    """The same of the least magnitude that is not zero; the largest there is where all are."""
+    return _over_bits(_least, raw)
+
+
+def _over_bits(find: Callable[..., Any], raw: NDArray[Any]) -> int:
+    magnitude = _MAGNITUDE[raw.itemsize]
+    return int(find(raw.reshape(-1).view(magnitude.dtype), magnitude))
+
+
+def is_finite(raw: NDArray[Any], dtype: str) -> bool:
+    """Whether every raw original is; `dtype` names their type."""
+    return largest_bits(raw) < INFINITE[dtype]
+
+
+def prepare() -> None:
+    """Compiles what looks at bits, or loads it: also for memory that must not be written, which is another type to the compiler."""
+    for dtype in (np.uint16, np.uint32):
+        for raw in (np.zeros(1, dtype), np.frombuffer(bytes(4), dtype)):
+            largest_bits(raw)
+            least_bits(raw)
 
 
 def as_float64(raw: NDArray[Any]) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from tierd_kernels.layout import Layout
 
 from tierd.errors import CapacityExceeded, CertificateUnavailable
 from tierd.pools import Arenas
-from tierd.residency import BARRED, BlockTable, CopyState, Ids, Residency, ScratchCopy
+from tierd.residency import BARRED, BlockTable, CopyState, Ids, Pinned, Residency, ScratchCopy
 
 LAYOUT = Layout(2, 64, 16, 16, "float16")
 BLOCKS, HOT, COPIES = 6, 4, 3  # copies of each kind
@@ -182,7 +182,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def pin(self) -> None:
-        self.pins.enter_context(self.residency.pinned(self.table))
+        self.pins.enter_context(Pinned(self.table))
         self.num_pins += 1
 
     @precondition(lambda self: self.num_pins)
@@ -336,3 +336,14 @@ def test_a_corrupt_record_is_named() -> None:
     assert table.corrupt_records(np.array([1, 1]), both, heads) == [(1, block, 1)]
     assert table.corrupt_records(np.array([1]), ids(block), heads[:1]) == []
     assert table.corrupt_records(np.array([0, 0]), both, heads) == []
+
+
+def test_a_pin_that_is_released_early_leaves_the_others() -> None:
+    table = make().table(LAYOUT)
+    with Pinned(table):
+        with Pinned(table) as early:
+            early.release()
+            early.release()
+            assert table.pins == 1
+        assert table.pins == 1
+    assert table.pins == 0

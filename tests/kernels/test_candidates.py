@@ -92,7 +92,9 @@ class Left:
     """What a step of one call has left on the device, in float64."""
 
     def __init__(self, step: Any) -> None:
-        self.call, self.memory = step.calls[0].copy(), step.memory
+        from tierd_kernels.cuda.launch import CALL
+
+        self.call, self.memory = step.memory.inputs.view(step.at, (1,), CALL)[0].copy(), step.memory
         heads, self.full = step.layout.num_kv_heads, self.call["full"]
         self.rows = step.group * self.call["n"]
         tiles = -(-self.rows // 4)

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tierd_kernels import floats
@@ -66,3 +67,38 @@ def test_float16_below_is_tight(x: float) -> None:
     above = np.nextafter(below, np.float16(np.inf))
     # As Python floats: NumPy would round x to float16 before comparing.
     assert float(below[0]) <= x < float(above[0]) or (abs(x) > 65504.0 and abs(below[0]) >= 65504.0)
+
+
+RAW = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32}
+
+
+@given(st.sampled_from(list(RAW)), st.integers(0, 2**32 - 1), st.booleans(), st.booleans())
+def test_the_least_and_the_largest_magnitude_are_found_by_their_bits(dtype: str, seed: int, special: bool, strided: bool) -> None:
+    rng, raw = np.random.default_rng(seed), RAW[dtype]
+    every = rng.integers(0, np.iinfo(raw).max, (3, 4, 5), raw, endpoint=True)
+    if not special:  # no exponent of ones: all are finite
+        every &= ~raw(floats.INFINITE[dtype] & -floats.INFINITE[dtype])
+    every[rng.random(every.shape) < 0.3] = 0
+    x = every[:, 1:3] if strided else every
+    values = np.abs(floats.as_float64(x.view({"float16": np.float16, "float32": np.float32}.get(dtype, np.uint16))))
+    magnitudes = x & raw(np.iinfo(raw).max >> 1)
+    assert floats.is_finite(x, dtype) == np.isfinite(values).all()
+    if np.isfinite(values).all():
+        assert floats.largest_bits(x) == magnitudes.flat[values.argmax()]
+        above = np.where(values > 0, values, np.inf)
+        if np.isfinite(above).any():
+            assert floats.least_bits(x) == magnitudes.flat[above.argmin()]
+
+
+@pytest.mark.parametrize("dtype", list(RAW))
+def test_neither_infinity_nor_nan_is_finite_but_the_largest_number_is(dtype: str) -> None:
+    infinite = floats.INFINITE[dtype]
+    for bits, finite in ((infinite - 1, True), (infinite, False), (infinite + 1, False)):
+        for sign in (0, np.iinfo(RAW[dtype]).max // 2 + 1):
+            assert floats.is_finite(np.array([0, bits | sign, 1], RAW[dtype]), dtype) == finite
+
+
+def test_bits_of_what_must_not_be_written_and_of_zeros() -> None:
+    assert floats.largest_bits(np.frombuffer(b"\0\0\0\xbc", np.float16)) == 0x3C00
+    zeros = np.zeros((2, 3), np.float32)
+    assert floats.largest_bits(zeros) == 0 and floats.least_bits(zeros) == 0x7FFFFFFF

@@ -86,3 +86,26 @@ def test_what_is_known_of_an_array_goes_with_it() -> None:
     del first
     assert not of._known
     assert [of(np.array([number])) for number in range(50)] == list(range(50))  # which lie where the one before lay
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([1.0, -(2.0**73), 1.01 * 2.0**74, 2.0**80, 1e300]),
+    st.sampled_from([-140, -125, -10, 5, 12, 15]),
+)  # fmt: skip
+def test_what_fp32_cannot_score_is_exact_from_the_start(dtype: str, seed: int, scale: float, power: int) -> None:
+    import numpy as np
+    from tierd_kernels.call import Call
+    from tierd_kernels.cuda.packing import SCALE_MAX, needs_exact
+    from tierd_kernels.kvview import narrow, widen
+
+    random, none, norms = np.random.default_rng(seed), np.empty(0, np.int64), np.empty((0, 1), np.float32)
+    q = np.clip(random.standard_normal((2, 1, 8)) * 2.0 ** power, -6e4, 6e4)  # all are finite
+    q[random.random(q.shape) < 0.3] = 0.0
+    raw = narrow(q, dtype)
+    size = np.abs(widen(raw, dtype))
+    flushed = bool(((size > 0) & (size < 2.0**-126)).any())  # by FP32; halves are never that small
+    beyond = abs(scale) * 2.0 ** np.frexp(size.max())[1] > SCALE_MAX
+    call = Call(raw, 1, scale, none, none, None, norms, norms, 0.1, 0.0)
+    assert needs_exact(call) == (flushed or beyond)

@@ -4,7 +4,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -13,18 +12,19 @@ import numpy as np
 from numpy.typing import NDArray
 from tierd_kernels.call import Call, Result, idle
 from tierd_kernels.copying import Copying
+from tierd_kernels.floats import is_finite
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.reads import Reads, exact_heads
 
 from tierd.commands import EXACT, Attend, Row, RowResult, Tolerance
+from tierd.engine.canaries import NO_BLOCKS, Canaries
 from tierd.engine.counters import Counters
-from tierd.engine.validate import check_row, is_finite
+from tierd.engine.validate import check_row
 from tierd.errors import CertificateUnavailable, InvalidArgument, TierdError
-from tierd.residency import NAMES, Ids, Residency
+from tierd.residency import NAMES, Ids, Pinned, Residency
 from tierd.session import Quantiser, Savepoint, Session
 
 log = logging.getLogger(__name__)
-NO_BLOCKS = np.empty(0, dtype=np.int64)
 
 
 class Kernels(Quantiser, Protocol):
@@ -132,9 +132,8 @@ class Batch:
         self._kernels = kernels
         self._sessions = sessions
         self._counters = counters
-        self._canary_share = canary_share
+        self._canaries = Canaries(canary_share, seed)
         self._candidates_max = candidates_max
-        self._random = np.random.default_rng(seed)
         self._prefetch_wait_s = 0.0
 
     def run(self, jobs: list[Job], prefetch_wait_s: float, meanwhile: Callable[[], None]) -> list[Work]:
@@ -197,13 +196,9 @@ class Batch:
         return Work(session, row, call, ids)
 
     def _draw_canaries(self, num_blocks: int) -> NDArray[np.int64]:
-        """Each full block with the configured probability."""
-        if self._canary_share == 0.0 or num_blocks == 0:
-            return NO_BLOCKS
-        # How many, then which: a draw for each of 8192 blocks took 40 us.
-        count = int(self._random.binomial(num_blocks, self._canary_share))
-        self._counters.canaries += count
-        return np.sort(self._random.choice(num_blocks, count, replace=False, shuffle=False)) if count else NO_BLOCKS
+        drawn = self._canaries.draw(num_blocks)
+        self._counters.canaries += len(drawn)
+        return drawn
 
     def _launch(self, rows: Iterable[tuple[Job, Work]], meanwhile: Callable[[], None]) -> None:
         """One kernel call per geometry, with the last of which `meanwhile` goes; a job fails with its first row that has no answer."""
@@ -226,11 +221,10 @@ class Batch:
                     work.result = answer
 
     def _attend(self, layout: Layout, calls: list[Call], num_q_heads: int, meanwhile: Callable[[], None]) -> list[Result | Exception]:
-        with ExitStack() as pins:
-            pins.enter_context(self._residency.pinned(self._residency.table(layout)))
+        with Pinned(self._residency.table(layout)) as pin:
 
             def unpinned() -> None:
-                pins.close()  # a copy that replaces another comes behind what the calls read
+                pin.release()  # a copy that replaces another comes behind what the calls read
                 meanwhile()
 
             return self._kernels.attend(layout, self._residency.arenas.memory, calls, num_q_heads, unpinned)

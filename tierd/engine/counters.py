@@ -2,9 +2,15 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tierd_kernels.call import Result
+
+from tierd.compiling import compiled
+
+COUNTED = "exact", "promoted_key_blocks", "promoted_value_blocks", "skipped_blocks", "host_bytes"
 
 
 @dataclass
@@ -40,16 +46,35 @@ class Counters:
     def add(self, result: Result) -> None:
         """Count an answered row."""
         certificate = result.certificate
+        columns: list[NDArray[Any]] = [certificate[name].reshape(-1) for name in COUNTED]
+        exact, promoted, skipped, host_bytes = _sums(*columns)
         self.head_steps += certificate["exact"].size
-        self.exact_heads += int(np.count_nonzero(certificate["exact"]))
-        self.promoted_blocks += _sum(certificate["promoted_key_blocks"]) + _sum(certificate["promoted_value_blocks"])
-        self.skipped_blocks += _sum(certificate["skipped_blocks"])
-        self.host_bytes += _sum(certificate["host_bytes"])
+        self.exact_heads += exact
+        self.promoted_blocks += promoted
+        self.skipped_blocks += skipped
+        self.host_bytes += host_bytes
 
     def as_dict(self) -> dict[str, object]:
         """All of it, ready for JSON."""
         return {**vars(self), "events": dict(self.events)}
 
 
-def _sum(column: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> int:
-    return int(column.sum(dtype=np.int64))
+Counts = NDArray[np.int64]
+
+
+@compiled
+def _sums(exact: NDArray[np.bool_], keys: Counts, values: Counts, skipped: Counts, host_bytes: Counts) -> tuple[int, int, int, int]:
+    """Of a certificate's columns [n], keys and values together. Five of numpy's own took 8 us a call."""
+    e = p = s = h = 0
+    for i in range(len(exact)):
+        e += exact[i]
+        p += keys[i] + values[i]
+        s += skipped[i]
+        h += host_bytes[i]
+    return e, p, s, h
+
+
+def prepare() -> None:
+    """Compiles it, or loads it."""
+    none = np.zeros(0, np.int64)
+    _sums(np.zeros(0, np.bool_), none, none, none, none)

@@ -3,20 +3,13 @@
 Legend: Hq query heads, Hkv KV heads, n new tokens, d head dimension.
 """
 
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
+from tierd_kernels.floats import is_finite
 from tierd_kernels.layout import NUMPY_DTYPE
 
 from tierd.commands import Append, Raw, Row
 from tierd.errors import InvalidArgument
 from tierd.session import Session
-
-# Bits of types that numpy cannot test itself, or only one by one (4096 halves: 9 us, by their bits 4): those but the sign's, and what they
-# are of infinity, above which are NaNs.
-MAGNITUDE = np.uint16(0x7FFF)
-INFINITE = {"bfloat16": np.uint16(0x7F80), "float16": np.uint16(0x7C00)}
 
 
 def check_append(session: Session, request: Append | Row) -> None:
@@ -67,17 +60,9 @@ def check_length(length: int, lengths: list[int]) -> None:
         raise InvalidArgument(f"length is {length}; allowed: 0 to {max(lengths)}, what is stored")
 
 
-def is_finite(x: NDArray[Any], dtype: str) -> bool:
-    """Whether every element of a raw tensor is finite."""
-    if dtype in INFINITE:
-        return bool((x.view(np.uint16) & MAGNITUDE).max() < INFINITE[dtype])
-    return bool(np.isfinite(x).all())
-
-
 def _check_tensor(name: str, x: Raw, shape: tuple[int, str, int], dtype: str) -> None:
-    expected = f"[{shape[0]}, n, {shape[2]}]"
     if x.ndim != 3 or (x.shape[0], x.shape[2]) != (shape[0], shape[2]) or x.shape[1] < 1:
-        raise InvalidArgument(f"{name} has shape {list(x.shape)}; expected {expected} with n of at least 1")
+        raise InvalidArgument(f"{name} has shape {list(x.shape)}; expected [{shape[0]}, n, {shape[2]}] with n of at least 1")
     if x.dtype != NUMPY_DTYPE[dtype]:
         raise InvalidArgument(f"{name} is {x.dtype}; this session's {dtype} travels as {np.dtype(NUMPY_DTYPE[dtype])}")
     if not is_finite(x, dtype):

@@ -1,8 +1,8 @@
 """Where every block is, who refers to it, and what may be done with it."""
 
-from tierd.residency.blocks import BARRED, KEY, NAMES, NO_COPY, VALUE, BlockTable, Ids
+from tierd.residency.blocks import BARRED, KEY, NAMES, NO_COPY, VALUE, BlockTable, Ids, Pinned
 from tierd.residency.copies import CopyState, ScratchCopy
 from tierd.residency.machine import Residency
 from tierd.residency.places import Places
 
-__all__ = ["BARRED", "KEY", "NAMES", "NO_COPY", "VALUE", "BlockTable", "CopyState", "Ids", "Places", "Residency", "ScratchCopy"]
+__all__ = ["BARRED", "KEY", "NAMES", "NO_COPY", "VALUE", "BlockTable", "CopyState", "Ids", "Pinned", "Places", "Residency", "ScratchCopy"]

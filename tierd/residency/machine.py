@@ -23,7 +23,6 @@ scratch bytes until the copier has let go of them.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -93,16 +92,6 @@ class Residency:
         assert table.references[block] == 1 and table.hot_offset[block] >= 0
         self.drop_copies(table, np.array([block], dtype=np.int64))
         table.take_hot(block)
-
-    @contextmanager
-    def pinned(self, table: BlockTable) -> Iterator[None]:
-        """Within it, while kernels read, the table's copies stay in place and none of its blocks is freed. A pin for each block that has
-        copies took 70 us a call where 7,000 have; and a launch is all that the thread of a residency does meanwhile."""
-        table.pins += 1
-        try:
-            yield
-        finally:
-            table.pins -= 1
 
     # Copies
 

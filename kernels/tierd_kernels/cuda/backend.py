@@ -32,7 +32,6 @@ NOT_READY = 600  # cudaErrorNotReady
 ROWS_AT_ONCE = 64  # query tokens of a call handled together, at most
 CALL_ROOM = 2 * CALL.itemsize + ALIGNMENT  # of a call's numbers, of which a launch may carry twice as many as it has calls
 COUNTS = "promoted_key_blocks", "promoted_value_blocks", "skipped_blocks"
-IN_CERTIFICATE = tuple(name for name in FIELDS if name != "score_top")
 
 
 def hot_block_bytes(layout: Layout) -> int:
@@ -212,7 +211,10 @@ def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
     def joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
-    found: dict[str, NDArray[Any]] = {name: joined([x.fields[name] for x in answers]) for name in IN_CERTIFICATE}
+    found: dict[str, NDArray[Any]] = dict(answers[0].fields)
+    if len(answers) > 1:
+        found = {name: joined([x.fields[name] for x in answers]) for name in FIELDS}
+    score_top = found.pop("score_top")
     states = joined([x.states for x in answers])
     exact = states != CERTIFIED
     some_exact = bool(exact.any())
@@ -221,7 +223,7 @@ def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
         if between.size:
             found_states = sorted(set(between.tolist()))
             raise RuntimeError(f"{between.size} of {states.size} rows are neither certified nor exact: their states are {found_states}")
-        top = joined([x.fields["score_top"] for x in answers])[exact]
+        top = score_top[exact]
         if not np.all(top <= SCORE_MAX):
             raise ScoreOverflow(f"a score of {np.nanmax(top):.3g} is above {SCORE_MAX:g}, the largest that is answered")
     reads = _reads(layout, call, answers, exact)

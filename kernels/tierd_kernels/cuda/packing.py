@@ -1,7 +1,7 @@
 """A part of a call as kernels want it: its numbers, addresses and arrays, written where a launch carries them in from."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from tierd_kernels.cuda.launch import CALL, PACKED, kernels
 from tierd_kernels.cuda.memory import DeviceMemory
 from tierd_kernels.cuda.plan import INPUTS, Plan, Shape, plan, terms_of
 from tierd_kernels.cuda.sources import SPLITS_MAX
+from tierd_kernels.floats import largest_bits, least_bits
 from tierd_kernels.in_scratch import RECORDS
 from tierd_kernels.layout import Layout
 
@@ -27,14 +28,12 @@ class Part:
     call: Call
     start: int
     stop: int
+    n: int = field(init=False)
+    tokens: int = field(init=False)
 
-    @property
-    def n(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def tokens(self) -> int:
-        return self.call.num_tokens - int(self.call.q.shape[1]) + self.stop
+    def __post_init__(self) -> None:
+        self.n = self.stop - self.start
+        self.tokens = self.call.num_tokens - self.call.q.shape[1] + self.stop
 
     def full(self, layout: Layout) -> int:
         return min(len(self.call.hot_offsets), -(-self.tokens // layout.block_size))
@@ -42,7 +41,9 @@ class Part:
     def canaries(self, full: int) -> NDArray[np.int64]:
         """The call's canaries among its `full` blocks; those of the first part alone."""
         drawn = self.call.canary_blocks
-        return drawn if not len(drawn) else drawn[drawn < full] if self.start == 0 else drawn[:0]
+        if self.start:
+            return drawn[:0]
+        return drawn if full == len(self.call.hot_offsets) else drawn[drawn < full]
 
 
 def needs_exact(call: Call) -> bool:
@@ -50,14 +51,15 @@ def needs_exact(call: Call) -> bool:
     lie beyond FP32 (the queries' power of two joins the scale)."""
     if call.rtol == 0 and call.atol == 0:
         return True
-    if call.q.dtype == np.float16:
-        largest = float((call.q.view(np.uint16) & 0x7FFF).max().view(np.float16))  # by its bits: a fifth of the time
-    else:
-        bits = call.q.view(np.uint32) if call.q.dtype == np.float32 else call.q.astype(np.uint32) << 16
-        if np.any((bits & 0x7F800000 == 0) & (bits & 0x7FFFFF != 0)):
-            return True
-        largest = float(np.max(bits & 0x7FFFFFFF).view(np.float32))
-    return abs(call.softmax_scale) * 2.0 ** math.frexp(largest)[1] > SCALE_MAX
+    half = call.q.dtype == np.float16
+    if half and abs(call.softmax_scale) * 2.0**16 <= SCALE_MAX:  # which no half reaches
+        return False
+    fraction = 10 if half else 23 if call.q.dtype == np.float32 else 7  # bits
+    if not half and least_bits(call.q) < 1 << fraction:
+        return True
+    largest = largest_bits(call.q)
+    top = np.uint16(largest).view(np.float16) if half else np.uint32(largest << 23 - fraction).view(np.float32)
+    return abs(call.softmax_scale) * 2.0 ** math.frexp(top)[1] > SCALE_MAX
 
 
 def plan_of(layout: Layout, part: Part, per: int) -> Plan:

@@ -50,9 +50,9 @@ class Shape(NamedTuple):
     def rounded(self) -> "Shape":
         """Up to one that many parts share, so that a context that grows has few plans: a sixteenth more, at most."""
         full = above(self.full, 5)
-        return self._replace(
-            full=full, blocks=max(full + 1, self.blocks), groups=above(self.groups, 5), canaries=above(self.canaries, 3),
-            copies=above(self.copies, 5),
+        return Shape(
+            self.group, self.n, full, max(full + 1, self.blocks), above(self.groups, 5), self.per, above(self.canaries, 3), self.candidates,
+            above(self.copies, 5),
         )  # fmt: skip
 
 

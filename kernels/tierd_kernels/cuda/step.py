@@ -71,9 +71,8 @@ class Step:
              memory.outputs.at + outputs.take(x.plan.sizes[ANSWERS])) for x in packed
         ]  # fmt: skip
         self.answers_end = outputs.used
-        self.calls = memory.inputs.view(self.at, (calls_most,), CALL)
         if number < calls_most:
-            self.calls[number:] = np.zeros((), CALL)
+            memory.inputs.view(self.at, (calls_most,), CALL)[number:] = np.zeros((), CALL)
         # A few KB, which their kernel writes over the link by itself.
         late = [memory.outputs.host_at + outputs.take(x.plan.sizes[LATE]) for x in packed]
         asked = [memory.outputs.at + outputs.take(x.plan.sizes[ASKED]) for x in packed]
