@@ -88,7 +88,7 @@ def policy_us(candidates: int, rounds: int = 30) -> float:
     for step in range(rounds):
         began = time.perf_counter()
         for layer in range(LAYERS):
-            if policy.looks_at(step + layer, misses=0):
+            if policy.looks_at(step + layer, needs=0, misses=0):
                 policy.choose(Snapshot(ids[layer], NO_READS, reads[0], reads[1], exact, *picked[layer], notes, FIRST_STEP + step))
         times.append(1e6 * (time.perf_counter() - began))
     return float(np.median(times))

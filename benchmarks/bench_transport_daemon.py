@@ -31,7 +31,7 @@ class NullKernels:
     reserve = staticmethod(host.reserve)
     prepare = staticmethod(host.prepare)
     hot_block_bytes = staticmethod(host.hot_block_bytes)
-    copy_to_scratch = staticmethod(host.copy_to_scratch)
+    begin_copies = staticmethod(host.begin_copies)
 
     def limit_threads(self, count: int) -> None:
         pass

@@ -1,7 +1,7 @@
-"""Carries out copies from originals to scratch, in the background. It makes no choices."""
+"""Has records copied from originals to scratch, in the background. It makes no choices."""
 
 import logging
-import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,117 +9,106 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from tierd_kernels.copying import Copying
 
 log = logging.getLogger(__name__)
-# (sources, targets, nbytes): n byte offsets each -> the bytes that arrived [n, nbytes]
-Copier = Callable[[NDArray[np.int64], NDArray[np.int64], int], NDArray[np.uint8]]
+Ints = NDArray[np.int64]
+# (sources, targets, nbytes): n byte offsets each -> copies of the first of them, at least one. Only once those begun before are done.
+Begin = Callable[[Ints, Ints, int], Copying]
 
 
 class CopyOrders(NamedTuple):
     """Copy `nbytes` from each of `sources` in the originals to its of `targets` in scratch (byte offsets, int64 [n]). `ids` int64 [n]."""
 
-    ids: NDArray[np.int64]
-    sources: NDArray[np.int64]
-    targets: NDArray[np.int64]
+    ids: Ints
+    sources: Ints
+    targets: Ints
     nbytes: int
 
 
 class CopiesDone(NamedTuple):
     """The bytes that arrived hash (xxh3, 64 bit) to `digests` [n]; None: the copies failed."""
 
-    ids: NDArray[np.int64]
+    ids: Ints
     digests: NDArray[np.uint64] | None
 
 
 class Migrator:
-    """At most `limit` copies wait or run; those of one size that wait together are one call of `copier`, and fail together.
+    """At most `limit` copies wait or are under way. Those under way were begun together, and fail together. Owned by the engine's thread: a
+    thread that waited for the device and hashed took the interpreter's lock from the engine's for 85 us a call."""
 
-    Until `start` is called there is no thread, and `poll` does the copying itself.
-    """
-
-    def __init__(self, copier: Copier, limit: int) -> None:
-        self._copier = copier
+    def __init__(self, begin: Begin, limit: int) -> None:
+        self._begin = begin
         self._limit = limit
-        lock = threading.Lock()
-        self._wake, self._finished = threading.Condition(lock), threading.Condition(lock)
         self._orders: deque[CopyOrders] = deque()
+        self._under_way: tuple[Ints, Copying] | None = None  # with their ids
         self._done: list[CopiesDone] = []
         self._outstanding = 0
-        self._stopping = False
-        self._thread: threading.Thread | None = None
 
     @property
     def room(self) -> int:
         """How many more copies `submit` takes now."""
         return self._limit - self._outstanding
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether there are copies that `poll` has not reported."""
+        return self._outstanding > 0
+
     def submit(self, orders: CopyOrders) -> None:
-        """Queue copies, no more than `room`. The ranges must stay reserved until `poll` has reported them."""
-        with self._wake:
-            assert len(orders.ids) <= self.room
-            self._orders.append(orders)
-            self._outstanding += len(orders.ids)
-            self._wake.notify()
+        """Copies, no more than `room`, that begin as soon as none are under way. The ranges must stay reserved until `poll` has reported
+        them."""
+        assert len(orders.ids) <= self.room
+        self._orders.append(orders)
+        self._outstanding += len(orders.ids)
+        self._go_on()
 
     def poll(self) -> list[CopiesDone]:
-        """Copies finished since the last poll."""
-        if not self._outstanding:
-            return []
-        while self._thread is None and self._orders:
-            self._copy(self._next())
-        with self._wake:
-            done, self._done = self._done, []
-            self._outstanding -= sum(len(each.ids) for each in done)
+        """Copies finished since the last poll; begins those that wait."""
+        while self._under_way is not None:
+            ids, copying = self._under_way
+            try:
+                if not copying.done():
+                    break
+                digests = np.array([xxhash.xxh3_64_intdigest(record.data) for record in copying.arrived], np.uint64)
+                self._done.append(CopiesDone(ids, digests))
+            except Exception as error:
+                self._fail(ids, error)
+            self._under_way = None
+            self._go_on()
+        done, self._done = self._done, []
+        self._outstanding -= sum(len(each.ids) for each in done)
         return done
 
     def wait(self, timeout_s: float) -> bool:
-        """Until something is finished that `poll` has not reported; False: nothing was, for so long. Without a thread it does not wait."""
-        with self._wake:
-            if self._thread is None:
-                return bool(self._orders or self._done)
-            return self._finished.wait_for(lambda: bool(self._done), timeout_s)
+        """Until something is finished that `poll` has not reported; False: nothing was, for so long."""
+        end_s = time.perf_counter() + timeout_s
+        while self._under_way is not None and not self._done:
+            try:
+                if self._under_way[1].done():
+                    return True
+            except Exception:
+                return True  # `poll` meets it again, and tells
+            if time.perf_counter() > end_s:
+                return False
+            time.sleep(0)  # others may have the interpreter's lock
+        return bool(self._done)
 
-    def start(self) -> None:
-        """Copy on a thread of its own from now on."""
-        assert self._thread is None
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="tierd-migrator", daemon=True)
-        self._thread.start()
+    def _go_on(self) -> None:
+        """Begins what waits, if nothing is under way."""
+        while self._under_way is None and self._orders:
+            ids, sources, targets, nbytes = self._orders.popleft()
+            try:
+                copying = self._begin(sources, targets, nbytes)
+            except Exception as error:
+                self._fail(ids, error)
+                continue
+            count = len(copying.arrived)
+            if count < len(ids):
+                self._orders.appendleft(CopyOrders(ids[count:], sources[count:], targets[count:], nbytes))
+            self._under_way = ids[:count], copying
 
-    def stop(self) -> None:
-        """Finish what is queued and end the thread; `poll` still reports it."""
-        if self._thread is not None:
-            with self._wake:
-                self._stopping = True
-                self._wake.notify()
-            self._thread.join()
-            self._thread = None
-
-    def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not self._orders and not self._stopping:
-                    self._wake.wait()
-                if not self._orders:
-                    return
-                orders = self._next()
-            self._copy(orders)
-
-    def _next(self) -> CopyOrders:
-        """Takes the orders at the front that are of one size."""
-        orders = [self._orders.popleft()]
-        while self._orders and self._orders[0].nbytes == orders[0].nbytes:
-            orders.append(self._orders.popleft())
-        ids, sources, targets = (np.concatenate(columns) for columns in list(zip(*orders, strict=True))[:3])
-        return CopyOrders(ids, sources, targets, orders[0].nbytes)
-
-    def _copy(self, orders: CopyOrders) -> None:
-        digests: NDArray[np.uint64] | None = None
-        try:
-            arrived = self._copier(orders.sources, orders.targets, orders.nbytes)
-            digests = np.array([xxhash.xxh3_64_intdigest(record.data) for record in arrived], np.uint64)
-        except Exception as error:  # whoever waits for the copies must hear of their end, and the thread must go on
-            log.warning("%d copies to scratch failed: %s", len(orders.ids), error)
-        with self._wake:
-            self._done.append(CopiesDone(orders.ids, digests))
-            self._finished.notify()
+    def _fail(self, ids: Ints, error: Exception) -> None:
+        """Whoever waits for the copies must hear of their end."""
+        log.warning("%d copies to scratch failed: %s", len(ids), error)
+        self._done.append(CopiesDone(ids, None))

@@ -82,14 +82,14 @@ def tell_candidates(script: Script, calls: int, heads: int, group: int) -> None:
         scores[:, head, : len(both)] = np.where(order < len(promoted), 1.0, 0.05)
 
 
-def gather(source: int, target: int, source_at: NDArray[np.int64], target_at: NDArray[np.int64], nbytes: int) -> None:
-    """Copies records, as the kernel of that name; other threads run meanwhile, as they do while a device copies."""
-    size = int(nbytes)
-    sides = [at(base, (int(offsets.max()) + size,), np.uint8) for base, offsets in ((source, source_at), (target, target_at))]
-    _gather(*sides, np.asarray(source_at), np.asarray(target_at), size)
+def gather(count: int, source: int, target: int, source_at: int, target_at: int, nbytes: int) -> None:
+    """Copies records, as the kernel of that name."""
+    offsets, size = [at(address, (count,), np.int64) for address in (source_at, target_at)], int(nbytes)
+    sides = [at(base, (int(own.max()) + size,), np.uint8) for base, own in zip((source, target), offsets, strict=True)]
+    _gather(*sides, *offsets, size)
 
 
-@numba.njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(cache=True)  # type: ignore[untyped-decorator]
 def _gather(
     source: NDArray[np.uint8], target: NDArray[np.uint8], source_at: NDArray[np.int64], target_at: NDArray[np.int64], nbytes: int
 ) -> None:
@@ -105,7 +105,7 @@ class Kernels:
         self._known: dict[str, Callable[..., None]] = dict.fromkeys(QUIET, lambda *args: None) | {
             "dense": lambda grid, *args: answer(script, *map(int, args[:3])),
             "candidates": lambda grid, *args: tell_candidates(script, *map(int, args[:3])),
-            "gather": lambda grid, *args: gather(*args),
+            "gather": lambda grid, *args: gather(grid[0], *args),
             "quantise": lambda grid, *args: args[4].fill(1.0),
             "gram": lambda grid, source, before, out, facts, rows: at(facts, (2 * grid[0] * grid[1],), np.float64).fill(0.0),
         }

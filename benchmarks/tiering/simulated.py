@@ -98,7 +98,7 @@ class Replay:
             self._notes["worth"] *= factor
             for shelf in self._shelves:
                 shelf.rescale(factor)
-        if not self._policy.looks_at(t + layer, count):
+        if not self._policy.looks_at(t + layer, int(needed.sum()), count):
             return
         candidates, scores = largest(near(self._steps.shares[t, layer, :, :blocks], needed), CANDIDATES_MAX)
         exact = np.zeros(needed.shape[2], bool)

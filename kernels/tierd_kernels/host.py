@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd_kernels.copying import Copying, at_once
 from tierd_kernels.errors import DeviceUnavailable
 from tierd_kernels.layout import ALIGNMENT, Layout, Memory
 
@@ -27,14 +28,13 @@ def hot_block_bytes(layout: Layout) -> int:
     return layout.hot_block_bytes
 
 
-def copy_to_scratch(
-    memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int
-) -> NDArray[np.uint8]:  # fmt: skip
-    """Copies n records of `nbytes` from `sources` in the originals to `targets` in scratch (byte offsets, int64 [n]); returns what then
-    lies there, uint8 [n, nbytes]."""
-    for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+def begin_copies(memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int) -> Copying:
+    """Copies n records of `nbytes` from `sources` in the originals to `targets` in scratch (byte offsets, int64 [n])."""
+    arrived = np.empty((len(sources), nbytes), np.uint8)
+    for i, (source, target) in enumerate(zip(sources.tolist(), targets.tolist(), strict=True)):
         memory.scratch[target : target + nbytes] = memory.originals[source : source + nbytes]
-    return np.asarray(memory.scratch[targets[:, None] + np.arange(nbytes)])
+        arrived[i] = memory.scratch[target : target + nbytes]
+    return at_once(arrived)
 
 
 def _aligned(nbytes: int) -> NDArray[np.uint8]:

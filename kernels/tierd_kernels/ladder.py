@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from tierd_kernels.call import Call, Result, idle
-from tierd_kernels.host import copy_to_scratch, hot_block_bytes, prepare, reserve
+from tierd_kernels.host import begin_copies, hot_block_bytes, prepare, reserve
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.quantise.cpu import group_norms, quantise_blocks
 from tierd_kernels.select.candidates import joined
@@ -70,7 +70,7 @@ __all__ = [
     "Call",
     "Result",
     "attend",
-    "copy_to_scratch",
+    "begin_copies",
     "group_norms",
     "hot_block_bytes",
     "limit_threads",

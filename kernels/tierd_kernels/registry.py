@@ -1,4 +1,4 @@
-"""The backends: modules with `reserve`, `prepare`, `hot_block_bytes`, `copy_to_scratch`, `quantise_blocks`, `group_norms`, `attend` and
+"""The backends: modules with `reserve`, `prepare`, `hot_block_bytes`, `begin_copies`, `quantise_blocks`, `group_norms`, `attend` and
 `limit_threads`, as `ladder` has them."""
 
 import importlib

@@ -237,7 +237,7 @@ def test_the_end_of_a_connection_closes_its_sessions(connecting: Any, client_dae
 
 
 def engines() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name in ("tierd-engine", "tierd-migrator")}
+    return {thread for thread in threading.enumerate() if thread.name == "tierd-engine"}
 
 
 def test_the_engine_in_this_process_ends_with_its_connection(connecting: Any) -> None:

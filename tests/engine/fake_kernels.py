@@ -11,6 +11,7 @@ import xxhash
 from numpy.typing import NDArray
 from tierd_kernels import host
 from tierd_kernels.call import Call, Result
+from tierd_kernels.copying import Copying
 from tierd_kernels.kvview import narrow, widen
 from tierd_kernels.layout import NUMPY_DTYPE, Layout, Memory
 from tierd_kernels.select.candidates import largest
@@ -47,7 +48,7 @@ class FakeKernels:
     are exact, read originals alone and draw no canaries.
 
     `faults` are raised, one a launch; a ValueError is returned for the launch's first call instead. `quantise_faults` are raised
-    after the hot records were written, `copy_faults` after the copy was, `prepare_faults` before anything is. `unkept` returns a bound
+    after the hot records were written, `copy_faults` after the copies were, `prepare_faults` before anything is. `unkept` returns a bound
     above its budget. A hot block is `hot_padding` bytes larger than the CPU's.
     """
 
@@ -73,11 +74,11 @@ class FakeKernels:
     def hot_block_bytes(self, layout: Layout) -> int:
         return layout.hot_block_bytes + self.hot_padding
 
-    def copy_to_scratch(self, memory: Memory, sources: Offsets, targets: Offsets, nbytes: int) -> NDArray[np.uint8]:
-        arrived = host.copy_to_scratch(memory, sources, targets, nbytes)
+    def begin_copies(self, memory: Memory, sources: Offsets, targets: Offsets, nbytes: int) -> Copying:
+        copying = host.begin_copies(memory, sources, targets, nbytes)
         if self.copy_faults:
             raise self.copy_faults.pop()
-        return arrived
+        return copying
 
     def limit_threads(self, count: int) -> None:
         pass

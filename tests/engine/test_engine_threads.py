@@ -42,7 +42,7 @@ def test_the_engines_thread_limits_the_kernels_and_no_other() -> None:
 
 
 def no_threads_left() -> bool:
-    return not any(thread.name in ("tierd-engine", "tierd-migrator") for thread in threading.enumerate())
+    return not any(thread.name == "tierd-engine" for thread in threading.enumerate())
 
 
 def test_workers_on_many_threads_get_their_own_answers() -> None:

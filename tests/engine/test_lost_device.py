@@ -83,16 +83,16 @@ def test_an_answer_that_was_computed_while_the_device_was_lost_is_withheld() -> 
     name = bench.opened(tokens=40)
     device = bench.engine._device
 
-    def copy() -> None:  # as the migrator's thread does, in the midst of a launch
+    def copy() -> None:  # as tiering does, in the midst of a launch
         bench.kernels.copy_faults = [FAULT]
         with pytest.raises(Unavailable):
-            device.copy_to_scratch(bench.engine.residency.arenas.memory, NOWHERE, NOWHERE, 64)
+            device.begin_copies(bench.engine.residency.arenas.memory, NOWHERE, NOWHERE, 64)
 
     bench.kernels.during = copy
     assert lost(bench.run(bench.attend(name))[0])
 
 
-def test_a_copier_that_loses_the_device_lives_to_say_so() -> None:
+def test_an_engine_that_loses_the_device_over_a_copy_lives_to_say_so() -> None:
     bench = Bench()
     name = bench.opened(tokens=40)
     bench.kernels.copy_faults = [FAULT]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from engine_calls import CONFIG, EXACT, GEOMETRY, LOOSE, RECORD_BYTES, Bench
 from oracle import check_reply
+from tierd_kernels.copying import Copying
 from tierd_kernels.policy import Budget
 
 from tierd.commands import Append, Attend, CloseSession, Fork, Geometry, OpenSession, Row, Tolerance, Truncate
@@ -45,7 +46,7 @@ def test_what_was_read_from_the_host_is_read_from_scratch_next() -> None:
     assert scratch_used(bench) == RECORDS * RECORD_BYTES
 
 
-def test_a_call_that_wants_no_copies_does_not_wake_the_copier(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_that_wants_no_copies_does_not_bother_the_migrator(monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
     tail, cached = bench.opened(tokens=10), bench.opened(tokens=64)
     bench.run(bench.attend(cached))
@@ -158,21 +159,19 @@ def test_a_block_that_goes_while_it_is_being_copied_takes_its_copies_along(drop:
 def test_a_copy_that_arrives_changed_is_made_once_more_and_then_never_again() -> None:
     bench = Bench()
     name = bench.opened(tokens=64)
-    bench.run(bench.append(name, 20, layer=1))
-    residency, launches = bench.engine.residency, bench.kernels.launches
+    residency, begin = bench.engine.residency, bench.kernels.begin_copies
 
-    def corrupt_in_the_second_launch() -> None:
-        if len(launches) == 2:
-            residency.arenas.memory.originals[next(residency.copies()).source] ^= 1
+    def spoiled(*arguments: Any) -> Copying:
+        copying, sources = begin(*arguments), arguments[1]
+        copying.arrived[sources == residency.tables[GEOMETRY.layout()].offsets_of(0, 0, 0), 0] ^= 1
+        return copying
 
-    bench.kernels.during = corrupt_in_the_second_launch
-    other = Attend([Row(name, 1, bench.numbers(4, 1))], worker="w")
-    bench.run(bench.attend(name), other)
+    bench.kernels.begin_copies = spoiled
+    bench.run(bench.attend(name))
     assert bench.engine.counters.events["corrupt_copy"] == 1
-    assert next(residency.copies()).state is CopyState.IN_FLIGHT and residency.num_copies == RECORDS + 4
+    assert next(residency.copies()).state is CopyState.IN_FLIGHT and residency.num_copies == RECORDS
     bench.run()
-    assert bench.engine.counters.events["corrupt_copy"] == 2 and residency.num_copies == RECORDS - 1 + 4
-    residency.arenas.memory.originals[residency.tables[GEOMETRY.layout()].offsets_of(0, 0, 0)] ^= 1
+    assert bench.engine.counters.events["corrupt_copy"] == 2 and residency.num_copies == RECORDS - 1
     counts(bench)
     assert len(bench.run(bench.attend(name), bench.attend(name))) == 2
     assert counts(bench) == (2 * (RECORDS - 1), 2, 0, 0), "it is read from the host and not copied again"

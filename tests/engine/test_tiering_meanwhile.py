@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from engine_calls import CONFIG, RECORD_BYTES, Bench
-from numpy.typing import NDArray
+from tierd_kernels.copying import Copying
 
 from tierd.commands import Attend, CloseSession, Row, Truncate
 from tierd.engine import EngineConfig
@@ -114,13 +114,13 @@ def test_a_fault_in_tiering_costs_no_answer() -> None:
 def test_an_engine_that_gets_no_further_call_does_it_by_itself() -> None:
     bench, copied = Device(), threading.Event()
     name = bench.opened(tokens=64)
-    copy = bench.kernels.copy_to_scratch
+    begin = bench.kernels.begin_copies
 
-    def told(*arguments: Any) -> NDArray[Any]:
+    def told(*arguments: Any) -> Copying:
         copied.set()
-        return copy(*arguments)
+        return begin(*arguments)
 
-    bench.kernels.copy_to_scratch = told
+    bench.kernels.begin_copies = told
     bench.engine.start()
     assert len(bench.engine.submit(Attend([Row(name, 0, bench.numbers(4, 1))], worker="w")).result(WAIT_S)) == 1
     assert copied.wait(WAIT_S)

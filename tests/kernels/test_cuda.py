@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from oracle import check_reply, exact_numbers
 from stored import GROUP, Cache
 from tierd_kernels.call import Call, Result
+from tierd_kernels.copying import Copying
 from tierd_kernels.cuda.record import OFFSET_NORM, Record, encode
 from tierd_kernels.errors import DeviceUnavailable, ScoreOverflow
 from tierd_kernels.in_scratch import UNIT, InScratch
@@ -95,15 +96,27 @@ def all_in_scratch(layout: Layout, originals: NDArray[np.int64]) -> InScratch | 
     return InScratch.of(~layout.own_locations(originals))
 
 
+def copy_to_scratch(cache: Cache, at: NDArray[np.int64]) -> None:
+    """These records' originals, to the same offsets; asserts that they arrive."""
+    from tierd_kernels.cuda import backend
+
+    nbytes = cache.layout.original_record_bytes
+    while len(at):
+        copying = backend.begin_copies(cache.memory, at, at, nbytes)
+        while not copying.done():
+            pass
+        count = len(copying.arrived)
+        assert count and np.array_equal(copying.arrived, cache.memory.originals[at[:count, None] + np.arange(nbytes)])
+        at = at[count:]
+
+
 def in_scratch(cache: Cache, call: Call) -> Call:
     """The same call, every second record read from scratch."""
-    from tierd_kernels.cuda import backend
 
     locations = cache.layout.own_locations(call.original_offsets[: len(call.hot_offsets)])
     here = np.indices(locations.shape[1:]).sum(axis=0) % 2 == 0
     at = ~locations[:, here].ravel()
-    arrived = backend.copy_to_scratch(cache.memory, at, at, cache.layout.original_record_bytes)
-    assert np.array_equal(arrived, cache.memory.originals[at[:, None] + np.arange(cache.layout.original_record_bytes)])
+    copy_to_scratch(cache, at)
     locations[:, here] = ~locations[:, here]
     call.in_scratch = InScratch.of(locations)
     return call
@@ -232,7 +245,6 @@ def test_every_answer_keeps_its_promise(layout: Layout, query_heads: int, n: int
 
 
 def test_calls_of_different_lengths_in_one_launch_answer_as_alone() -> None:
-    from tierd_kernels.cuda import backend
     from tierd_kernels.cuda.packing import Part
     from tierd_kernels.cuda.step import Step
 
@@ -242,7 +254,7 @@ def test_calls_of_different_lengths_in_one_launch_answer_as_alone() -> None:
     k, v, q = draw(layout, 5000, 8, 5, "diffuse", 5)
     cache = store(layout, k, v)
     every = ~layout.own_locations(cache.originals[: len(cache.hot)]).ravel()
-    backend.copy_to_scratch(cache.memory, every, every, layout.original_record_bytes)
+    copy_to_scratch(cache, every)
     parts = []
     for i, (tokens, n) in enumerate(shapes):
         call = cache.call(q[:, :n], (0.0, 0.01, 0.05)[i % 3], Budget())
@@ -316,16 +328,18 @@ def test_copies_that_begin_meanwhile_come_behind_all_steps_of_a_launch(monkeypat
     call = in_scratch(cache, cache.call(q, 1e-3, Budget()))
     before, again = backend.attend(layout, memory, [call, call], 3)
     assert call.in_scratch is not None
-    at, begun = call.in_scratch.places.astype(np.int64) * UNIT, list[int]()
+    at, begun = call.in_scratch.places.astype(np.int64) * UNIT, list[Copying]()
 
     def meanwhile() -> None:
-        begun.append(len(at))
-        backend.copy_to_scratch(memory, np.roll(at, 1), at, layout.original_record_bytes)
+        begun.append(backend.begin_copies(memory, np.roll(at, 1), at, layout.original_record_bytes))
 
     monkeypatch.setattr(backend, "_batches", lambda memory, waiting: [[x] for x in waiting])
     steps = backend.attend(layout, memory, [call, call], 3, meanwhile)
     assert isinstance(before, Result) and isinstance(again, Result) and before.key_reads.any()
-    assert begun == [len(at)] and all(isinstance(x, Result) and np.array_equal(x.output, before.output) for x in steps)
+    (copying,) = begun
+    assert len(copying.arrived) == len(at) and all(isinstance(x, Result) and np.array_equal(x.output, before.output) for x in steps)
+    while not copying.done():
+        pass
     (after,) = backend.attend(layout, memory, [call], 3)
     assert isinstance(after, Result) and not np.array_equal(after.output, before.output)
     assert device.real() or memory.copier.waited[-1] is memory.answered  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ from tierd_kernels.layout import ALIGNMENT
 
 from tierd.config import Settings
 
-OPERATIONS = ("reserve", "prepare", "hot_block_bytes", "copy_to_scratch", "quantise_blocks", "group_norms", "attend", "limit_threads")
+OPERATIONS = ("reserve", "prepare", "hot_block_bytes", "begin_copies", "quantise_blocks", "group_norms", "attend", "limit_threads")
 SIZES = (1 << 12, 1 << 11, 1 << 13)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 from tierd_kernels.call import Call, Result, idle
+from tierd_kernels.copying import Copying
 from tierd_kernels.in_scratch import InScratch
 from tierd_kernels.layout import Layout, Memory
 
@@ -45,10 +46,8 @@ class Kernels(Quantiser, Protocol):
         """What the backend's quantised form of one block, all KV heads, takes in the hot arena."""
         ...
 
-    def copy_to_scratch(
-        self, memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int
-    ) -> NDArray[np.uint8]:
-        """Copies from originals to scratch (byte offsets), on the migrator's thread; returns the bytes as they arrived there."""
+    def begin_copies(self, memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int) -> Copying:
+        """Begins copies from originals to scratch (byte offsets [n]), of the first records at least, once those begun before are done."""
         ...
 
     def attend(

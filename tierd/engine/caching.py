@@ -35,6 +35,10 @@ class _Wish:
     def left(self) -> int:
         return len(self.choice.records) - self.at
 
+    def end(self) -> None:
+        """Nothing more is copied."""
+        self.at = len(self.choice.records)
+
 
 class ScratchCache:
     """Owned by the engine's thread. `sessions`: those that are open."""
@@ -95,7 +99,7 @@ class ScratchCache:
                     del self._under_way[asker.family, asker.layer]  # families come and go
 
     def _submit(self, ids: Ids) -> int:
-        """Gives copies in flight to the copier; returns their bytes."""
+        """Gives copies in flight to the migrator; returns their bytes."""
         sources, targets, nbytes = self._residency.ways(ids)
         for size in np.unique(nbytes).tolist():
             some = nbytes == size
@@ -120,15 +124,15 @@ class ScratchCache:
         self._advance(works)
         wishes = []
         for work in works:
-            misses = self._count(work)
+            needs, misses = self._count(work)
             state = work.session.layers[work.row.layer]
             state.calls += 1
-            if self._policy.looks_at(state.calls + work.row.layer, misses):
+            if self._policy.looks_at(state.calls + work.row.layer, needs, misses):
                 wishes.append(_Wish(work, self._policy.choose(self._snapshot(work))))
                 self._scratch.gain(wishes[-1].choice)
         self._link.refill(self._clock.now(), self._active)
         begun = self._start(wishes)
-        if len(begun):  # or the copier would be woken by every call, to contend with the caller that has its answer now
+        if len(begun):
             self._submit(begun)
 
     def status(self) -> dict[str, Any]:
@@ -157,11 +161,11 @@ class ScratchCache:
                 table.notes["worth"] *= factor
             self._scratch.rescale(factor)
 
-    def _count(self, work: Work) -> int:
-        """Returns how many originals were read from the host."""
+    def _count(self, work: Work) -> tuple[int, int]:
+        """Returns how many originals were read, and how many of them from the host."""
         table, nbytes = work.session.table, work.session.layout.original_record_bytes
         if not len(work.reads.kind):
-            return 0
+            return 0, 0
         kind, index, head = work.reads.where(~work.from_host)
         table.used[kind, work.ids[index], head] = True
         hits, misses = len(kind), int(np.count_nonzero(work.from_host))
@@ -171,7 +175,7 @@ class ScratchCache:
         self._counters.demand_bytes += misses * nbytes
         self._link.read(misses * nbytes)
         self._note(work, hits=hits, misses=misses, late=work.late_records, demand_bytes=misses * nbytes)
-        return misses
+        return hits + misses, misses
 
     def _note(self, work: Work, **amounts: int) -> None:
         session = work.session
@@ -192,11 +196,12 @@ class ScratchCache:
         """Begins copies, the best of each row in turn, until room, link or scratch is used up, and notes for whom; returns their ids."""
         begun: list[Ids] = []
         full: set[tuple[str, int]] = set()  # sessions and kinds for which no room can be made: what follows is worth less
-        while wishes:
-            wishes = [wish for wish in wishes if wish.left and self._may_start(wish.work, sum(map(len, begun)))]
-            parts = [max(1, self._may_start(wish.work, sum(map(len, begun))) // len(wishes)) for wish in wishes]
-            for wish, part in zip(wishes, parts, strict=True):
-                begun += self._begin(wish, min(part, self._may_start(wish.work, sum(map(len, begun)))), full)
+        while wishes := [wish for wish in wishes if wish.left]:
+            for number, wish in enumerate(wishes):
+                if room := self._may_start(wish.work, sum(map(len, begun))):
+                    begun += self._begin(wish, -(-room // (len(wishes) - number)), full)
+                else:
+                    wish.end()
         return np.concatenate([NO_COPIES, *begun])
 
     def _may_start(self, work: Work, begun: int) -> int:

@@ -1,7 +1,6 @@
 """Stands between the engine and its backend, and lets nothing through once the device is lost."""
 
 import logging
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
@@ -10,6 +9,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from tierd_kernels.call import Call, Result
+from tierd_kernels.copying import Copying
 from tierd_kernels.errors import DeviceLost
 from tierd_kernels.layout import Layout, Memory
 
@@ -21,15 +21,14 @@ T = TypeVar("T")
 
 
 class Device:
-    """`kernels`, until one of them raises DeviceLost; from then on Unavailable, naming that fault, on every thread.
+    """`kernels`, until one of them raises DeviceLost; from then on Unavailable, naming that fault. Called from one thread, but for `check`.
 
-    `lost` is completed with the fault's text, once, on the thread that met it.
+    `lost` is completed with the fault's text, once.
     """
 
     def __init__(self, backend: str, kernels: Kernels) -> None:
         self._backend = backend
         self._kernels = kernels
-        self._losing = threading.Lock()  # engine and migrator may meet the fault at the same time
         self.lost: Future[str] = Future()
 
     def check(self) -> None:
@@ -49,10 +48,9 @@ class Device:
     def limit_threads(self, count: int) -> None:
         self._kernels.limit_threads(count)
 
-    def copy_to_scratch(
-        self, memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int
-    ) -> NDArray[np.uint8]:
-        return self._guarded(lambda: self._kernels.copy_to_scratch(memory, sources, targets, nbytes))
+    def begin_copies(self, memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int) -> Copying:
+        copying = self._guarded(lambda: self._kernels.begin_copies(memory, sources, targets, nbytes))
+        return copying._replace(done=partial(self._guarded, copying.done))
 
     def quantise_blocks(
         self, layout: Layout, memory: Memory, original_offsets: NDArray[np.int64], hot_offsets: NDArray[np.int64]
@@ -80,13 +78,12 @@ class Device:
         except DeviceLost as error:
             self._lose(error)
         else:
-            self.check()  # the other thread may have lost it meanwhile: then this answer is not to be trusted either
+            self.check()  # what ran meanwhile may have lost it: then this answer is not to be trusted either
             return answer
         raise Unavailable(self.lost.result())
 
     def _lose(self, error: DeviceLost) -> None:
-        with self._losing:
-            if not self.lost.done():
-                reason = f"the device of the {self._backend} backend is lost, and with it what was cached: {error}; restart the daemon"
-                log.critical("%s", reason)
-                self.lost.set_result(reason)
+        if not self.lost.done():
+            reason = f"the device of the {self._backend} backend is lost, and with it what was cached: {error}; restart the daemon"
+            log.critical("%s", reason)
+            self.lost.set_result(reason)

@@ -60,7 +60,7 @@ class Engine:
     """All sessions and pools of one daemon. `kernels` None: those of the configured backend. `seed`: of the canaries' draw.
     Raises Unavailable, naming cause and remedy, if the backend cannot start. `backend` is the name of the one that runs.
 
-    Without `start` there are no threads: `run_once` does everything on the caller's.
+    Without `start` there is no thread: `run_once` does everything on the caller's.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Engine:
         self.residency = Residency(Arenas(memory, config.scratch_key_share), device.hot_block_bytes)
         self._leases = Leases(self._clock, config.lease_s or None)
         self.sessions = Sessions(config, self.residency, device, self._leases)
-        self._migrator = Migrator(partial(device.copy_to_scratch, memory), max(1, config.migrations_max))
+        self._migrator = Migrator(partial(device.begin_copies, memory), max(1, config.migrations_max))
         self._cache = ScratchCache(config, self.residency, self._migrator, self.counters, self.sessions.by_id, self._clock)
         self._batch = Batch(
             self.residency, device, self.sessions.by_id, self.counters, config.canary_share, self._cache.candidates_max, seed
@@ -161,14 +161,13 @@ class Engine:
         return len(drained) + num_asked
 
     def start(self) -> None:
-        """Run the loop, and the copier, on threads of their own."""
+        """Run the loop on a thread of its own."""
         assert self._thread is None and not self._stopping
-        self._migrator.start()
         self._thread = threading.Thread(target=self._run, name="tierd-engine", daemon=True)
         self._thread.start()
 
     def stop(self, grace_s: float) -> None:
-        """Refuse new commands, answer waiting ones for at most `grace_s` seconds, fail the rest; ends all threads."""
+        """Refuse new commands, answer waiting ones for at most `grace_s` seconds, fail the rest; ends the thread."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -186,9 +185,9 @@ class Engine:
             self._thread.join()
             self._thread = None
         self._tier()
-        self._migrator.stop()
-        while self.residency.num_in_flight:  # what failed is tried once more
-            self._cache.collect()
+        while self._migrator.is_busy:
+            self._migrator.wait(IDLE_TICK_S)
+            self._cache.collect()  # what failed is tried once more
 
     def status(self) -> dict[str, Any]:
         """Numbers for people and monitors. Call it through a `Status` command where the engine has a thread."""
@@ -225,7 +224,7 @@ class Engine:
         while True:
             with self._wake:
                 if not self._queue and not self._asked and not self._stopping:
-                    self._wake.wait(LINGER_S if self._cache.is_behind else IDLE_TICK_S)
+                    self._wake.wait(LINGER_S if self._cache.is_behind or self._migrator.is_busy else IDLE_TICK_S)
                 if not self._queue and not self._asked and self._stopping:
                     return
             try:

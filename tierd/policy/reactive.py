@@ -11,7 +11,7 @@ class Nothing:
     name = "none"
     wants_candidates = False
 
-    def looks_at(self, turn: int, misses: int) -> bool:
+    def looks_at(self, turn: int, needs: int, misses: int) -> bool:
         return False
 
     def choose(self, snapshot: Snapshot) -> Choice:
@@ -27,7 +27,7 @@ class Reactive:
     name = "reactive"
     wants_candidates = False
 
-    def looks_at(self, turn: int, misses: int) -> bool:
+    def looks_at(self, turn: int, needs: int, misses: int) -> bool:
         return True
 
     def choose(self, snapshot: Snapshot) -> Choice:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Ids = NDArray[np.int64]
 Worths = NDArray[np.float64]
 NONE = -1  # in `copy_id`: no copy, and one may be made
-FIRST_STEP = 4.0  # a note that is all zeros is never a recent one
+FIRST_STEP = 8.0  # a note that is all zeros is never a recent one
 
 
 class Snapshot(NamedTuple):
@@ -59,9 +59,9 @@ class Policy(Protocol):
     name: str
     wants_candidates: bool
 
-    def looks_at(self, turn: int, misses: int) -> bool:
-        """Whether it is to be shown a call that read `misses` originals from the host. `turn`: rises by one with each call of a layer, and
-        differs between neighbouring layers."""
+    def looks_at(self, turn: int, needs: int, misses: int) -> bool:
+        """Whether it is to be shown a call that needed so many originals and read `misses` of them from the host. `turn`: rises by one with
+        each call of a layer, and differs between neighbouring layers."""
         ...
 
     def choose(self, snapshot: Snapshot) -> Choice:

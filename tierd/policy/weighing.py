@@ -14,7 +14,7 @@ from tierd.notes import NOTE
 from tierd.policy.snapshot import NO_READS, NONE, Ids, Worths
 
 Mask = NDArray[np.bool_]
-SAME = 2.5  # steps: what was seen no longer ago was seen when the layer was last looked at
+SAME = 4.5  # steps: what was seen no longer ago was seen when the layer was last looked at
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 LEVELS, LEVELS_PER_NEED = 64, 16.0
 

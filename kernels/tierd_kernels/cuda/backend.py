@@ -1,5 +1,5 @@
 """The CUDA backend, as `registry` wants a backend: quantised blocks and scratch on the device, originals in pinned host memory, which
-kernels read by themselves. Called from one thread, but for `copy_to_scratch`, which is the migrator's.
+kernels read by themselves. Called from one thread.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.call import Call, Result, idle
+from tierd_kernels.copying import Copying
 from tierd_kernels.cuda import launch
 from tierd_kernels.cuda.launch import CALL, CERTIFIED, EXACT, FIELDS, kernels
 from tierd_kernels.cuda.marks import count_reads
@@ -29,6 +30,7 @@ from tierd_kernels.in_scratch import NOTHING
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.select.candidates import Candidates, joined
 
+NOT_READY = 600  # cudaErrorNotReady
 ROWS_AT_ONCE = 64  # query tokens of a call handled together, at most
 CALL_ROOM = 2 * CALL.itemsize + ALIGNMENT  # of a call's numbers, of which a launch may carry twice as many as it has calls
 COUNTS = "promoted_key_blocks", "promoted_value_blocks", "skipped_blocks"
@@ -92,22 +94,29 @@ def group_norms(
     return above, errors
 
 
-def copy_to_scratch(memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int) -> NDArray[np.uint8]:
-    """As the host's, on a stream of its own, behind the last step that was enqueued, which may still read what lay at the targets; there
-    and back again: what is returned is what arrived. Raises DeviceLost."""
+def begin_copies(memory: Memory, sources: NDArray[np.int64], targets: NDArray[np.int64], nbytes: int) -> Copying:
+    """As the host's, of as many of the records as there is room for, the first ones: on a stream of its own, behind the last step that was
+    enqueued, which may still read what lay at the targets; there and back again, so that what is told is what arrived. Only once the copies
+    begun before are done. Raises DeviceLost."""
     own = _own(memory)
-    arrived, most = np.empty((len(sources), nbytes), np.uint8), own.landing.nbytes // nbytes
-    with faults(), own.copier:
+    count = min(len(sources), own.landing.nbytes // nbytes, own.ways.shape[1])
+    own.ways[:, :count] = sources[:count], targets[:count], np.arange(count) * nbytes
+    from_host, there, home = (way.ctypes.data for way in own.ways)
+    with faults():
         own.copier.wait_event(own.answered)
-        for start in range(0, len(sources), most):
-            some = slice(start, min(start + most, len(sources)))
-            back = np.arange(some.stop - start, dtype=np.int64) * nbytes
-            from_host, there, home = cp.asarray(np.stack([sources[some], targets[some], back]))
-            launch.gather(own.originals_at, own.scratch_at, from_host, there, nbytes, own.copier)
-            launch.gather(own.scratch_at, own.landing.ctypes.data, there, home, nbytes, own.copier)
-            own.copier.synchronize()
-            arrived[some] = own.landing[: back.size * nbytes].reshape(-1, nbytes)
-    return arrived
+        launch.gather(own.originals_at, own.scratch_at, from_host, there, count, nbytes, own.copier)
+        launch.gather(own.scratch_at, own.landing.ctypes.data, there, home, count, nbytes, own.copier)
+        own.copied.record(own.copier)
+    return Copying(partial(_has_happened, own.copied), own.landing[: count * nbytes].reshape(count, nbytes))
+
+
+def _has_happened(event: Any) -> bool:
+    """Whether the device has come to it. CuPy's own question does not tell a fault from an event to come."""
+    with faults():
+        status = cp.cuda.runtime.eventQuery(event.ptr)
+        if status not in (0, NOT_READY):
+            raise cp.cuda.runtime.CUDARuntimeError(status)
+    return bool(status == 0)
 
 
 def attend(
@@ -258,4 +267,4 @@ def _reads(
     return reads, host
 
 
-__all__ = ["attend", "copy_to_scratch", "group_norms", "hot_block_bytes", "limit_threads", "quantise_blocks", "reserve"]
+__all__ = ["attend", "begin_copies", "group_norms", "hot_block_bytes", "limit_threads", "quantise_blocks", "reserve"]

@@ -70,10 +70,11 @@ def kernel(layout: Layout, name: str, naive: bool = False) -> Any:
     return function
 
 
-def gather(source: int, target: int, source_at: Any, target_at: Any, nbytes: int, stream: Any) -> None:
-    """Copies n records of `nbytes` between two memories (addresses; pinned host memory too); offsets int64 [n] on the device."""
-    args = (np.uint64(source), np.uint64(target), source_at, target_at, np.int32(nbytes))
-    kernel(ANY, "gather")((len(source_at),), (GATHER_THREADS,), args, stream=stream)
+def gather(source: int, target: int, source_at: int, target_at: int, count: int, nbytes: int, stream: Any) -> None:
+    """Copies `count` records of `nbytes` between two memories. All are addresses, of pinned host memory too: of the memories, and of the
+    records' offsets in them, int64 [count]."""
+    args = (*map(np.uint64, (source, target, source_at, target_at)), np.int32(nbytes))
+    kernel(ANY, "gather")((count,), (GATHER_THREADS,), args, stream=stream)
 
 
 @cache

@@ -19,6 +19,7 @@ from tierd_kernels.layout import Memory
 WORKSPACE_BYTES = 512 << 20  # of a launch: 460 bytes a block and tile of four rows (B = 16)
 STAGING_BYTES = 64 << 20  # what a launch carries in, and out
 LANDING_BYTES = 1 << 20  # records on their way back from scratch
+COPIES_MAX = 1024  # begun together
 # Blocks are larger than this, so that the offset over it tells them apart.
 BLOCK_BYTES_MIN = 1024
 ALIGNMENT = 256
@@ -84,8 +85,9 @@ class OfArray:
 class DeviceMemory(Memory):
     """The arenas of one daemon: hot and scratch on the device, originals pinned; and what calls need besides. `exponents` int16: of the
     largest value norm of the block whose offset in hot, over BLOCK_BYTES_MIN, is the index; `exponent`: the largest of blocks at these
-    offsets. `*_at`: addresses. `answered`, `arrived`:
-    events behind the copies of a step's answers and of its candidates, which are the `late` of the last step."""
+    offsets. `*_at`: addresses. `answered`, `arrived`: events behind the copies of a step's answers and of its candidates, which are the
+    `late` of the last step. Of copies to scratch under way: `ways` int64 [3, COPIES_MAX], their offsets in originals, in scratch and in
+    `landing`, where they come back to; `copied`: the event behind them. Both arrays are pinned."""
 
     hot_at: int
     scratch_at: int
@@ -97,11 +99,13 @@ class DeviceMemory(Memory):
     inputs: Staging
     outputs: Staging
     landing: NDArray[np.uint8]
+    ways: NDArray[np.int64]
     exponents: NDArray[np.int16]
     exponent: OfArray
     processors: int
     graphs: Graphs
     answered: Any
+    copied: Any
     arrived: Any
     late: Late | None
 
@@ -135,10 +139,11 @@ def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: 
     memory.stream, memory.copier = stream, copier
     memory.workspace_at = int(workspace.data.ptr)
     memory.workspace, memory.inputs, memory.outputs, memory.landing = workspace, inputs, outputs, pinned(LANDING_BYTES, "copies")
+    memory.ways = pinned(3 * 8 * COPIES_MAX, "copies").view(np.int64).reshape(3, COPIES_MAX)
     memory.exponents = np.zeros(hot_bytes // BLOCK_BYTES_MIN + 1, np.int16)
     exponents = memory.exponents
     memory.exponent = OfArray(lambda hot_offsets: int(exponents[hot_offsets // BLOCK_BYTES_MIN].max()))
     memory.processors, memory.graphs = int(device.attributes["MultiProcessorCount"]), Graphs()
-    memory.answered, memory.arrived = (cp.cuda.Event(disable_timing=True) for _ in range(2))
+    memory.answered, memory.arrived, memory.copied = (cp.cuda.Event(disable_timing=True) for _ in range(3))
     memory.late = None
     return memory

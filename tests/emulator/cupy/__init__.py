@@ -113,6 +113,8 @@ _capturing: list[Stream] = []
 class Event:
     """Everything has been done by the time that it is recorded."""
 
+    ptr = 0
+
     def __init__(self, disable_timing: bool = False) -> None:
         pass
 
@@ -213,7 +215,8 @@ cuda = SimpleNamespace(
     driver=SimpleNamespace(CUDADriverError=CUDADriverError),
     runtime=SimpleNamespace(
         CUDARuntimeError=CUDARuntimeError, memcpyAsync=_copy, memcpy=_copy, memsetAsync=_fill, memcpyHostToDevice=1,
-        memcpyDeviceToHost=2, memcpyDeviceToDevice=3, driverGetVersion=lambda: 12080, runtimeGetVersion=lambda: 12090,
+        memcpyDeviceToHost=2, memcpyDeviceToDevice=3, eventQuery=lambda event: 0, driverGetVersion=lambda: 12080,
+        runtimeGetVersion=lambda: 12090,
     ),
 )  # fmt: skip
 
