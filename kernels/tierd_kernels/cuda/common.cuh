@@ -90,7 +90,7 @@ struct Call {
   const int *canaries;                             // [num_canaries] full blocks
   unsigned char *failures;                         // [num_canaries][Hkv]
   float *shares;                                   // [Hkv][2][full]: see select/candidates.cu
-  int *tickets;                                    // [Hkv], then [tiles] twice, zero between launches
+  int *tickets;                                    // [Hkv], then [tiles] twice, zero between launches; of up to 32 tiles, [tiles][splits]
   int *candidate_blocks;                           // [2][Hkv][candidates_max]
   float *candidate_scores;
   float2 *row_weights;                             // [tiles][full][ROW_TILE]: keys' and values' shares of the row's target
@@ -186,4 +186,19 @@ constexpr int PICK_PARTS = 32;
 __device__ __forceinline__ bool any_row(const Call &call, int h, int group, int tile, int state) {
   const int rows = group * call.n, row = tile * ROW_TILE + threadIdx.x % ROW_TILE;
   return __ballot_sync(~0u, row < rows && call.state[h * rows + row] == state) != 0;
+}
+
+// Whether this thread block is the last of `parts` to come here, by a ticket that is zero before and after all have; it sees what the others
+// have written before. For all threads.
+__device__ __forceinline__ bool ends_last(int *ticket, int parts) {
+  __shared__ bool last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();  // behind the barrier: what all threads have written comes before the ticket
+    last = atomicAdd(ticket, 1) == parts - 1;
+    if (last) *ticket = 0;  // for another launch of the same step
+    __threadfence();
+  }
+  __syncthreads();
+  return last;
 }

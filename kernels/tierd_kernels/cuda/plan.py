@@ -12,6 +12,7 @@ from tierd_kernels.cuda.memory import ALIGNMENT
 from tierd_kernels.cuda.record import TILE
 from tierd_kernels.cuda.sources import (
     DENSE_FACTS,
+    LANES,
     PARTIALS,
     PICK_BINS,
     PICK_PARTS,
@@ -73,7 +74,7 @@ def plan(layout: Layout, shape: Shape) -> Plan:
     heads, d, full = layout.num_kv_heads, layout.head_dim, shape.full
     of_head = shape.group * shape.n
     rows, tiles, splits = heads * of_head, heads * -(-of_head // ROW_TILE), -(-full // shape.per)
-    tickets = heads + 2 * tiles
+    tickets = heads + 2 * tiles + (tiles * splits if tiles <= LANES else 0)
     weights = layout.block_size // TILE * TILE_WEIGHT_FLOATS
     outputs, of_candidates = rows * d * layout.itemsize, 4 * 2 * heads * shape.candidates
     in_scratch = {"copied": 8 * (2 * full * heads // RECORDS + 1), "copies": 4 * shape.copies} if shape.copies else {}

@@ -16,7 +16,7 @@ PARTS = {
     "rank": ("bound/rank.cu",),
     "pick": ("bound/bound.cuh", "select/threshold.cuh", "select/pick.cu"),
     "cover": ("bound/bound.cuh", "select/cover.cu"),
-    "promote": ("score/exact.cuh", "bound/bound.cuh", "select/originals.cuh", "select/promote.cu"),
+    "promote": ("score/exact.cuh", "bound/bound.cuh", "select/originals.cuh", "select/sharing.cuh", "select/promote.cu"),
     "candidates": ("bound/bound.cuh", "select/threshold.cuh", "select/candidates.cu"),
     "dense": ("score/exact.cuh", "dense/finish.cuh", "dense/dense.cu"),
     "canary": ("score/exact.cuh", "score/canary.cu"),

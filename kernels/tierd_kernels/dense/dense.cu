@@ -101,17 +101,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) dense(const Call *cal
     if (channel < D)
       for (int row = 0; row < ROW_TILE; row++) out[row * (DENSE_FACTS + D) + DENSE_FACTS + channel] = sums[k][row];
   }
-  __threadfence();
-  __shared__ bool ends;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    const int parts = (call.full ? call.splits : 0) + (call.tokens > call.full * BLOCK);
-    int *ticket = call.tickets + heads * (1 + tiles) + base;
-    ends = atomicAdd(ticket, 1) == parts - 1;
-    if (ends) *ticket = 0;  // for another launch of the same step
-  }
-  __syncthreads();
-  if (!ends) return;
-  __threadfence();
+  const int parts = (call.full ? call.splits : 0) + (call.tokens > call.full * BLOCK);
+  if (!ends_last(call.tickets + heads * (1 + tiles) + base, parts)) return;
   finish_rows(call, heads, group, h, tile);
 }

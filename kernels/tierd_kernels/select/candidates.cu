@@ -124,16 +124,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) candidates(const Call *cal
   float *shares = call.shares + (i64)h * 2 * full;
   if (!most) return;
   if (!call.exact_only) reduce_rows(call, h, rows, tiles, first, min(first + each, full), shares);
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    last = atomicAdd(call.tickets + h, 1) == CANDIDATE_PARTS - 1;
-    if (last) call.tickets[h] = 0;  // for another launch of the same step
-  }
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
+  if (!ends_last(call.tickets + h, CANDIDATE_PARTS)) return;
   for (int kind = 0; kind < 2; kind++) {
     const int count = call.exact_only ? 0 : full;  // of an exact row no share is known
     int *blocks = call.candidate_blocks + ((i64)kind * heads + h) * most;

@@ -23,7 +23,6 @@ struct __align__(16) Room {
   u32 bins[SIDE_BY_SIDE][ROW_TILE][SORTED][BINS];  // the first: of blocks above all thresholds, for those below them are not sorted
   float to_units[SIDE_BY_SIDE][ROW_TILE][SORTED];
   float beside[2][ROW_TILE][BINS], ratio[ROW_TILE][BINS];
-  bool last;
 };
 // What is foreseen of a group and row. Of sums whose total is known (`keys`, `values`) what stays below a threshold is `rest` less what is
 // sorted above, in parts of `unit`; else `rest` and what is sorted below.
@@ -218,15 +217,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
       const int at = lane * EACH + i;
       picks[(blockIdx.y * ROW_TILE + row) * BINS + at] = make_float2(bound[i] + room.beside[0][row][at], lost[i] + room.beside[1][row][at]);
     }
-  __threadfence();
-  __syncthreads();
-  int *ticket = call.tickets + heads + base;
-  if (threadIdx.x == 0) {
-    room.last = atomicAdd(ticket, 1) == parts - 1;
-    if (room.last) *ticket = 0;  // for another launch of the same step
-  }
-  __syncthreads();
-  if (!room.last) return;
-  __threadfence();
+  if (!ends_last(call.tickets + heads + base, parts)) return;
   choose(call, h, rows, tile, picks, parts, scale, room);
 }

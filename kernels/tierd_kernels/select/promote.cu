@@ -1,21 +1,19 @@
 // Promotion: what the first passes made of the blocks that a row needs original is taken back, and what their originals give is put in its
 // place: scores and statistics, the splits' sums of the bound, and the sums of weights times values. One thread block a tile of rows and a
-// split: a warp weighs the tokens of a block for a row, then a thread has a channel of the values. Few rows need promotion at a time, so
-// that what counts is how soon the splits of one KV head are done with some ten blocks each.
+// split, which may have a part of another tile's blocks (select/sharing.cuh): a warp weighs the tokens of a block for a row, then a thread has
+// a channel of the values.
 //
 // Weights stay relative to the row's largest score of the first pass. Scores of originals are sums in FP32 of exact or once rounded
 // products; what was taken back has been rounded once already, which the split's ERROR remembers (CERTIFICATE.md, "Promotion").
 
 static_assert(WARPS == ROW_TILE, "a warp a row");
-constexpr int STEPS = (D + THREADS - 1) / THREADS;  // channels of a thread
 constexpr int OWN_STATISTICS = (SPLIT_BLOCKS * STATISTIC_WORDS / 4 + THREADS - 1) / THREADS;  // of a thread, four at a time
-typedef float Channels[STEPS][ROW_TILE];
 
 // Which blocks of the split are promoted in which rows, to `marks` (the row's own are decided here, those of the coverage policy were
 // before), and, in order, the blocks that are promoted in any; returns their number. For all threads: `limit` is that of row threadIdx.x %
-// ROW_TILE, `weights` what selection wrote for it and every 32nd block.
+// ROW_TILE, `weights` what selection wrote for it and every 32nd block; `counting`: whether this thread block counts them.
 __device__ __forceinline__ int decide(const Call &call, int h, int rows, int tile, int base, int first, int count, float limit, bool coverage,
-                                      const float2 (&weights)[ROUNDS], Scratch &to) {
+                                      bool counting, const float2 (&weights)[ROUNDS], Scratch &to) {
   const int row = threadIdx.x % ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   u32 *marks = call.marks + (i64)base * call.full + first;
   int keys = 0, values = 0;
@@ -41,8 +39,8 @@ __device__ __forceinline__ int decide(const Call &call, int h, int rows, int til
   }
   for (int bit = ROW_TILE; bit < LANES; bit <<= 1) keys += __shfl_xor_sync(~0u, keys, bit), values += __shfl_xor_sync(~0u, values, bit);
   int *counts = call.counts + 2 * (h * rows + tile * ROW_TILE + row);
-  if (lane < ROW_TILE && keys) atomicAdd(counts, keys);
-  if (lane < ROW_TILE && values) atomicAdd(counts + 1, values);
+  if (counting && lane < ROW_TILE && keys) atomicAdd(counts, keys);
+  if (counting && lane < ROW_TILE && values) atomicAdd(counts + 1, values);
   __syncthreads();
   int before = 0;
 #pragma unroll
@@ -161,31 +159,35 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   const Call &call = calls[blockIdx.z];
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   if (blockIdx.x >= heads * tiles || split >= call.splits || call.exact_only) return;
-  const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x;
-  const int first = split * call.per, count = min(call.per, call.full - first), index = tile * ROW_TILE + lane % ROW_TILE;
-  const int at_row = h * rows + min(index, rows - 1);
-  const bool coverage = call.coverage;
-  float q[PER_LANE];
-  const int seen = read_query(call, h, group, tile * ROW_TILE + warp, q);  // which no kernel of the step writes
-  const float2 *of_rows = call.row_weights + ((i64)base * call.full + first) * ROW_TILE;
+  const int first = split * call.per, count = min(call.per, call.full - first);
+  const Sharing sharing(call, heads, rows, tiles);
   wait_for_previous();
+  const Share share = sharing.own();
+  if (share.tile < 0) return;
+  const bool coverage = sharing.coverage;
+  const int base = share.tile, h = base / tiles, tile = base % tiles, index = tile * ROW_TILE + lane % ROW_TILE;
+  const int at_row = h * rows + min(index, rows - 1);
+  float q[PER_LANE];
+  const int seen = read_query(call, h, group, tile * ROW_TILE + warp, q);
+  const float2 *of_rows = call.row_weights + ((i64)base * call.full + first) * ROW_TILE;
   const float *facts = call.facts + (i64)at_row * ROW_FACTS, top = facts[ROW_TOP], chosen = facts[ROW_LIMIT];
   const bool open = index < rows && call.state[at_row] == OPEN;
-  float2 weights[ROUNDS];  // under way together with what says whether they matter
+  float2 weights[ROUNDS];
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++) {
     const int at = threadIdx.x + i * THREADS;  // of a row that nothing has chosen for, whatever lies there
     weights[i] = at < count * ROW_TILE ? of_rows[at] : make_float2(0.f, 0.f);
   }
   const float limit = open && !coverage ? chosen : INFINITY;  // of a row that is not open nothing has chosen it
-  if (!__ballot_sync(~0u, coverage ? open : limit < INFINITY)) return;
-  const int number = decide(call, h, rows, tile, base, first, count, limit, coverage, weights, room);
+  const int listed = decide(call, h, rows, tile, base, first, count, limit, coverage, share.part == 0, weights, room);
+  const int parts = max(1, min(share.parts, listed / PART_LEAST)), number = share.part < parts ? (listed - share.part + parts - 1) / parts : 0;
   if (!number) return;
   const i64 before = (i64)base * (call.full + 1) + first;
+  auto listed_at = [&](int i) { return room.list[share.part + i * parts]; };
   for (int i = threadIdx.x; i < number; i += THREADS) {
-    const int block = first + room.list[i];
+    const int block = first + listed_at(i);
     room.places[i] = {call.pool + call.hot[block] + (i64)h * RECORD_BYTES, located(call, 0, heads, h, block), located(call, 1, heads, h, block),
-                      call.weights + (before + room.list[i]) * TILES * WEIGHT_FLOATS};
+                      call.weights + (before + listed_at(i)) * TILES * WEIGHT_FLOATS};
   }
   if (threadIdx.x < ROW_TILE) room.top[threadIdx.x] = index < rows ? top : 0.f;
   if (threadIdx.x < STAGES) barrier_init(&room.bars[threadIdx.x]);
@@ -194,7 +196,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   auto stage_of = [&](int i) { return shared + i % STAGES * STAGED_BYTES; };
   auto stage_blocks = [&](int from, int to) {  // a warp's
 #pragma unroll 1
-    for (int k = from; k < min(to, number); k++) stage_block(stage_of(k), room.places[k], room.marks[room.list[k]], &room.bars[k % STAGES]);
+    for (int k = from; k < min(to, number); k++) stage_block(stage_of(k), room.places[k], room.marks[listed_at(k)], &room.bars[k % STAGES]);
   };
   if (warp == 0) stage_blocks(0, STAGES);
   float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
@@ -211,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   float back = 0.f;  // in lane TOP
 #pragma unroll 1
   for (int i = 0; i < number; i++) {
-    const int b = room.list[i];
+    const int b = listed_at(i);
     const u32 mark = room.marks[b];
     __syncthreads();  // all are done with the block before
     if (i && STAGES > 1 && warp == 0) stage_blocks(i + STAGES - 1, i + STAGES);
@@ -225,11 +227,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
     if (warp == 0) stage_blocks(i + 1, i + 2);
   }
   __syncthreads();
+  if (parts > 1 && !join_parts(call, heads, heads * tiles, split, share, parts, change, back)) return;
   const float4 *written = (const float4 *)statistics;
   float4 held[OWN_STATISTICS];
 #pragma unroll
   for (int k = 0; k < OWN_STATISTICS; k++)
-    if (threadIdx.x + k * THREADS < count * (STATISTIC_WORDS / 4)) held[k] = written[threadIdx.x + k * THREADS];
+    if (threadIdx.x + k * THREADS < count * (STATISTIC_WORDS / 4)) held[k] = __ldcg(written + threadIdx.x + k * THREADS);  // other parts', too
 #pragma unroll
   for (int step = 0; step < STEPS; step++)
 #pragma unroll
