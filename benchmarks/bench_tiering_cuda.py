@@ -2,13 +2,13 @@
 
     python benchmarks/bench_tiering_cuda.py [--smoke]
 
-An engine in this process, over the CUDA backend: 4 layers of 131,072 tokens, 32 query heads, 8 KV heads, d = 128, FP16, layer after
-layer as a model calls them (`benchmarks/tiering/needle_trace.py`): needs like those of a trained model, and "stress" rows, whose needs are
-harder. "resident" has scratch for everything and makes all steps twice: the second time whatever they need is there, and nothing has to
-be copied. Times are of the calls, from the queue to the answer, all layers together; what a step is exposed to is its median above that of
-the resident row of its trace. Ends without a report if an error is above its bound, nothing was promoted, or a resident row had to read
-the host. Rows that two minutes have no room for are left out, the least important first. --smoke: small shapes, the CPU backend, nothing
-written.
+An engine in this process, over the CUDA backend: 4 layers of 131,072 tokens, 32 query heads, 8 KV heads, d = 128, FP16, layer after layer
+as a model calls them (`benchmarks/tiering/needle_trace.py`): needs like those of a trained model, and "stress" rows, whose needs are
+harder. "resident" has scratch for everything and makes all steps twice: the second time whatever they need is there, and nothing has to be
+copied. Times are of the calls, from the queue to the answer, all layers together; what a step is exposed to is its median above that of the
+resident row of its trace, with which it takes turns. Ends without a report if an error is above its bound, nothing was promoted, or a
+resident row had to read the host. Rows that two minutes have no room for are left out, the least important first. --smoke: small shapes,
+the CPU backend, nothing written.
 
 Where a step's time goes is told by a second table: means over 16 more steps of the engine's thread, stages as `bench_host_path.py` has them
 ("unpack" holds the wait for the device) and, of tiering, waiting for candidates, choosing, beginning copies and taking in those that are
@@ -20,6 +20,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from stopwatch import Stopwatch
 
+from tierd.commands import RowResult
 from tierd.engine.caching import ScratchCache
 from tierd.policy import POLICIES
 from tierd.warm import warm_policy
@@ -46,46 +48,74 @@ SMOKE = Shape(layers=2, tokens=2048, q_heads=4, kv_heads=2, head_dim=64, steps=6
 HEADLINE_SHARE = 1 / 8
 RESIDENT = Setting("resident", "reactive", 1.0, replayed=True)  # which fetches all that was read, if nothing keeps it from it
 PREDICTIVE = Setting("predictive", "predictive", HEADLINE_SHARE)
+NONE, REACTIVE = Setting("none", "none", 0.0), Setting("reactive", "reactive", HEADLINE_SHARE)
+# The settings of one tuple take turns. The first has what the headline needs.
 SETTINGS = (
-    RESIDENT, PREDICTIVE, Setting("none", "none", 0.0), Setting("reactive", "reactive", HEADLINE_SHARE),
-    *(replace(setting, name=f"{setting.name}, stress", stress=True) for setting in (RESIDENT, PREDICTIVE)),
-    *(Setting("predictive", "predictive", share) for share in (1 / 64, 1 / 32, 1 / 4)),
-)  # fmt: skip
-NEEDED = 4  # rows, for the headline
+    (RESIDENT, PREDICTIVE, NONE, REACTIVE),
+    tuple(replace(setting, name=f"{setting.name}, stress", stress=True) for setting in (RESIDENT, PREDICTIVE)),
+    *((Setting("predictive", "predictive", share),) for share in (1 / 64, 1 / 32, 1 / 4)),
+)
+TURN = 19  # steps: within seconds the same host is a third faster or slower
 RESIDENT_HITS_MIN = 0.98  # blocks that fill during the trace have no copy at first
 PROFILED, STAGED = 8, 16  # steps
 TIERING = "candidates", "choose", "begin", "take in"
-SECONDS_MAX = 120.0  # no row is begun that would end after so long, if it took as long as the longest
+SECONDS_MAX = 120.0  # no settings are begun that would end after so long, if they took as long as those that took longest
 
 
-def measure(trace: Trace, setting: Setting, backend: str) -> dict[str, Any]:
-    """A row. The first quarter of the steps warms up."""
+def measure(trace: Trace, settings: Sequence[Setting], backend: str) -> list[dict[str, Any]]:
+    """A row for each of the settings, which take turns. The first quarter of the steps warms up."""
     steps = trace.shape.steps - PROFILED - STAGED
-    with driven(trace, setting, backend) as run:
-        if setting.replayed:
-            for number in range(trace.shape.steps):
+    with ExitStack() as runs_stop:
+        runs = [runs_stop.enter_context(driven(trace, setting, backend)) for setting in settings]
+        for setting, run in zip(settings, runs, strict=True):
+            if setting.replayed:
+                for number in range(trace.shape.steps):
+                    run.step(number)
+                run.back()
+            for number in range(steps // 4):
                 run.step(number)
-            run.back()
-        for number in range(steps // 4):
-            run.step(number)
-        before, times = run.counts(), []
-        for number in range(steps // 4, steps):
-            took_us, results = run.step(number)
-            times.append(took_us)
-        done = {name: amount - before[name] for name, amount in run.counts().items()}
-        ratio = check(trace, steps - 1, results)
+        timed = [Timed(run) for run in runs]
+        for start in range(steps // 4, steps, TURN):
+            for one in timed:
+                one.turn(range(start, min(start + TURN, steps)))
+        return [one.row(trace, setting, steps, backend) for one, setting in zip(timed, settings, strict=True)]
+
+
+class Timed:
+    """The steps of one run that count, as it takes its turns."""
+
+    def __init__(self, run: Driven) -> None:
+        self._run, self._before, self._steps = run, run.counts(), 0
+        self._times_us: list[float] = []
+        self._results: list[RowResult] = []
+
+    def turn(self, numbers: range) -> None:
+        """Its first step is not timed: the threads of who had the turn before may still be at work."""
+        for number in numbers:
+            took_us, self._results = self._run.step(number)
+            self._times_us += [took_us] if number > numbers.start else []
+        self._steps += len(numbers)
+
+    def row(self, trace: Trace, setting: Setting, steps: int, backend: str) -> dict[str, Any]:
+        """Of the report, once `steps` were made."""
+        run, done = self._run, {name: amount - self._before[name] for name, amount in self._run.counts().items()}
+        ratio = check(trace, steps - 1, self._results)
         staged_us = stages_us(run, range(steps, steps + STAGED), backend)
         gpu_us = profiled(run, range(steps + STAGED, trace.shape.steps)) if torch.cuda.is_available() else None
-    p20, p50, p80 = np.percentile(times, [20, 50, 80]).tolist()
-    timed, needed = len(times), done["hits"] + done["misses"]
+        return _row(setting, self._times_us, self._steps, done) | {"gpu_us": gpu_us, "error_over_bound": ratio, "stages_us": staged_us}
+
+
+def _row(setting: Setting, times_us: Sequence[float], steps: int, done: dict[str, int]) -> dict[str, Any]:
+    """What was counted in so many steps."""
+    p20, p50, p80 = np.percentile(times_us, [20, 50, 80]).tolist()
+    needed = done["hits"] + done["misses"]
     return {
         "name": setting.name, "policy": setting.policy, "stress": setting.stress, "scratch_share": setting.share,
         "p20_us": p20, "p50_us": p50, "p80_us": p80,
-        "gpu_us": gpu_us, "needed_per_step": needed / timed, "hit_rate": done["hits"] / max(1, needed),
-        "late_per_step": done["late"] / timed,
-        "host_bytes_per_step": (done["demand_bytes"] + done["prefetch_bytes"]) / timed,
+        "needed_per_step": needed / steps, "hit_rate": done["hits"] / max(1, needed), "late_per_step": done["late"] / steps,
+        "host_bytes_per_step": (done["demand_bytes"] + done["prefetch_bytes"]) / steps,
         "wasted_share": done["wasted"] / max(1, done["prefetched"]), "exact_share": done["exact_heads"] / done["head_steps"],
-        "prefetched_per_step": done["prefetched"] / timed, "error_over_bound": ratio, "stages_us": staged_us,
+        "prefetched_per_step": done["prefetched"] / steps,
     }  # fmt: skip
 
 
@@ -174,16 +204,18 @@ def main(arguments: Sequence[str]) -> int:
     warm_policy()
     rows: list[dict[str, Any]] = []
     trace, longest_s = None, 0.0
-    for setting in SETTINGS:
+    for settings in SETTINGS:
         now_s = time.monotonic() - began_s
-        if len(rows) >= NEEDED and now_s + longest_s > SECONDS_MAX:
-            print(f"no time is left for {setting.name}, {setting.share:.1%}")
+        if rows and now_s + longest_s > SECONDS_MAX:
+            print(f"no time is left for {', '.join(setting.name for setting in settings)}")
             continue
-        if trace is None or trace.stress != setting.stress:
-            trace = Trace(SMOKE if options.smoke else FULL, seed, setting.stress)
-        rows.append(measure(trace, setting, "cpu" if options.smoke else "cuda"))
-        longest_s = max(longest_s, time.monotonic() - began_s - now_s)
-        print(f"{time.monotonic() - began_s:.0f} s: {setting.name}, {setting.share:.1%}, {rows[-1]['p50_us']:.0f} us a step", flush=True)
+        if trace is None or trace.stress != settings[0].stress:
+            trace = Trace(SMOKE if options.smoke else FULL, seed, settings[0].stress)
+        measured = measure(trace, settings, "cpu" if options.smoke else "cuda")
+        rows += measured
+        longest_s = max(longest_s, (time.monotonic() - began_s - now_s) / len(settings))
+        told = ", ".join(f"{row['name']}, {row['scratch_share']:.1%}, {row['p50_us']:.0f} us a step" for row in measured)
+        print(f"{time.monotonic() - began_s:.0f} s: {told}", flush=True)
     figures = headline(rows)
     show(rows)
     show_stages(rows)

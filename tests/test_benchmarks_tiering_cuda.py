@@ -19,6 +19,7 @@ from needs import figures, made
 
 from tierd.commands import RowResult
 
+SETTINGS = [setting for settings in bench.SETTINGS for setting in settings]
 TINY = Shape(layers=2, tokens=1024, q_heads=4, kv_heads=2, head_dim=64, steps=48)
 
 
@@ -26,9 +27,9 @@ def rows(**changes: float) -> list[dict[str, Any]]:
     """One row of each setting, all alike but for the residents', and `changes` to the first of them."""
     made: list[dict[str, Any]] = [
         {"name": s.name, "policy": s.policy, "stress": s.stress, "p50_us": 110.0, "needed_per_step": 9.0, "hit_rate": 0.9}
-        for s in bench.SETTINGS
+        for s in SETTINGS
     ]
-    for row, setting in zip(made, bench.SETTINGS, strict=True):
+    for row, setting in zip(made, SETTINGS, strict=True):
         row |= {"p50_us": 88.0 if setting.stress else 100.0, "hit_rate": 1.0} if setting.replayed else {}
     made[0] |= changes
     return made
@@ -36,7 +37,8 @@ def rows(**changes: float) -> list[dict[str, Any]]:
 
 def test_resident_has_all_at_hand_and_the_others_read_the_host() -> None:
     trace = Trace(TINY, seed=1)
-    resident, ours, none = (bench.measure(trace, setting, "cpu") for setting in bench.SETTINGS[:3])
+    resident, ours, none = bench.measure(trace, SETTINGS[:3], "cpu")
+    assert [row["name"] for row in (resident, ours, none)] == ["resident", "predictive", "none"]
     assert resident["hit_rate"] > bench.RESIDENT_HITS_MIN > ours["hit_rate"] > none["hit_rate"] == 0.0
     assert min(row["needed_per_step"] for row in (resident, ours, none)) > 1, "needles are promoted"
     assert max(row["error_over_bound"] for row in (resident, ours, none)) <= 1.0
@@ -61,7 +63,7 @@ def test_the_headline_is_held_against_resident_or_refused() -> None:
     figures = bench.headline(rows())
     assert figures["resident_gap_at_12_5pct"] == pytest.approx(0.1) and figures["none_gap"] == pytest.approx(0.1)
     assert figures["resident_gap_at_12_5pct_stress"] == pytest.approx(0.25), "held against the resident row of its own trace"
-    assert "resident_gap_at_12_5pct_stress" not in bench.headline(rows()[: bench.NEEDED])
+    assert "resident_gap_at_12_5pct_stress" not in bench.headline(rows()[: len(bench.SETTINGS[0])])
     with pytest.raises(SystemExit, match="promoted nothing"):
         bench.headline(rows(needed_per_step=0.0))
     with pytest.raises(SystemExit, match=r"resident had 0\.500"):
@@ -116,4 +118,5 @@ def test_needs_of_made_traces_are_seen_as_the_engine_sees_them() -> None:
 @pytest.mark.gpu
 def test_it_runs_over_the_cuda_backend(cuda: None) -> None:
     trace = Trace(Shape(layers=1, tokens=256, q_heads=2, kv_heads=1, head_dim=64, steps=bench.PROFILED + bench.STAGED + 4), seed=4)
-    assert bench.measure(trace, Setting("reactive", "reactive", 0.5), "cuda")["needed_per_step"] > 0
+    (row,) = bench.measure(trace, [Setting("reactive", "reactive", 0.5)], "cuda")
+    assert row["needed_per_step"] > 0
