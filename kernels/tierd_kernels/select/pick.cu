@@ -175,7 +175,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x;
   const Groups groups(call);
   const int parts = min(groups.count, PICK_PARTS), per_group = groups.together * call.per;
-  if (call.exact_only || call.coverage || blockIdx.y >= parts) return;
+  if (call.exact_only || blockIdx.y >= parts) return;
+  if (call.coverage) return wait_for_previous();  // a kernel waits for the one ahead of it alone, not for what that has not waited for
   const int side = warp / ROW_TILE, row = warp % ROW_TILE, index = tile * ROW_TILE + row;
   const bool tail = call.tokens > call.full * BLOCK;
   auto trailing = [&](int k) { return tail && k == groups.count - 1; };
