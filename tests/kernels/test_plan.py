@@ -112,22 +112,3 @@ def test_what_fp32_cannot_score_is_exact_from_the_start(dtype: str, seed: int, s
     beyond = abs(scale) * 2.0 ** np.frexp(size.max())[1] > SCALE_MAX
     call = Call(raw, 1, scale, none, none, None, norms, norms, 0.1, 0.0)
     assert needs_exact(call) == (flushed or beyond)
-
-
-@pytest.mark.usefixtures("cuda")
-@given(st.sampled_from(LAYOUTS), st.integers(1, 20000), st.integers(1, 64), st.integers(1, 300))
-def test_splits_are_as_many_as_fit_and_of_a_good_length_half_as_many(layout: Any, full: int, tiles: int, processors: int) -> None:
-    from tierd_kernels.cuda.launch import Kernels
-    from tierd_kernels.cuda.sources import RESIDENT, RESIDENT_GOOD, SPLIT_TOKENS_GOOD, SPLIT_TOKENS_MAX, WARPS
-
-    of = Kernels(layout)
-    per = of.split_blocks(full, tiles, processors)
-    assert per % WARPS == 0 and per & (per - 1) == 0 and per * layout.block_size <= max(SPLIT_TOKENS_MAX, WARPS * layout.block_size)
-    assert per <= of.split_blocks(full, tiles + 1, processors), "more tiles make fewer splits, which is what room is kept by"
-
-    def fits(per: int) -> bool:
-        most = RESIDENT if per * layout.block_size < SPLIT_TOKENS_GOOD else RESIDENT_GOOD
-        return -(-full // per) * tiles <= most * processors
-
-    assert fits(per) or per * layout.block_size >= SPLIT_TOKENS_MAX
-    assert per == WARPS or not fits(per // 2), "there could be more"

@@ -25,9 +25,7 @@ from tierd_kernels.cuda.sources import (
     QUANTISE_THREADS,
     RANK_THREADS,
     RESIDENT,
-    RESIDENT_GOOD,
     SKIPS,
-    SPLIT_TOKENS_GOOD,
     SPLIT_TOKENS_MAX,
     SUMMED,
     WARPS,
@@ -142,14 +140,9 @@ class Kernels:
 
     def split_blocks(self, full: int, tiles: int, processors: int) -> int:
         """Blocks of a split: the fewest, a power of two times the warps, with which all splits are resident at once (131,072 tokens:
-        113 us in one wave, 121 in two), those of a good length with half as many."""
-
-        def too_many(per: int) -> bool:
-            resident = RESIDENT if per * self.layout.block_size < SPLIT_TOKENS_GOOD else RESIDENT_GOOD
-            return -(-full // per) * tiles > resident * processors
-
+        113 us in one wave, 121 in two)."""
         per = WARPS
-        while per * self.layout.block_size < SPLIT_TOKENS_MAX and too_many(per):
+        while per * self.layout.block_size < SPLIT_TOKENS_MAX and -(-full // per) * tiles > RESIDENT * processors:
             per *= 2
         return per
 

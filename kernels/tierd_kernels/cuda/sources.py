@@ -30,9 +30,6 @@ LINE = 128
 GROUP_THREADS, GRAM_SIDE = 256, 64  # of what measures groups; of a tile of a Gram matrix
 SCORE_STAGES, SCORE_CHUNK, VALUE_STAGES = 2, 8, 4
 RESIDENT = 4  # thread blocks of a pass on one multiprocessor, of a head dimension up to 128
-# Once a split has so many tokens, two are as fast as four, and leave half as many splits to put together (step on an H100, us: at 65,536
-# tokens 77.8, then 75.7; at 32,768 50.0, 47.7; at 16,384 35.2, 34.6; at 8,192 rung 0 would take 22.3, not 21.8).
-RESIDENT_GOOD, SPLIT_TOKENS_GOOD = 2, 256
 # A thread block of the value pass begins where one of the score pass has ended, in the shared memory that it left: that must do for it, and
 # not for a fifth (131,072 tokens: 142 us where it was 1 KB too small, 152 where some multiprocessors took five and others three, else 137).
 SCORE_SPARE = 2048
