@@ -71,9 +71,10 @@ def _listed(marks: Marks, exact: Mask, words: Ints, cold: Ints) -> tuple[Ints, M
                 records[0, at], records[1, at], records[2, at] = kind, block, head
                 is_cold = not (len(words) and holds(words, (2 * block + kind) * heads + head))
                 from_host[at] = is_cold or exact[head]
-                for row in range(head * tiles * ROW_TILE, (head + 1) * tiles * ROW_TILE if is_cold else 0):
-                    bit = np.uint32(ROW_TILE * kind + row % ROW_TILE)
-                    cold[row] += np.int64(marks[row // ROW_TILE, block] >> bit & np.uint32(1))
+                for tile in range(head * tiles, (head + 1) * tiles if is_cold else 0):
+                    rows = marks[tile, block] >> np.uint32(ROW_TILE * kind)
+                    for row in range(ROW_TILE):
+                        cold[tile * ROW_TILE + row] += np.int64(rows >> np.uint32(row) & np.uint32(1))
     return records, from_host
 
 
