@@ -26,7 +26,8 @@ TINY = Shape(layers=2, tokens=1024, q_heads=4, kv_heads=2, head_dim=64, steps=48
 def rows(**changes: float) -> list[dict[str, Any]]:
     """One row of each setting, all alike but for the residents', and `changes` to the first of them."""
     made: list[dict[str, Any]] = [
-        {"name": s.name, "policy": s.policy, "stress": s.stress, "p50_us": 110.0, "turns_us": [100.0, 120.0, 110.0], "needed_per_step": 9.0, "hit_rate": 0.9}
+        {"name": s.name, "policy": s.policy, "stress": s.stress, "p50_us": 110.0, "turns_us": [100.0, 120.0, 110.0],
+         "needed_per_step": 9.0, "hit_rate": 0.9}
         for s in SETTINGS
     ]
     for row, setting in zip(made, SETTINGS, strict=True):
