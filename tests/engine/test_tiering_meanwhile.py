@@ -9,7 +9,7 @@ from engine_calls import CONFIG, RECORD_BYTES, Bench
 from tierd_kernels.copying import Copying
 
 from tierd.commands import Attend, CloseSession, Row, Truncate
-from tierd.engine import EngineConfig, caching
+from tierd.engine import EngineConfig
 
 RECORDS = 16  # originals of 64 tokens at one layer
 WAIT_S = 30.0  # only a failing test waits this long
@@ -73,49 +73,6 @@ def test_an_original_that_a_call_reads_may_lose_its_copy_meanwhile() -> None:
     counters = bench.engine.counters
     assert counters.evicted > 0 and counters.hits > 0 and counters.hits + counters.misses == 32 * RECORDS
     assert counters.prefetched == counters.evicted + bench.engine.residency.num_copies and counters.events["fault"] == 0
-
-
-def test_while_kernels_run_no_more_copies_begin_than_they_hide_and_the_others_follow(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "COPIES_HURRIED", 5)
-    bench = Device(replace(CONFIG, prefetch_wait_us_max=0.0))
-    bench.engine._thread = threading.current_thread()  # which leaves what is learnt to the next call, always
-    name, cache = bench.opened(tokens=64), bench.engine._cache
-    bench.run(bench.append(name, 64, layer=1))
-    for _ in range(4):
-        bench.run(Attend([Row(name, layer, bench.numbers(4, 1)) for layer in (0, 1)], worker="w"))
-    assert [after - before for before, after in bench.copies] == [0, 5, 5, 5]
-    cache.update(hurried=True)
-    assert bench.engine.residency.num_copies == 20 and cache.is_behind, "some are left to begin"
-    cache.update()
-    assert bench.engine.residency.num_copies == 2 * RECORDS and not cache.is_behind
-
-
-def test_what_is_left_to_copy_is_worth_as_much_less_as_all_else_when_worths_are_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "COPIES_HURRIED", 1)
-    bench = Device()
-    bench.engine._thread = threading.current_thread()
-    name = bench.opened(tokens=64)
-    bench.run(bench.append(name, 64, layer=1))
-    first, second = (Attend([Row(name, layer, bench.numbers(4, 1))], worker="w") for layer in (0, 1))
-    bench.run(first)
-    bench.run(second)
-    cache = bench.engine._cache
-    before = cache._wishes[name, 0].choice.worths.copy()
-    monkeypatch.setattr(cache._policy, "rescale", lambda now: 0.25)
-    bench.run(second)
-    after = cache._wishes[name, 0].choice.worths
-    assert len(before) == RECORDS and (before > 0).all() and (after == 0.25 * before).all()
-
-
-def test_what_is_left_to_copy_goes_with_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "COPIES_HURRIED", 1)
-    bench = Device()
-    name, kept = bench.opened(tokens=64), bench.opened(tokens=64)
-    bench.run(bench.attend(name), bench.attend(name), CloseSession(name, worker="w"), bench.attend(kept))
-    bench.run(bench.attend(kept))
-    residency = bench.engine.residency
-    held = bench.engine.sessions.by_id[kept].full_ids(0)
-    assert {copy.block for copy in residency.copies()} == set(held.tolist()) and bench.engine.counters.events["fault"] == 0
 
 
 @pytest.mark.parametrize("cut", [True, False], ids=["truncate", "close"])

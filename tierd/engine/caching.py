@@ -1,7 +1,6 @@
 """Carries out the scratch cache's policy after a batch: counts hits, starts copies, evicts, and takes in finished copies."""
 
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from tierd.residency import KEY, NO_COPY, VALUE, Ids, Residency
 from tierd.session import Session
 
 log = logging.getLogger(__name__)
-# Begun while a call's kernels run. With as many taken in that are done they take an H100's host some 0.2 ms, which is what kernels hide.
-COPIES_HURRIED = 24
 ACTIVE_STEPS = 16.0  # who has not called for so long has no fair share: eight half-lives of the predictive policy's worths
 
 
@@ -60,7 +57,6 @@ class ScratchCache:
         self._active: dict[str, float] = {}  # when each session called last
         self._families: set[str] = set()  # theirs
         self._answered: list[Work] = []  # what `update` has not learnt from yet
-        self._wishes: dict[tuple[str, int], _Wish] = {}  # by session and layer, what is left of the last look
         self._now = FIRST_STEP
         self._began_s = clock.now()
         self.ledger = Ledger(self._began_s)
@@ -112,36 +108,32 @@ class ScratchCache:
 
     @property
     def is_behind(self) -> bool:
-        """Whether there is anything that `update` would do."""
-        return bool(self._answered or self._wishes)
+        """Whether answered rows wait for `update`."""
+        return bool(self._answered)
 
     def answered(self, works: list[Work]) -> None:
-        """These rows are there to learn from. Nothing may free blocks of theirs before an `update` that is not hurried."""
+        """These rows are there to learn from. Until `update` has, nothing may free blocks of theirs."""
         self._answered += works
 
-    def update(self, hurried: bool = False) -> None:
-        """Learn from answered rows: count what they read, and start the copies that the policy chooses. `hurried`: while a call's kernels
-        run, no more of them than these hide; the others follow. A copy that the kernels read may go then, and is unread if none did before;
-        the batch says what that needs."""
+    def update(self) -> None:
+        """Learn from answered rows: count what they read, and start the copies that the policy chooses. Also while a call's kernels run: a
+        copy that they read may go then, and is unread if none did before; the batch says what that needs."""
         works, self._answered = self._answered, []
-        if works:
-            self._learn(works)
-        self._link.refill(self._clock.now(), self._active)
-        begun = self._start(COPIES_HURRIED if hurried else sys.maxsize)
-        self._wishes = {row: wish for row, wish in self._wishes.items() if wish.left}
-        if len(begun):
-            self._submit(begun)
-
-    def _learn(self, works: list[Work]) -> None:
+        if not works:
+            return
         self._advance(works)
+        wishes = []
         for work in works:
             needs, misses = self._count(work)
             state = work.session.layers[work.row.layer]
             state.calls += 1
             if self._policy.looks_at(state.calls + work.row.layer, needs, misses):
-                wish = _Wish(work, self._policy.choose(self._snapshot(work)))
-                self._wishes[work.session.session_id, work.row.layer] = wish
-                self._scratch.gain(wish.choice)
+                wishes.append(_Wish(work, self._policy.choose(self._snapshot(work))))
+                self._scratch.gain(wishes[-1].choice)
+        self._link.refill(self._clock.now(), self._active)
+        begun = self._start(wishes)
+        if len(begun):
+            self._submit(begun)
 
     def status(self) -> dict[str, Any]:
         """What policy, link and sessions have done, ready for JSON."""
@@ -167,8 +159,6 @@ class ScratchCache:
         if factor != 1.0:
             for table in self._residency.tables.values():
                 table.notes["worth"] *= factor
-            for wish in self._wishes.values():
-                wish.choice.worths[:] *= factor
             self._scratch.rescale(factor)
 
     def _count(self, work: Work) -> tuple[int, int]:
@@ -198,17 +188,13 @@ class ScratchCache:
         notes = work.session.table.notes
         return Snapshot(work.ids, work.reads.records, work.exact_heads, *work.result.candidates(), notes, self._now)
 
-    def _start(self, most: int) -> Ids:
-        """Begins up to `most` copies, the best of each row in turn, until room, link or scratch is used up, and notes for whom; returns
-        their ids."""
+    def _start(self, wishes: list[_Wish]) -> Ids:
+        """Begins copies, the best of each row in turn, until room, link or scratch is used up, and notes for whom; returns their ids."""
         begun: list[Ids] = []
         full: set[tuple[str, int]] = set()  # sessions and kinds for which no room can be made: what follows is worth less
-        while wishes := [wish for wish in self._wishes.values() if wish.left]:
+        while wishes := [wish for wish in wishes if wish.left]:
             for number, wish in enumerate(wishes):
-                count = sum(map(len, begun))
-                if count >= most:
-                    return np.concatenate([NO_COPIES, *begun])
-                if room := min(self._may_start(wish.work, count), most - count):
+                if room := self._may_start(wish.work, sum(map(len, begun))):
                     begun += self._begin(wish, -(-room // (len(wishes) - number)), full)
                 else:
                     wish.end()
