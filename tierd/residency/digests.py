@@ -1,0 +1,43 @@
+"""Hashes of records that lie anywhere in memory."""
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from tierd.compiling import compiled
+
+LINE = 64  # bytes of the processor's caches
+TOGETHER_BYTES = 1 << 16  # of records that are fetched together: they fit a core's second cache
+
+Ints = NDArray[np.int64]
+
+
+def digests(memory: NDArray[np.uint8], starts: Ints, nbytes: int) -> NDArray[np.uint64]:
+    """xxh3 (64 bit) of the records of `nbytes` that begin there, of the shape of `starts` (byte offsets).
+
+    A record of 4 KB that is in no cache takes 0.95 us, most of it waiting for memory, line after line. Sixteen are fetched side by side
+    first: 0.6 us each.
+    """
+    raw, flat, found = memory.data, starts.ravel(), list[int]()
+    together = max(1, TOGETHER_BYTES // nbytes)
+    for first in range(0, len(flat), together):
+        some = flat[first : first + together]
+        _fetch(memory, some, nbytes)
+        # Through a memoryview: slicing the array takes longer than to hash 4 KB.
+        found += [xxhash.xxh3_64_intdigest(raw[at : at + nbytes]) for at in some.tolist()]
+    return np.array(found, np.uint64).reshape(starts.shape)
+
+
+@compiled
+def _fetch(memory: NDArray[np.uint8], starts: Ints, nbytes: int) -> int:
+    """Reads a byte of every line of the records, which then are in the caches; its sum, so that it is not left out."""
+    total = 0
+    for at in range(0, nbytes, LINE):
+        for start in starts:
+            total += memory[start + at]
+    return total
+
+
+def prepare() -> None:
+    """Compiles what fetches, or loads it."""
+    digests(np.zeros(1, np.uint8), np.zeros(1, np.int64), 1)
