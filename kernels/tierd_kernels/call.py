@@ -48,10 +48,10 @@ class Call:
 
 @dataclass
 class Result:
-    """Output [Hq, n, d] in q's type, certificate fields [Hq, n]; `reads`: the original records that were read.
-    `candidates()`: the blocks that come near needing their originals; a device works them out behind the
-    answer, and only who asks for them waits. It raises DeviceLost. `shares` float32 [2, full, Hkv], on the CPU: of the budget before any
-    promotion, of keys and of values, the largest of a KV head's rows; None on a device, which keeps them to itself."""
+    """Output [Hq, n, d] in q's type, certificate fields [Hq, n]; `reads`: the original records that were read. `candidates()`: the blocks
+    that come near needing their originals; a device works them out behind the answer, and only who asks for them waits. It raises
+    DeviceLost. `shares` float32 [2, full, Hkv], on the CPU: of the budget before any promotion, of keys and of values, the largest of a
+    KV head's rows; None on a device, which keeps them to itself."""
 
     output: NDArray[np.generic]
     certificate: dict[str, NDArray[np.generic]]

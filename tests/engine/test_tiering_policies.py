@@ -10,7 +10,8 @@ from tierd_kernels.select.candidates import largest
 from tierd.notes import NOTE
 from tierd.policy import FIRST_STEP, NONE, Choice, LinkBudget, Nothing, Predictive, Reactive, Snapshot, Turns, named
 from tierd.policy.link import BURST_S
-from tierd.policy.predictive import RESCALE_AT
+from tierd.policy.predictive import EVERY, RESCALE_AT
+from tierd.policy.weighing import SAME
 
 SEEDS = st.integers(0, 1 << 30)
 
@@ -224,3 +225,4 @@ def test_predictive_looks_at_every_fourth_call_and_where_much_was_missed() -> No
         looked = [policy.looks_at(turn, 64, misses) for turn in range(8)]
         assert looked.count(True) == 2 and looked[:4] == looked[4:], "neighbouring layers take turns: each step has the same work"
     assert all(policy.looks_at(turn, 64, 3) and policy.looks_at(turn, 1, 1) for turn in range(4))
+    assert EVERY < SAME < min(EVERY + 1, FIRST_STEP), "growth is that since the last look, and no note was written before the first step"
