@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from tierd_kernels import host
 from tierd_kernels.call import Call, Result
 from tierd_kernels.layout import Layout, Memory
+from tierd_kernels.reads import NONE_READ
 from tierd_kernels.select.candidates import Candidates
 from tierd_proto.coding import CERTIFICATE_COLUMNS
 
@@ -54,11 +55,10 @@ class NullKernels:
 
 
 def _zero(layout: Layout, call: Call) -> Result:
-    shape, full = call.q.shape[:2], (len(call.hot_offsets), layout.num_kv_heads)
+    shape = call.q.shape[:2]
     certificate: dict[str, NDArray[Any]] = {name: np.zeros(shape, dtype) for name, dtype in CERTIFICATE_COLUMNS.items()}
     certificate["exact"] = np.ones(shape, np.bool_)
-    unread = np.zeros(full, np.bool_)
-    return Result(np.zeros_like(call.q), certificate, unread, unread, lambda: Candidates.none(layout.num_kv_heads), [])
+    return Result(np.zeros_like(call.q), certificate, NONE_READ, lambda: Candidates.none(layout.num_kv_heads), [])
 
 
 async def serve(target: str, engine: str) -> None:
