@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 from tierd_kernels.copying import Copying
+
+from tierd.residency.digests import digests
 
 log = logging.getLogger(__name__)
 Ints = NDArray[np.int64]
@@ -50,11 +51,6 @@ class Migrator:
         """How many more copies `submit` takes now."""
         return self._limit - self._outstanding
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether there are copies that `poll` has not reported."""
-        return self._outstanding > 0
-
     def submit(self, orders: CopyOrders) -> None:
         """Copies, no more than `room`, that begin as soon as none are under way. The ranges must stay reserved until `poll` has reported
         them."""
@@ -65,17 +61,8 @@ class Migrator:
 
     def poll(self) -> list[CopiesDone]:
         """Copies finished since the last poll; begins those that wait."""
-        while self._under_way is not None:
-            ids, copying = self._under_way
-            try:
-                if not copying.done():
-                    break
-                digests = np.array([xxhash.xxh3_64_intdigest(record.data) for record in copying.arrived], np.uint64)
-                self._done.append(CopiesDone(ids, digests))
-            except Exception as error:
-                self._fail(ids, error)
-            self._under_way = None
-            self._go_on()
+        while self._take_in():
+            pass
         done, self._done = self._done, []
         self._outstanding -= sum(len(each.ids) for each in done)
         return done
@@ -83,16 +70,27 @@ class Migrator:
     def wait(self, timeout_s: float) -> bool:
         """Until something is finished that `poll` has not reported; False: nothing was, for so long."""
         end_s = time.perf_counter() + timeout_s
-        while self._under_way is not None and not self._done:
-            try:
-                if self._under_way[1].done():
-                    return True
-            except Exception:
-                return True  # `poll` meets it again, and tells
+        while self._under_way is not None and not self._done and not self._take_in():
             if time.perf_counter() > end_s:
                 return False
             time.sleep(0)  # others may have the interpreter's lock
         return bool(self._done)
+
+    def _take_in(self) -> bool:
+        """Whether those under way have ended; then others have begun."""
+        if self._under_way is None:
+            return False
+        ids, copying = self._under_way
+        try:
+            if not copying.done():
+                return False
+            count, nbytes = copying.arrived.shape
+            self._done.append(CopiesDone(ids, digests(copying.arrived.reshape(-1), np.arange(count) * nbytes, nbytes)))
+        except Exception as error:
+            self._fail(ids, error)
+        self._under_way = None
+        self._go_on()
+        return True
 
     def _go_on(self) -> None:
         """Begins what waits, if nothing is under way."""

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd_kernels.copying import Copying, at_once
+from tierd_kernels.copying import Copying
 from tierd_kernels.errors import DeviceUnavailable
 from tierd_kernels.layout import ALIGNMENT, Layout, Memory
 
@@ -34,7 +34,7 @@ def begin_copies(memory: Memory, sources: NDArray[np.int64], targets: NDArray[np
     for i, (source, target) in enumerate(zip(sources.tolist(), targets.tolist(), strict=True)):
         memory.scratch[target : target + nbytes] = memory.originals[source : source + nbytes]
         arrived[i] = memory.scratch[target : target + nbytes]
-    return at_once(arrived)
+    return Copying(lambda: True, arrived)
 
 
 def _aligned(nbytes: int) -> NDArray[np.uint8]:

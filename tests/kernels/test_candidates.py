@@ -94,7 +94,7 @@ class Left:
     def __init__(self, step: Any) -> None:
         from tierd_kernels.cuda.launch import CALL
 
-        self.call, self.memory = step.memory.inputs.view(step.at, (1,), CALL)[0].copy(), step.memory
+        self.call, self.memory = step.memory.inputs.view(step.at - step.memory.inputs.at, (1,), CALL)[0].copy(), step.memory
         heads, self.full = step.layout.num_kv_heads, self.call["full"]
         self.rows = step.group * self.call["n"]
         tiles = -(-self.rows // 4)

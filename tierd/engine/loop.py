@@ -185,7 +185,7 @@ class Engine:
             self._thread.join()
             self._thread = None
         self._tier()
-        while self._migrator.is_busy:
+        while self.residency.num_in_flight:
             self._migrator.wait(IDLE_TICK_S)
             self._cache.collect()  # what failed is tried once more
 
@@ -224,7 +224,7 @@ class Engine:
         while True:
             with self._wake:
                 if not self._queue and not self._asked and not self._stopping:
-                    self._wake.wait(LINGER_S if self._cache.is_behind or self._migrator.is_busy else IDLE_TICK_S)
+                    self._wake.wait(LINGER_S if self._cache.is_behind or self.residency.num_in_flight else IDLE_TICK_S)
                 if not self._queue and not self._asked and self._stopping:
                     return
             try:

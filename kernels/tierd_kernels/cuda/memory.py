@@ -53,9 +53,9 @@ class Staging:
         self.region = Region(len(self.host))
         return self.region
 
-    def view(self, address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """The host's side of what lies at `address` on the device."""
-        return np.ndarray(shape, dtype, self.host, address - self.at)
+    def view(self, start: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """The host's side, from that byte of the range on."""
+        return np.ndarray(shape, dtype, self.host, start)
 
     def upload(self, stream: Any) -> None:
         to_device = cp.cuda.runtime.memcpyHostToDevice

@@ -72,7 +72,7 @@ class Step:
         ]  # fmt: skip
         self.answers_end = outputs.used
         if number < calls_most:
-            memory.inputs.view(self.at, (calls_most,), CALL)[number:] = np.zeros((), CALL)
+            memory.inputs.view(self.at - memory.inputs.at, (calls_most,), CALL)[number:] = np.zeros((), CALL)
         # A few KB, which their kernel writes over the link by itself.
         late = [memory.outputs.host_at + outputs.take(x.plan.sizes[LATE]) for x in packed]
         asked = [memory.outputs.at + outputs.take(x.plan.sizes[ASKED]) for x in packed]
@@ -126,12 +126,11 @@ class Step:
             memory.graphs.launch((self.layout, self.grid), partial(self.kernels.candidates, self.at, self.grid), memory.stream)
         memory.arrived.record(memory.stream)
 
-        def view(address: int, candidates: int, dtype: Any) -> NDArray[Any]:
-            return np.ndarray((2, heads, candidates), dtype, memory.outputs.host, address - memory.outputs.host_at)
+        def view(x: Packed, name: str, dtype: Any) -> NDArray[Any]:
+            return memory.outputs.view(x.at(name) - memory.outputs.host_at, (2, heads, x.candidates), dtype)
 
         return Late(memory.arrived, [
-            Place(view(x.at("candidate_blocks"), x.candidates, np.int32), view(x.at("candidate_scores"), x.candidates, np.float32))
-            for x in self.packed
+            Place(view(x, "candidate_blocks", np.int32), view(x, "candidate_scores", np.float32)) for x in self.packed
         ])  # fmt: skip
 
     def _reads(self, x: Packed, exact: NDArray[np.bool_], promoted: bool) -> tuple[Reads, NDArray[np.int64]]:
@@ -145,9 +144,8 @@ class Step:
 
     def _marks(self, x: Packed) -> NDArray[np.uint32]:
         """Where they lie in pinned memory, until the next step: copied beside the candidates, which may not have been found yet."""
-        memory, shape = self.memory, (x.plan.tiles, x.full)
-        marks = memory.outputs.view(x.at("marks"), shape, np.uint32)
-        start = x.at("marks") - memory.outputs.at
+        memory, start = self.memory, x.at("marks") - self.memory.outputs.at
+        marks = memory.outputs.view(start, (x.plan.tiles, x.full), np.uint32)
         memory.outputs.download(memory.asked, start, start + marks.nbytes)
         memory.asked.synchronize()
         return marks
