@@ -13,10 +13,10 @@ from tierd.config import EngineConfig
 from tierd.engine.batch import Job, Work
 from tierd.engine.counters import Counters
 from tierd.engine.ledger import Ledger
-from tierd.engine.scratch import NO_COPIES, Asker, Scratch
+from tierd.engine.scratch import Asker, Scratch
 from tierd.migrator import CopyOrders, Migrator
 from tierd.policy import FIRST_STEP, Choice, LinkBudget, Snapshot, Turns, named
-from tierd.residency import KEY, NO_COPY, VALUE, Ids, Residency
+from tierd.residency import KEY, NO_COPIES, NO_COPY, VALUE, Ids, Residency
 from tierd.session import Session
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,7 @@ from numpy.typing import NDArray
 
 from tierd.engine.counters import Counters
 from tierd.policy import Choice, Shelf
-from tierd.residency import BlockTable, Ids, Residency
-
-NO_COPIES: Ids = np.empty(0, np.int64)
+from tierd.residency import NO_COPIES, BlockTable, Ids, Residency
 
 
 @dataclass(eq=False)

@@ -2,7 +2,10 @@
 
 from tierd.residency.blocks import BARRED, KEY, NAMES, NO_COPY, VALUE, BlockTable, Ids, Pinned
 from tierd.residency.copies import CopyState, ScratchCopy
-from tierd.residency.machine import Residency
+from tierd.residency.machine import NO_COPIES, Residency
 from tierd.residency.places import Places
 
-__all__ = ["BARRED", "KEY", "NAMES", "NO_COPY", "VALUE", "BlockTable", "CopyState", "Ids", "Pinned", "Places", "Residency", "ScratchCopy"]
+__all__ = [
+    "BARRED", "KEY", "NAMES", "NO_COPIES", "NO_COPY", "VALUE", "BlockTable", "CopyState", "Ids", "Pinned", "Places", "Residency",
+    "ScratchCopy",
+]  # fmt: skip
