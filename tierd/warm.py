@@ -13,7 +13,7 @@ from tierd_kernels.policy import Budget
 from tierd.commands import EXACT, Append, Attend, Command, Geometry, OpenSession, Row, Tolerance
 from tierd.engine import Engine, EngineConfig, counters
 from tierd.policy import eviction, weighing
-from tierd.residency import counting, digests, moving
+from tierd.residency import counting, digests, moving, reading
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
@@ -30,6 +30,7 @@ def warm_policy() -> None:
     counting.prepare()
     digests.prepare()
     moving.prepare()
+    reading.prepare()
 
 
 def warm_up() -> None:

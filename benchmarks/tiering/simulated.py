@@ -63,7 +63,7 @@ class Replay:
         self._copy_id = self._notes["copy_id"]
         self._copy_id[:] = NONE
         self._resident, self._used = np.zeros(shape, bool), np.zeros(shape, bool)
-        self._shelves = Shelf(slots[0]), Shelf(slots[1])
+        self._shelf = Shelf(*slots)
         self._places: dict[int, tuple[int, int, int]] = {}
         self._under_way: deque[tuple[int, float]] = deque()  # (copy id, microseconds of link still needed)
         self._now = FIRST_STEP
@@ -96,28 +96,26 @@ class Replay:
         factor = self._policy.rescale(self._now)
         if factor != 1.0:
             self._notes["worth"] *= factor
-            for shelf in self._shelves:
-                shelf.rescale(factor)
+            self._shelf.rescale(factor)
         if not self._policy.looks_at(t + layer, int(needed.sum()), count):
             return
         candidates, scores = largest(near(self._steps.shares[t, layer, :, :blocks], needed), CANDIDATES_MAX)
         exact = np.zeros(needed.shape[2], bool)
         reads = np.array(np.nonzero(needed))
         choice = self._policy.choose(Snapshot(ids, reads, exact, candidates, scores, self._notes, self._now))
-        for kind, shelf in enumerate(self._shelves):
-            held = np.array([self._places[copy_id][0] for copy_id in choice.held.tolist()], np.int64) == kind
-            shelf.gain(choice.held[held], choice.held_worths[held])
+        self._shelf.gain(choice.held, choice.held_worths)
+        for kind in range(2):
             self._copy(kind, choice, np.flatnonzero(choice.records[:, 0] == kind))
 
     def _copy(self, kind: int, choice: Choice, wanted: NDArray[np.int64]) -> None:
         """Begins copies of the `wanted` of a choice, as far as there is room."""
-        shelf = self._shelves[kind]
-        room = shelf.choose("session", 1, choice.displace * choice.worths[wanted], shelf.capacity_bytes - len(shelf), ["session"])
+        free = self._slots[kind] - self._shelf.used_bytes(kind, "session")
+        room = self._shelf.choose(kind, "session", 1, choice.displace * choice.worths[wanted], free, ["session"])
         for copy_id in room.evictions.tolist():
             self._drop(copy_id)
         begun = wanted[: room.placed]
         ids = np.array([self._free_ids.pop() for _ in begun], np.int64)
-        shelf.put(ids, "session", 1, choice.worths[begun])
+        self._shelf.put(kind, ids, "session", 1, choice.worths[begun])
         for copy_id, (_, block, head) in zip(ids.tolist(), choice.records[begun].tolist(), strict=True):
             self._places[copy_id] = kind, block, head
             self._copy_id[kind, block, head] = copy_id
@@ -142,11 +140,11 @@ class Replay:
     def _arrive(self, copy_id: int) -> None:
         place = self._places[copy_id]
         self._resident[place] = True
-        self._shelves[place[0]].arrive(np.array([copy_id]))
+        self._shelf.arrive(np.array([copy_id]))
 
     def _drop(self, copy_id: int) -> None:
         place = self._places.pop(copy_id)
-        self._shelves[place[0]].drop(np.array([copy_id]))
+        self._shelf.drop(np.array([copy_id]))
         self._free_ids.append(copy_id)
         self.outcome.wasted += not self._used[place]
         self._copy_id[place], self._resident[place] = NONE, False

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from tierd.policy import Shelf
 
 OWNERS = "abcd"
-CAPACITY = 60
+CAPACITIES = 60, 20  # of two regions
+REGIONS = st.sampled_from(range(len(CAPACITIES)))
 SIZES = 1, 2, 3
 WORTHS = st.integers(1, 12).map(float)
 
@@ -22,6 +23,7 @@ def ids(*copies: int) -> NDArray[np.int64]:
 
 @dataclass
 class Copy:
+    region: int
     owner: str
     nbytes: int
     worth: float
@@ -33,16 +35,19 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shelf, self.copies = Shelf(CAPACITY), dict[int, Copy]()
+        self.shelf, self.copies = Shelf(*CAPACITIES), dict[int, Copy]()
 
-    @rule(owner=st.sampled_from(OWNERS), nbytes=st.sampled_from(SIZES), worths=st.lists(WORTHS, max_size=8), arrived=st.booleans())
-    def put(self, owner: str, nbytes: int, worths: list[float], arrived: bool) -> None:
-        worths = worths[: self.free() // nbytes]
-        fresh = [copy_id for copy_id in range(CAPACITY + 8) if copy_id not in self.copies][: len(worths)]
-        self.shelf.put(ids(*fresh), owner, nbytes, np.array(worths))
+    @rule(
+        region=REGIONS, owner=st.sampled_from(OWNERS), nbytes=st.sampled_from(SIZES), worths=st.lists(WORTHS, max_size=8),
+        arrived=st.booleans(),
+    )  # fmt: skip
+    def put(self, region: int, owner: str, nbytes: int, worths: list[float], arrived: bool) -> None:
+        worths = worths[: self.free(region) // nbytes]
+        fresh = [copy_id for copy_id in range(sum(CAPACITIES) + 8) if copy_id not in self.copies][: len(worths)]
+        self.shelf.put(region, ids(*fresh), owner, nbytes, np.array(worths))
         if arrived:
             self.shelf.arrive(ids(*fresh))
-        self.copies |= {copy_id: Copy(owner, nbytes, worth, arrived) for copy_id, worth in zip(fresh, worths, strict=True)}
+        self.copies |= {copy_id: Copy(region, owner, nbytes, worth, arrived) for copy_id, worth in zip(fresh, worths, strict=True)}
 
     @precondition(lambda self: any(not copy.arrived for copy in self.copies.values()))
     @rule(data=st.data())
@@ -72,16 +77,16 @@ class Machine(RuleBasedStateMachine):
             copy.worth *= 0.5
 
     @rule(
-        owner=st.sampled_from(OWNERS), nbytes=st.sampled_from(SIZES), bids=st.lists(WORTHS, max_size=12),
+        region=REGIONS, owner=st.sampled_from(OWNERS), nbytes=st.sampled_from(SIZES), bids=st.lists(WORTHS, max_size=12),
         active=st.sets(st.sampled_from(OWNERS)), pieces=st.booleans(),
     )  # fmt: skip
-    def choose(self, owner: str, nbytes: int, bids: list[float], active: set[str], pieces: bool) -> None:
+    def choose(self, region: int, owner: str, nbytes: int, bids: list[float], active: set[str], pieces: bool) -> None:
         bids = sorted(bids, reverse=True)
-        free = 0 if pieces else self.free()
-        room = self.shelf.choose(owner, nbytes, np.array(bids), free, active)
-        fair = CAPACITY / len({owner, *active})
-        there = {copy_id: copy for copy_id, copy in self.copies.items() if copy.arrived}
-        left = {name: sum(copy.nbytes for copy in self.copies.values() if copy.owner == name) for name in OWNERS}
+        free = 0 if pieces else self.free(region)
+        room = self.shelf.choose(region, owner, nbytes, np.array(bids), free, active)
+        fair = CAPACITIES[region] / len({owner, *active})
+        there = {copy_id: copy for copy_id, copy in self.copies.items() if copy.arrived and copy.region == region}
+        left = {name: self.used(region, name) for name in OWNERS}
         victims = iter(room.evictions.tolist())
         for placed, bid in enumerate(bids):
             while free < nbytes:
@@ -114,11 +119,14 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         assert len(self.shelf) == len(self.copies)
-        for name in OWNERS:
-            assert self.shelf.used_bytes(name) == sum(copy.nbytes for copy in self.copies.values() if copy.owner == name)
+        for region in range(len(CAPACITIES)):
+            assert [self.shelf.used_bytes(region, name) for name in OWNERS] == [self.used(region, name) for name in OWNERS]
 
-    def free(self) -> int:
-        return CAPACITY - sum(copy.nbytes for copy in self.copies.values())
+    def used(self, region: int, name: str) -> int:
+        return sum(copy.nbytes for copy in self.copies.values() if (copy.region, copy.owner) == (region, name))
+
+    def free(self, region: int) -> int:
+        return CAPACITIES[region] - sum(self.used(region, name) for name in OWNERS)
 
     def forget(self, gone: list[int]) -> None:
         self.shelf.drop(ids(*gone))
@@ -138,8 +146,8 @@ TestMachine.settings = settings(max_examples=150, stateful_step_count=40)
 @given(st.integers(1, 20), st.integers(0, 9))
 def test_room_is_made_in_a_region_that_does_not_hold_a_whole_number_of_records(records: int, rest: int) -> None:
     for bid, evicted in ((9.0, [0]), (1.0, [])):
-        shelf = Shelf(capacity_bytes=10 * records + rest)
-        shelf.put(np.arange(records), "a", 10, 1.0 + np.arange(records))
+        shelf = Shelf(10 * records + rest)
+        shelf.put(0, np.arange(records), "a", 10, 1.0 + np.arange(records))
         shelf.arrive(np.arange(records))
-        room = shelf.choose("a", 10, np.array([bid]), rest, ["a"])
+        room = shelf.choose(0, "a", 10, np.array([bid]), rest, ["a"])
         assert (room.placed, room.evictions.tolist()) == (len(evicted), evicted)

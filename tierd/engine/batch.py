@@ -21,7 +21,7 @@ from tierd.engine.canaries import NO_BLOCKS, Canaries
 from tierd.engine.counters import Counters
 from tierd.engine.validate import check_row
 from tierd.errors import CertificateUnavailable, InvalidArgument, TierdError
-from tierd.residency import NAMES, Ids, Pinned, Residency
+from tierd.residency import NAMES, Ids, Pinned, Residency, read_from_host
 from tierd.session import Quantiser, Savepoint, Session
 
 log = logging.getLogger(__name__)
@@ -87,20 +87,7 @@ class Work:
     @cached_property
     def from_host(self) -> Ids:
         """The records of these that were read from the host, int64 [3, n]: kinds, block ids, heads."""
-        return self.named(self.reads.from_host)
-
-    def named(self, some: NDArray[np.bool_]) -> Ids:
-        """Those of `reads` that are in `some`, with the ids of their blocks."""
-        records = np.compress(some, self.reads.records, axis=1)  # half the time of an index
-        records[1] = self.ids[records[1]]
-        return records
-
-    def num_late(self, residency: Residency) -> int:
-        """How many were read from the host although a copy was on its way when the kernels started. It may have arrived meanwhile; one that
-        failed for good is not counted."""
-        kind, ids, head = self.from_host
-        copies = self.session.table.copy_id[kind, ids, head][~self.exact_heads[head]]
-        return residency.num_older(copies[copies >= 0])
+        return read_from_host(*self.reads, self.ids)
 
 
 @dataclass(eq=False)
@@ -290,7 +277,7 @@ class Batch:
                 assert work.result is not None
                 self._counters.add(work.result)
                 if self._residency.num_copies and work.from_host.size:
-                    work.late_records = work.num_late(self._residency)
+                    work.late_records = self._residency.num_late(work.session.table, work.from_host, work.exact_heads)
             waited_s = self._prefetch_wait_s
             job.future.set_result(
                 [RowResult(w.result.output, w.result.certificate, w.late_records, waited_s) for w in job.works if w.result is not None]

@@ -16,7 +16,7 @@ from tierd.engine.ledger import Ledger
 from tierd.engine.scratch import Asker, Scratch
 from tierd.migrator import CopyOrders, Migrator
 from tierd.policy import FIRST_STEP, Choice, LinkBudget, Snapshot, Turns, named
-from tierd.residency import KEY, NO_COPIES, NO_COPY, VALUE, Ids, Residency
+from tierd.residency import KEY, NO_COPIES, NO_COPY, VALUE, Ids, Residency, mark_used
 from tierd.session import Session
 
 log = logging.getLogger(__name__)
@@ -166,9 +166,7 @@ class ScratchCache:
         table, nbytes = work.session.table, work.session.layout.original_record_bytes
         if not work.reads.from_host.size:
             return 0, 0
-        at_hand = work.named(~work.reads.from_host)
-        table.used[*at_hand] = True
-        hits, misses = len(at_hand[0]), len(work.from_host[0])
+        hits, misses = mark_used(*work.reads, work.ids, table.used), work.from_host.shape[1]
         self._counters.hits += hits
         self._counters.misses += misses
         self._counters.late += work.late_records

@@ -31,7 +31,7 @@ class Scratch:
 
     def __init__(self, residency: Residency, counters: Counters, wasted: Callable[[Asker, int], None]) -> None:
         self._residency, self._counters, self._wasted = residency, counters, wasted
-        self._shelves = tuple(Shelf(pool.total_bytes) for pool in residency.arenas.scratch)
+        self._shelf = Shelf(*(pool.total_bytes for pool in residency.arenas.scratch))
         self._askers = np.empty(0, object)  # by copy id
         residency.on_gone(self._gone)
 
@@ -41,17 +41,17 @@ class Scratch:
     ) -> Ids:  # fmt: skip
         """Begins copies of n records of falling `worths`, evicting what is worth less than `displace` of that; returns the ids of those for
         which there was room, which are the first. `families`: who has a share."""
-        pool, shelf = self._residency.arenas.scratch[kind], self._shelves[kind]
+        pool = self._residency.arenas.scratch[kind]
         size, free_bytes, done = pool.size_of(asker.nbytes), pool.free_bytes, NO_COPIES
         while True:
-            room = shelf.choose(asker.family, size, displace * worths[len(done) :], free_bytes, families)
+            room = self._shelf.choose(kind, asker.family, size, displace * worths[len(done) :], free_bytes, families)
             if len(room.evictions):
                 self._residency.evict(room.evictions)
                 self._counters.evicted += len(room.evictions)
             some = slice(len(done), len(done) + room.placed)
             ids = self._residency.begin_copies(table, kind, blocks[some], heads[some])
             self._remember(ids, asker)
-            shelf.put(ids, asker.family, size, worths[some][: len(ids)])
+            self._shelf.put(kind, ids, asker.family, size, worths[some][: len(ids)])
             done = np.concatenate([done, ids])
             if len(ids) == room.placed or not free_bytes:
                 return done
@@ -63,24 +63,15 @@ class Scratch:
 
     def arrive(self, ids: Ids) -> None:
         """These copies are resident now."""
-        for shelf, some in self._by_shelf(ids):
-            shelf.arrive(ids[some])
+        self._shelf.arrive(ids)
 
     def gain(self, choice: Choice) -> None:
         """What is held is worth what the choice says."""
-        for shelf, some in self._by_shelf(choice.held):
-            shelf.gain(choice.held[some], choice.held_worths[some])
+        self._shelf.gain(choice.held, choice.held_worths)
 
     def rescale(self, factor: float) -> None:
         """All worths have been multiplied by `factor`."""
-        for shelf in self._shelves:
-            shelf.rescale(factor)
-
-    def _by_shelf(self, ids: Ids) -> list[tuple[Shelf, NDArray[np.bool_]]]:
-        """Which of these copies are on each shelf that has any."""
-        kinds = self._residency.kinds(ids)
-        which = [(shelf, kinds == kind) for kind, shelf in enumerate(self._shelves)]
-        return [(shelf, some) for shelf, some in which if some.any()]
+        self._shelf.rescale(factor)
 
     def _remember(self, ids: Ids, asker: Asker) -> None:
         most, old = int(ids.max(initial=-1)) + 1, len(self._askers)
@@ -90,7 +81,6 @@ class Scratch:
 
     def _gone(self, ids: Ids, used: NDArray[np.bool_]) -> None:
         """The bytes of these copies are free again."""
-        for shelf, some in self._by_shelf(ids):
-            shelf.drop(ids[some])
+        self._shelf.drop(ids)
         for asker, count in self.askers(ids[~used]).items():
             self._wasted(asker, count)

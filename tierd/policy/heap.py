@@ -94,6 +94,13 @@ def pull_all(c: Copies, roots: Ids, copies: Ids) -> None:
 
 
 @compiled
+def raise_all(c: Copies, copies: Ids, worths: NDArray[np.float64]) -> None:
+    """Their worths of now. No heap changes, for a copy's key may be less than its worth. One by one: numpy took four times as long."""
+    for i in range(len(copies)):
+        c[copies[i]].worth = worths[i]
+
+
+@compiled
 def least(c: Copies, roots: Ids, who: int) -> int:
     """The owner's copy of least worth of now, which is then on top; NOBODY: there is none."""
     while True:

@@ -34,6 +34,7 @@ from tierd.residency.blocks import BARRED, NO_COPY, BlockTable, Ids
 from tierd.residency.copies import Copies, CopyState, ScratchCopy
 from tierd.residency.counting import add
 from tierd.residency.moving import COPY, begin, detach, settle
+from tierd.residency.reading import begun_before
 
 NO_COPIES: Ids = np.empty(0, np.int64)
 ATTEMPTS = 2  # a copy that failed so often is not tried again
@@ -108,9 +109,11 @@ class Residency:
         """A new batch of calls begins."""
         self._turn += 1
 
-    def num_older(self, ids: Ids) -> int:
-        """How many of these copies began before the last batch of calls did."""
-        return int(np.count_nonzero(self._copies.turn[ids] < self._turn))
+    def num_late(self, table: BlockTable, records: Ids, exact_heads: NDArray[np.bool_]) -> int:
+        """Of these records (int64 [3, n]: kinds, block ids, heads), which the last batch read from the host, how many had a copy on
+        its way when that began. It may have arrived meanwhile; one that failed for good is not counted, nor what `exact_heads` [Hkv] read,
+        who never look for copies."""
+        return begun_before(records, exact_heads, table.copy_id, self._copies.turn, self._turn)
 
     def copies(self) -> Iterator[ScratchCopy]:
         """What is known of each copy now, in the order of their ids."""
@@ -130,10 +133,6 @@ class Residency:
     def ways(self, ids: Ids) -> tuple[Ids, Ids, Ids]:
         """Where these copies come from and go to, byte offsets in originals and scratch, and how many bytes each."""
         return self._copies.source[ids], self._copies.target[ids], self._copies.nbytes[ids]
-
-    def kinds(self, ids: Ids) -> NDArray[np.int8]:
-        """Of which kind each of these copies is."""
-        return self._copies.kind[ids]
 
     def begin_copies(self, table: BlockTable, kind: int, blocks: Ids, heads: Ids) -> Ids:
         """Reserve scratch for (distinct) host-only records of full blocks, in order; returns the copies' ids: fewer where scratch has no
