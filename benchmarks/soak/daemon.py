@@ -15,9 +15,10 @@ from tierd_client import Tier, connect
 
 PROGRAM = ["-m", "tierd"]  # what Python runs
 LEASE_S = 4.0
-# Scratch of 128 KiB a kind holds 4 to 64 records, and sessions need hundreds: every copy pushes others out. The other pools are full at times.
+# Scratch of 128 KiB a kind holds 4 to 64 records, and sessions need hundreds: every copy pushes others out. The other pools are full at
+# times.
 FLAGS = {
-    "hot-bytes": 12 << 20, "originals-bytes": 24 << 20, "scratch-bytes": 256 << 10, "message-bytes-max": 4 << 20, "threads": 1,
+    "hot-bytes": 6 << 20, "originals-bytes": 14 << 20, "scratch-bytes": 256 << 10, "message-bytes-max": 4 << 20, "threads": 1,
     "canary-share": 0.01, "log-level": "warning",
 }  # fmt: skip
 STOP_S = 60.0
@@ -61,7 +62,8 @@ def running(backend: str) -> Iterator[Daemon]:
         flags = {"listen": target, "backend": backend, "lease-s": LEASE_S} | FLAGS
         command = [sys.executable, *PROGRAM, "serve", *(text for name, value in flags.items() for text in (f"--{name}", str(value)))]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("TIERD_")}
-        with log.open("w") as errors, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
+        files: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": log.open("w")}
+        with files["stderr"], subprocess.Popen(command, text=True, env=environment, **files) as process:
             try:
                 assert process.stdout is not None
                 if not process.stdout.readline():

@@ -61,8 +61,6 @@ def attention(keys: Raw, values: Raw, q: Raw, scale: float) -> oracle.Truth:
     largest = np.where(seen, norms, 0.0).max(axis=3)
     noise = 2.0 * largest * (2.0 * (d + 8) * U * reach.reshape(kv_heads, -1, n) + (tokens + 16) * U)
     output = weights.reshape(kv_heads, -1, tokens) @ V
-    return oracle.Truth(
-        output.reshape(heads, n, d).astype(np.longdouble), *(np.broadcast_to(x, (kv_heads, heads // kv_heads, n)).reshape(heads, n) for x in (
-            (weights * norms).sum(axis=3), np.where(seen, norms, np.inf).min(axis=3), largest, noise,
-        )),
-    )  # fmt: skip
+    smallest = np.where(seen, norms, np.inf).min(axis=3)
+    numbers = (np.broadcast_to(x, noise.shape).reshape(heads, n) for x in ((weights * norms).sum(axis=3), smallest, largest, noise))
+    return oracle.Truth(output.reshape(heads, n, d).astype(np.longdouble), *numbers)
