@@ -92,7 +92,8 @@ def unseen(done: Soak) -> list[str]:
 def headline(done: Soak) -> dict[str, float]:
     return {
         "calls": done.tally.calls, "head_steps": done.tally.head_steps, "violations": len(done.problems),
-        "worst_error_over_bound": done.tally.worst, "exact_share": done.tally.exact / max(1, done.tally.head_steps),
+        "worst_error_over_bound": done.tally.worst, "worst_error_over_bound_certified": done.tally.worst_certified,
+        "exact_share": done.tally.exact / max(1, done.tally.head_steps),
         "workers_killed": done.killed, "rss_mb_per_1000_calls": rss_mb_per_1000_calls(done.rows),
         "pools_left_bytes": pools_left_bytes(done.status),
     }  # fmt: skip

@@ -138,7 +138,9 @@ def test_a_verdict_counts_and_measures() -> None:
     result.certificate.exact[2] = True
     verdict = judge(mirror, 0, q, result, tolerance)
     assert (verdict.rows, verdict.exact) == (8, 2)
-    assert verdict.worst == pytest.approx(0.75, rel=1e-3)
+    assert verdict.worst == verdict.worst_certified == pytest.approx(0.75, rel=1e-3)
+    result.certificate.exact[:] = True
+    assert judge(mirror, 0, q, result, tolerance).worst_certified == 0.0
 
 
 @pytest.mark.parametrize(
@@ -248,8 +250,8 @@ def test_memory_that_grows_is_seen_and_memory_that_settles_is_not() -> None:
 
 
 def test_tallies_together() -> None:
-    total = together([Tally(calls=2, worst=0.5, left=1), Tally(calls=3, worst=0.25)])
-    assert total == Tally(calls=5, worst=0.5, left=1)
+    total = together([Tally(calls=2, worst=0.5, left=1), Tally(calls=3, worst=0.25, worst_certified=0.1)])
+    assert total == Tally(calls=5, worst=0.5, worst_certified=0.1, left=1)
 
 
 def test_a_soak_that_met_nothing_is_no_evidence() -> None:

@@ -18,11 +18,13 @@ U = 2.0**-53
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of an answer that keeps its promise: `worst`, the largest error / bound of its rows; `rows`, `exact`: how many."""
+    """Of an answer that keeps its promise: `rows`, `exact`: how many; `worst`: the largest error / bound of its rows; `worst_certified`: of
+    those that are not exact, whose bound is more than what rounding the output to its type may cost."""
 
     rows: int
     exact: int
     worst: float
+    worst_certified: float
 
 
 def judge(mirror: Mirror, layer: int, q: Raw, result: Result[Raw], tolerance: Tolerance) -> Verdict:
@@ -37,8 +39,9 @@ def judge(mirror: Mirror, layer: int, q: Raw, result: Result[Raw], tolerance: To
     error = np.linalg.norm(oracle.exact_numbers(result.output).astype(np.float64) - truth.output.astype(np.float64), axis=2)
     bound = result.certificate.bound
     # A bound of nothing is kept: the oracle has found no error above the noise.
-    worst = np.where(bound > 0.0, np.maximum(error - truth.noise, 0.0) / np.where(bound > 0.0, bound, 1.0), 0.0).max()
-    return Verdict(bound.size, int(result.certificate.exact.sum()), float(worst))
+    share = np.where(bound > 0.0, np.maximum(error - truth.noise, 0.0) / np.where(bound > 0.0, bound, 1.0), 0.0)
+    exact = result.certificate.exact
+    return Verdict(bound.size, int(exact.sum()), float(share.max()), float(share[~exact].max(initial=0.0)))
 
 
 def attention(keys: Raw, values: Raw, q: Raw, scale: float) -> oracle.Truth:

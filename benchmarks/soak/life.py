@@ -184,6 +184,7 @@ class Life:
             self.tally.head_steps += verdict.rows
             self.tally.exact += verdict.exact
             self.tally.worst = max(self.tally.worst, verdict.worst)
+            self.tally.worst_certified = max(self.tally.worst_certified, verdict.worst_certified)
 
     def _fork(self) -> None:
         if len(self._all) >= SESSIONS_MAX:
