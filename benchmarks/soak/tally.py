@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields
 @dataclass
 class Tally:
     """`calls`: answered, refusals included; `head_steps`: rows judged, of which `exact`; `worst`: the largest error / bound of these,
-    `worst_certified`: of those not exact. `refused`: a pool was full; `expired`: sessions left until their lease ran out; `silent`: how often a busy machine kept a worker from
-    calling for half a lease; `dropped`: connections cut while a call was under way; `left`: connections closed with sessions open."""
+    `worst_certified`: of those not exact. `refused`: a pool was full; `expired`: sessions left until their lease ran out; `silent`: how
+    often a busy machine kept a worker from calling for half a lease; `dropped`: connections cut while a call was under way; `left`:
+    connections closed with sessions open."""
 
     calls: int = 0
     head_steps: int = 0
