@@ -127,7 +127,7 @@ def answered(seed: int, tolerance: Tolerance) -> tuple[Mirror, Any, Result[Any]]
     q = draws.queries(rng, mirror.geometry, like, mirror.key(0, 5), 2)
     truth = oracle.attention(mirror.keys[0], mirror.values[0], q, 0.125)
     output = (truth.output + 0.75e-3 * np.eye(1, 64)).astype(np.float32)
-    rows = {name: np.zeros((4, 2)) for name in Certificate.__annotations__}
+    rows: dict[str, Any] = {name: np.zeros((4, 2)) for name in Certificate.__annotations__}
     rows |= {"bound": np.full((4, 2), 1e-3), "budget": tolerance.rtol * truth.value_norm, "exact": np.zeros((4, 2), bool)}
     return mirror, q, Result(output, Certificate(**rows))
 

@@ -15,11 +15,10 @@ from tierd.commands import EXACT, Append, Attend, Geometry, OpenSession, Row, To
 from tierd.engine import Engine, EngineConfig, counters
 from tierd.policy import eviction, weighing
 from tierd.residency import counting, digests, moving
-from tierd.session import GROUP_TOKENS
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
-NUM_TOKENS = GROUP_TOKENS + 1  # a complete group, whose norms are measured, and a tail
+NUM_TOKENS = 1025  # a complete group, whose norms are measured, and a tail
 STRICT = Tolerance(1e-3)  # not met by codes of random numbers: originals are promoted, and get copies
 
 
@@ -41,7 +40,7 @@ def warm_up() -> None:
     log.info("loading the kernels; the first time after an installation they are compiled")
     warm_policy()
     engine = Engine(EngineConfig(hot_bytes=4 * MIB, originals_bytes=8 * MIB, scratch_bytes=MIB, canary_share=1.0))
-    numbers = np.random.default_rng(0).standard_normal((2, NUM_TOKENS, 64), np.float32)
+    numbers = np.random.default_rng(0).standard_normal((2, NUM_TOKENS, 64))
     for dtype in NUMPY_DTYPE:
         kv = narrow(numbers, dtype)
         opening = engine.submit(OpenSession(Geometry(1, 2, 2, 64, dtype), STRICT, Budget(), NUM_TOKENS, worker="warm"))
