@@ -131,6 +131,16 @@ def check_reply(
     `score_error` bounds how far scores used for the budget may be off; by default what INT8 keys allow. Returns the
     truth.
     """
+    check_form(q, output, certificate, relative_to)
+    truth = attention(K, V, q, softmax_scale)
+    if relative_to == "values" and score_error is None:
+        score_error = int8_score_error(K, q, softmax_scale, block_size)
+    check_promise(truth, output, certificate, rtol, atol, relative_to, score_error)
+    return truth
+
+
+def check_form(q: Raw, output: Raw, certificate: Mapping[str, Raw], relative_to: str = "values") -> None:
+    """AssertionError unless the reply is one to this `q`: shapes, types, and no number that means nothing."""
     assert relative_to in ("values", "output"), f"relative_to is {relative_to!r}; allowed: values, output"
     assert output.shape == q.shape and output.dtype == q.dtype, (
         f"output is {output.dtype}{output.shape}, q {q.dtype}{q.shape}"
@@ -146,11 +156,22 @@ def check_reply(
             if name not in MAY_BE_INFINITE:
                 _fail_where(np.isinf(field), f"{name} is infinite", value=field)
             _fail_where(field < 0, f"{name} is negative", value=field)
-    returned = exact_numbers(output)
-    _fail_where(np.asarray(~np.isfinite(returned).all(axis=2)), "the output is not finite")
+    _fail_where(np.asarray(~np.isfinite(exact_numbers(output)).all(axis=2)), "the output is not finite")
 
+
+def check_promise(
+    truth: Truth,
+    output: Raw,
+    certificate: Mapping[str, Raw],
+    rtol: float,
+    atol: float,
+    relative_to: str,
+    score_error: float | NDArray[np.float64] | None,
+) -> None:
+    """AssertionError unless a reply of good form keeps the promise. `score_error` is not asked for where the budget is relative to the
+    output."""
     bound, budget, exact = certificate["bound"], certificate["budget"], certificate["exact"].astype(bool)
-    truth = attention(K, V, q, softmax_scale)
+    returned, rows = exact_numbers(output), output.shape[:2]
     difference = returned - truth.output
     error = np.sqrt((difference * difference).sum(axis=2))
     _fail_where(
@@ -163,10 +184,8 @@ def check_reply(
     if relative_to == "output":
         reference = np.sqrt((returned * returned).sum(axis=2)).astype(np.float64)
     else:
-        allowed = int8_score_error(K, q, softmax_scale, block_size) if score_error is None else np.asarray(score_error)
-        reference = reference_ceiling(
-            truth, np.broadcast_to(allowed, rows), certificate.get("skip_error", np.zeros(rows))
-        )
+        assert score_error is not None
+        allowed = np.broadcast_to(np.asarray(score_error), rows)
+        reference = reference_ceiling(truth, allowed, certificate.get("skip_error", np.zeros(rows)))
     most = (atol + rtol * reference) * (1.0 + 1e-3)
     _fail_where(budget > most, "the budget is above what was asked for", budget=budget, most=most)
-    return truth

@@ -7,17 +7,19 @@ import logging
 
 import numpy as np
 from tierd_kernels import floats
+from tierd_kernels.kvview import narrow
 from tierd_kernels.layout import NUMPY_DTYPE
 from tierd_kernels.policy import Budget
 
-from tierd.commands import EXACT, Append, Attend, Command, Geometry, OpenSession, Row, Tolerance
+from tierd.commands import EXACT, Append, Attend, Geometry, OpenSession, Row, Tolerance
 from tierd.engine import Engine, EngineConfig, counters
 from tierd.policy import eviction, weighing
 from tierd.residency import counting, digests, moving, reading
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
-NUM_TOKENS = 17  # a full block, so that it is quantised, and a tail
+NUM_TOKENS = 1025  # a complete group, whose norms are measured, and a tail
+STRICT = Tolerance(1e-3)  # not met by codes of random numbers: originals are promoted, and get copies
 
 
 def warm_policy() -> None:
@@ -34,19 +36,23 @@ def warm_policy() -> None:
 
 
 def warm_up() -> None:
-    """Run the policy, and every kernel once for each type of originals, in an engine that is thrown away."""
+    """Run the policy, and every kernel once for each type of originals, in an engine that is thrown away. What reads originals is compiled
+    twice: where they lie is told by arrays of another layout once some have copies in scratch."""
     log.info("loading the kernels; the first time after an installation they are compiled")
     warm_policy()
-    engine = Engine(EngineConfig(hot_bytes=MIB, originals_bytes=MIB, scratch_bytes=MIB, canary_share=1.0))
-    for dtype, raw in NUMPY_DTYPE.items():
-        kv = np.zeros((1, NUM_TOKENS, 64), raw)
-        opening = engine.submit(OpenSession(Geometry(1, 1, 1, 64, dtype), Tolerance(0.1), Budget(), NUM_TOKENS, worker="warm"))
+    engine = Engine(EngineConfig(hot_bytes=4 * MIB, originals_bytes=8 * MIB, scratch_bytes=MIB, canary_share=1.0))
+    numbers = np.random.default_rng(0).standard_normal((2, NUM_TOKENS, 64))
+    for dtype in NUMPY_DTYPE:
+        kv = narrow(numbers, dtype)
+        opening = engine.submit(OpenSession(Geometry(1, 2, 2, 64, dtype), STRICT, Budget(), NUM_TOKENS, worker="warm"))
         engine.run_once()
         session = opening.result()
-        rows = [Row(session, 0, kv[:, :1], tolerance=tolerance) for tolerance in (None, EXACT)]
-        steps: list[Command] = [Append(session, 0, kv, kv, worker="warm"), *(Attend([row], worker="warm") for row in rows)]
-        done = [engine.submit(step) for step in steps]
+        filling = engine.submit(Append(session, 0, kv, kv, worker="warm"))
         engine.run_once()
-        for future in done:
-            future.result()
+        filling.result()
+        for tolerance in (STRICT, EXACT, STRICT):
+            answer = engine.submit(Attend([Row(session, 0, kv[:, :1], tolerance=tolerance)], worker="warm"))
+            engine.run_once()
+            answer.result()
+    assert engine.residency.num_copies, "nothing was copied: what reads copies is not compiled"
     log.info("kernels are ready")
