@@ -143,7 +143,7 @@ def run(cache: Cache, call: Call, split_blocks: int | None = None) -> tuple[Any,
     from tierd_kernels.cuda.packing import Part
     from tierd_kernels.cuda.step import Step
 
-    step = Step(cache.layout, cache.memory, [Part(call, 0, call.q.shape[1])], split_blocks)  # type: ignore[arg-type]
+    step = Step(cache.layout, cache.memory, [Part(cache.layout, call, 0, call.q.shape[1])], split_blocks)  # type: ignore[arg-type]
     step.upload()
     step.launch()
     return step, step.answers()[0].candidates()
