@@ -11,7 +11,7 @@ from tierd_kernels.cuda.staging import Region, Staging
 
 
 class OfArray:
-    """What `work` makes of an array, worked out once: the array must not change while it lives."""
+    """What `work` makes of an array, worked out once. From then on the array is read-only: a change would not be noticed here."""
 
     def __init__(self, work: Callable[[NDArray[Any]], int]) -> None:
         self._work = work
@@ -19,15 +19,41 @@ class OfArray:
 
     def __call__(self, array: NDArray[Any]) -> int:
         key = id(array)
-        known = self._known.get(key)
-        if known is None:
+        found = self._known.get(key)
+        if found is None:
+            array.flags.writeable = False
+            known = self._known
             # It goes with the array, before another can have its identity.
-            known = self._known[key] = weakref.ref(array, lambda _: self._known.pop(key, None)), self._work(array)
-        return known[1]
+            found = known[key] = weakref.ref(array, lambda _: known.pop(key, None)), self._work(array)
+        return found[1]
 
     def forget(self) -> None:
         """All of it."""
         self._known.clear()
+
+
+class Pile:
+    """Arrays behind one another in a range of `nbytes` in pinned memory, which its twin on the device follows."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.staging = Staging(nbytes)
+        self.clear()
+
+    def clear(self) -> None:
+        """The next array comes first again."""
+        self._region, self._uploaded = Region(len(self.staging.host)), 0
+
+    def put(self, array: NDArray[Any]) -> int:
+        """The array's address on the device, C-contiguous, once `upload` was enqueued. Raises ValueError where it does not fit."""
+        start = self._region.take(array.nbytes)
+        self.staging.view(start, array.shape, array.dtype)[...] = array
+        return self.staging.at + start
+
+    def upload(self, stream: Any) -> None:
+        """Enqueues the copy of what is new; mostly nothing is."""
+        if self._uploaded < self._region.used:
+            self.staging.upload(stream, self._uploaded, self._region.used)
+            self._uploaded = self._region.used
 
 
 class Kept:
@@ -40,27 +66,19 @@ class Kept:
     Copies are made on the stream that steps share, so that what an enqueued step reads is not overwritten before it has run."""
 
     def __init__(self, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self._staging, self._region, self._uploaded = Staging(nbytes), Region(nbytes), 0
-        self._at = OfArray(self._put)
+        self.nbytes, self._pile = nbytes, Pile(nbytes)
+        self._at = OfArray(self._pile.put)
 
     def at(self, arrays: list[NDArray[Any]]) -> list[int]:
-        """Addresses at which a step finds these, C-contiguous, once `upload` was enqueued. All of a step's at once, for the next ones may
-        take their place; earlier uploads must have been carried out. Raises ValueError where these alone do not fit."""
+        """Addresses at which a step finds these, once `upload` was enqueued. All of a step's at once: the next ones may take their place;
+        earlier uploads must have been carried out. Raises ValueError where these alone do not fit."""
         try:
             return [self._at(x) for x in arrays]
         except ValueError:
             self._at.forget()
-            self._region, self._uploaded = Region(self.nbytes), 0
+            self._pile.clear()
             return [self._at(x) for x in arrays]
 
     def upload(self, stream: Any) -> None:
-        """Enqueues the copies that are new; mostly none."""
-        if self._uploaded < self._region.used:
-            self._staging.upload(stream, self._uploaded, self._region.used)
-            self._uploaded = self._region.used
-
-    def _put(self, array: NDArray[Any]) -> int:
-        start = self._region.take(array.nbytes)
-        self._staging.view(start, array.shape, array.dtype)[...] = array
-        return self._staging.at + start
+        """Of what is new."""
+        self._pile.upload(stream)

@@ -1,10 +1,8 @@
 """A part of a call as kernels want it: its numbers, addresses and arrays, written where a launch carries them in from."""
 
 import math
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tierd_kernels.call import Call
 from tierd_kernels.cuda.arrangement import Placed
@@ -23,7 +21,7 @@ KEPT_AT = tuple(POINTERS.index(name) for name in KEPT_ARRAYS)
 class Part:
     """Query tokens [start, stop) of a call. `n` of them, of which the newest sees `tokens`, in `full` blocks and perhaps one more, or the
     last one in part; `canaries`: the call's among these blocks, int64, with its first part alone; `exact_only`: see `needs_exact`; `kept`:
-    the arrays that stay on the device, whole, of which an earlier part needs the beginning only."""
+    the arrays that stay on the device, in the order of KEPT_ARRAYS; whole: an earlier part needs their beginning only."""
 
     def __init__(self, layout: Layout, call: Call, start: int, stop: int) -> None:
         self.layout, self.call, self.start, self.n = layout, call, start, stop - start
@@ -34,9 +32,9 @@ class Part:
         self.exact_only = needs_exact(call)
         copies = 0 if call.in_scratch is None else len(call.in_scratch.places)
         self.shape = Shape(
-            len(call.q) // layout.num_kv_heads, self.n, full, min(call.candidates_max, full), above(len(self.canaries), 3), above(copies, 5)
+            len(call.q) // layout.num_kv_heads, self.n, full, min(call.candidates_max, full), above(len(self.canaries), 1), above(copies, 3)
         )
-        self.kept: list[NDArray[Any]] = [call.hot_offsets, call.original_offsets, call.group_value_norms, call.group_error_norms]
+        self.kept = call.lasting
 
     def write(self, memory: DeviceMemory, placed: Placed, kept_at: list[int], number: int) -> None:
         """What the launch carries in, of its part of that number; `kept_at`: where `kept` lies."""
