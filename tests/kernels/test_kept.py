@@ -149,7 +149,7 @@ def test_calls_are_answered_the_same_where_little_can_be_kept(carried: list[int]
     calls = [cache.call(q, 0.1, Budget()) for cache in (first, second)]
     roomy = backend.attend(first.layout, memory, calls, 3)
     assert all(isinstance(x, Result) for x in roomy) and not np.array_equal(roomy[0].output, roomy[1].output)  # type: ignore[union-attr]
-    memory.kept = Kept(3 * UNIT)  # one call's at a time
+    memory.kept = Kept(6 * UNIT)  # one call's at a time
     for batch in ([0], [1], [0, 1], [1, 0], [0]):
         for number, found in zip(batch, backend.attend(first.layout, memory, [calls[i] for i in batch], 3), strict=True):
             assert isinstance(found, Result) and np.array_equal(found.output, roomy[number].output)  # type: ignore[union-attr]

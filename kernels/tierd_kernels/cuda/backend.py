@@ -2,8 +2,7 @@
 kernels read by themselves. Called from one thread.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from operator import add, le
 from typing import Any, NamedTuple
@@ -15,13 +14,13 @@ from numpy.typing import NDArray
 from tierd_kernels.call import Call, Result, idle
 from tierd_kernels.copying import Copying
 from tierd_kernels.cuda import launch
-from tierd_kernels.cuda.launch import CALL, CERTIFIED, EXACT, FIELDS, kernels
+from tierd_kernels.cuda.kept import most_bytes
+from tierd_kernels.cuda.launch import CERTIFIED, EXACT, FIELDS, kernels
 from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, reserve
 from tierd_kernels.cuda.norms import group_bounds
 from tierd_kernels.cuda.packing import UNIT_MAX, UNIT_MIN, Part
 from tierd_kernels.cuda.plan import plan_of
 from tierd_kernels.cuda.record import Record
-from tierd_kernels.cuda.staging import ALIGNMENT, aligned
 from tierd_kernels.cuda.start import FAULTS
 from tierd_kernels.cuda.step import Answer, Step
 from tierd_kernels.errors import SCORE_MAX, DeviceLost, ScoreOverflow
@@ -32,7 +31,6 @@ from tierd_kernels.select.candidates import Candidates, joined
 
 NOT_READY = 600  # cudaErrorNotReady
 ROWS_AT_ONCE = 64  # query tokens of a call handled together, at most
-CALL_ROOM = 2 * CALL.itemsize + ALIGNMENT  # of a call's numbers, of which a launch may carry twice as many as it has calls
 COUNTS = "promoted_key_blocks", "promoted_value_blocks", "skipped_blocks"
 
 
@@ -45,13 +43,15 @@ def limit_threads(count: int) -> None:
     """Nothing here runs on the host's threads."""
 
 
-@contextmanager
-def faults() -> Iterator[None]:
-    """A device that reports an error is lost: its context does not recover, and what it holds cannot be trusted."""
-    try:
-        yield
-    except FAULTS as error:
-        raise DeviceLost(f"the CUDA device failed: {error}; restart the daemon") from error
+class faults:
+    """Around what a device does. One that reports an error is lost: its context does not recover, what it holds cannot be trusted."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, FAULTS):
+            raise DeviceLost(f"the CUDA device failed: {error}; restart the daemon") from error
 
 
 def prepare(layout: Layout) -> None:
@@ -124,44 +124,42 @@ def attend(
     """Answers every call, or returns the exception that explains why one has no answer (`ScoreOverflow`, ValueError). `meanwhile` runs once
     while the device computes, if it does: all that reads scratch is enqueued by then, and copies to it come behind. Raises DeviceLost."""
     own = _own(memory)
-    answers: dict[int, list[Answer] | Exception] = {}
+    found: list[list[Answer] | ValueError] = []
     waiting: list[Waiting] = []
-    for i, call in enumerate(calls):
+    for call in calls:
+        answers: list[Answer] = []
         try:
-            waiting += _parts(layout, own, i, call, num_q_heads)
+            waiting += _parts(layout, own, call, num_q_heads, answers)
+            found.append(answers)
         except ValueError as error:
-            answers[i] = error
-            continue
-        answers[i] = []
+            found.append(error)
     with faults():
-        batches = list(_batches(own, waiting))
-        for number, batch in enumerate(batches):
+        batches = _batches(own, waiting)
+        for batch in batches:
             step = Step(layout, own, [x.part for x in batch])
             step.upload()
             step.launch()
-            for x, answer in zip(batch, step.answers(meanwhile if number == len(batches) - 1 else idle), strict=True):
-                done = answers[x.number]
-                assert isinstance(done, list)
-                done.append(answer)
-    results: list[Result | Exception] = []
-    for i, call in enumerate(calls):
-        found = answers[i]
-        try:
-            results.append(_result(layout, call, found) if isinstance(found, list) else found)
-        except ScoreOverflow as error:
-            results.append(error)
-    return results
+            for x, answer in zip(batch, step.answers(meanwhile if batch is batches[-1] else idle), strict=True):
+                x.answers.append(answer)
+    return [_result_of(layout, call, x) for call, x in zip(calls, found, strict=True)]
+
+
+def _result_of(layout: Layout, call: Call, found: list[Answer] | ValueError) -> Result | Exception:
+    try:
+        return found if isinstance(found, ValueError) else _result(layout, call, found)
+    except ScoreOverflow as error:
+        return error
 
 
 class Waiting(NamedTuple):
-    """A part of the call of that number, and what it needs at most, of each of `_limits`."""
+    """A part of a call, where its answer goes, and what it needs at most, of each of `_limits`."""
 
-    number: int
     part: Part
+    answers: list[Answer]
     needs: tuple[int, int, int, int]
 
 
-def _parts(layout: Layout, memory: DeviceMemory, number: int, call: Call, num_q_heads: int) -> list[Waiting]:
+def _parts(layout: Layout, memory: DeviceMemory, call: Call, num_q_heads: int, answers: list[Answer]) -> list[Waiting]:
     """A call's query tokens in runs whose buffers fit what is kept for calls."""
     heads, n, d = call.q.shape
     if heads != num_q_heads or num_q_heads % layout.num_kv_heads or d != layout.head_dim or not 1 <= n <= call.num_tokens:
@@ -173,8 +171,8 @@ def _parts(layout: Layout, memory: DeviceMemory, number: int, call: Call, num_q_
             raise ValueError(f"{call.num_tokens} tokens of {layout} need more than the {limits} bytes kept for calls")
         at_once //= 2
     if at_once == n:
-        return [Waiting(number, last, needs)]
-    return [Waiting(number, Part(layout, call, start, min(start + at_once, n)), needs) for start in range(0, n, at_once)]
+        return [Waiting(last, answers, needs)]
+    return [Waiting(Part(layout, call, start, min(start + at_once, n)), answers, needs) for start in range(0, n, at_once)]
 
 
 def _limits(memory: DeviceMemory) -> tuple[int, int, int, int]:
@@ -184,27 +182,28 @@ def _limits(memory: DeviceMemory) -> tuple[int, int, int, int]:
 
 def _needs(memory: DeviceMemory, part: Part) -> tuple[int, int, int, int]:
     """What a part takes of each of them, at most."""
-    workspace, inputs, *back = plan_of(part.layout, part.shape, memory.processors).sizes
-    return workspace, inputs + CALL_ROOM, sum(back), sum(aligned(array.nbytes) for array in part.kept)
+    return *plan_of(part.layout, part.shape, memory.processors).needs, most_bytes(part.kept)
 
 
 def _fits(needs: tuple[int, ...], limits: tuple[int, ...]) -> bool:
     return all(map(le, needs, limits))
 
 
-def _batches(memory: DeviceMemory, waiting: list[Waiting]) -> Iterator[list[Waiting]]:
-    """Parts that fit together."""
-    batch: list[Waiting] = []
+def _batches(memory: DeviceMemory, waiting: list[Waiting]) -> list[list[Waiting]]:
+    """Parts that fit together; each does alone."""
+    if len(waiting) == 1:
+        return [waiting]
+    batches: list[list[Waiting]] = []
     used, limits = (0, 0, 0, 0), _limits(memory)
     for x in waiting:
         together = tuple(map(add, used, x.needs))
-        if batch and not _fits(together, limits):
-            yield batch
-            batch, together = [], x.needs
-        batch.append(x)
-        used = together
-    if batch:
-        yield batch
+        if batches and _fits(together, limits):
+            batches[-1].append(x)
+            used = together
+        else:
+            batches.append([x])
+            used = x.needs
+    return batches
 
 
 def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:

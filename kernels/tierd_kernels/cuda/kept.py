@@ -7,7 +7,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from tierd_kernels.cuda.staging import Region, Staging
+from tierd_kernels.cuda.staging import ALIGNMENT, Region, Staging
 
 
 class OfArray:
@@ -54,6 +54,11 @@ class Pile:
         if self._uploaded < self._region.used:
             self.staging.upload(stream, self._uploaded, self._region.used)
             self._uploaded = self._region.used
+
+
+def most_bytes(arrays: list[NDArray[Any]]) -> int:
+    """What they take in an empty pile, at most."""
+    return sum([array.nbytes for array in arrays]) + ALIGNMENT * len(arrays)
 
 
 class Kept:

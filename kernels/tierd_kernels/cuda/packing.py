@@ -14,14 +14,16 @@ from tierd_kernels.layout import Layout
 
 # Dot products with quantised keys stay below 2^32, half of them offsets: 256 channels of 127 * 65504 at most, q within [-1, 1].
 SCALE_MAX = 2.0**90
+# Of a call that has canaries, at least: with room for just those it draws, calls one after another would seldom have the same shape.
+CANARIES_ROOM = 16
 UNIT_MIN, UNIT_MAX = -60, 120  # from below: what FP32 flushes to zero stays far under 2^-40 of a unit
-KEPT_AT = tuple(POINTERS.index(name) for name in KEPT_ARRAYS)
+HOT, ORIGINAL, GROUP_VALUES, GROUP_ERRORS = map(POINTERS.index, KEPT_ARRAYS)
 
 
 class Part:
     """Query tokens [start, stop) of a call. `n` of them, of which the newest sees `tokens`, in `full` blocks and perhaps one more, or the
-    last one in part; `canaries`: the call's among these blocks, int64, with its first part alone; `exact_only`: see `needs_exact`; `kept`:
-    the arrays that stay on the device, in the order of KEPT_ARRAYS; whole: an earlier part needs their beginning only."""
+    last one in part; `canaries`: the call's among these blocks, int64, with its first part alone; `exact_only`: see `needs_exact`; `terms`
+    of its policy; `kept`: the arrays that stay on the device, in the order of KEPT_ARRAYS, whole also where a part needs less of them."""
 
     def __init__(self, layout: Layout, call: Call, start: int, stop: int) -> None:
         self.layout, self.call, self.start, self.n = layout, call, start, stop - start
@@ -29,11 +31,12 @@ class Part:
         self.full = full = min(len(call.hot_offsets), -(-self.tokens // layout.block_size))
         drawn = call.canary_blocks
         self.canaries = drawn[:0] if start else drawn if full == len(call.hot_offsets) else drawn[drawn < full]
-        self.exact_only = needs_exact(call)
-        copies = 0 if call.in_scratch is None else len(call.in_scratch.places)
+        self.exact_only, self.terms = needs_exact(call), terms_of(call.policy, call.relative_to)
         self.shape = Shape(
-            len(call.q) // layout.num_kv_heads, self.n, full, min(call.candidates_max, full), above(len(self.canaries), 1), above(copies, 3)
-        )
+            len(call.q) // layout.num_kv_heads, self.n, full, min(call.candidates_max, full),
+            above(max(CANARIES_ROOM, len(self.canaries)), 1) if len(self.canaries) else 0,
+            above(len(call.in_scratch.places), 3) if call.in_scratch is not None else 0,
+        )  # fmt: skip
         self.kept = call.lasting
 
     def write(self, memory: DeviceMemory, placed: Placed, kept_at: list[int], number: int) -> None:
@@ -41,18 +44,18 @@ class Part:
         call, canaries = self.call, self.canaries
         placed.q[...] = call.q[:, self.start : self.start + self.n]
         placed.tickets.fill(0)
-        placed.canaries[: len(canaries)] = canaries
+        if len(canaries):
+            placed.canaries[: len(canaries)] = canaries
         if call.in_scratch is not None:
             placed.copied[...] = call.in_scratch.words[: len(placed.copied)]
             placed.copies[: len(call.in_scratch.places)] = call.in_scratch.places
-        addresses, terms = placed.addresses.copy(), terms_of(call.policy, call.relative_to)
-        for pointer, at in zip(KEPT_AT, kept_at, strict=True):
-            addresses[pointer] = at
+        addresses, terms = placed.addresses.copy(), self.terms
+        addresses[HOT], addresses[ORIGINAL], addresses[GROUP_VALUES], addresses[GROUP_ERRORS] = kept_at
         PACKED.pack_into(
             memory.inputs.host.data, CALL.itemsize * number,
             self.n, self.tokens, self.full, placed.splits, placed.per, len(call.group_value_norms), self._unit(memory),
-            call.relative_to == "output", self.exact_only, len(canaries), *terms.numbers, self.shape.candidates, call.softmax_scale,
-            *addresses, call.rtol, call.atol, *terms.reals,
+            call.relative_to == "output", self.exact_only, len(canaries), terms.ranks, terms.covers, *terms.numbers, self.shape.candidates,
+            call.softmax_scale, *addresses, call.rtol, call.atol, *terms.reals,
         )  # fmt: skip
 
     def _unit(self, memory: DeviceMemory) -> int:

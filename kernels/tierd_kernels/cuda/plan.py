@@ -7,7 +7,7 @@ Legend: a tile is `ROW_TILE` rows (query tokens times query heads of a KV head);
 from functools import lru_cache
 from typing import NamedTuple
 
-from tierd_kernels.cuda.launch import FIELDS, NUMBERS, POINTERS, above, kernels
+from tierd_kernels.cuda.launch import CALL, FIELDS, NUMBERS, POINTERS, above, kernels
 from tierd_kernels.cuda.record import TILE
 from tierd_kernels.cuda.sources import (
     DENSE_FACTS,
@@ -21,7 +21,7 @@ from tierd_kernels.cuda.sources import (
     STATISTIC_WORDS,
     TILE_WEIGHT_FLOATS,
 )
-from tierd_kernels.cuda.staging import aligned
+from tierd_kernels.cuda.staging import ALIGNMENT, aligned
 from tierd_kernels.in_scratch import RECORDS
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Coverage, Policy
@@ -31,6 +31,7 @@ from tierd_kernels.policy import Coverage, Policy
 WORKSPACE, INPUTS, ANSWERS, LATE, ASKED, HOT, SCRATCH, ORIGINALS, KEPT, NOWHERE = range(10)
 SIZED = 5  # the first of these hold arrays of calls
 KEPT_ARRAYS = "hot", "original", "group_values", "group_errors"
+CALL_ROOM = 2 * CALL.itemsize + ALIGNMENT  # of a call's numbers, of which a launch may carry twice as many as it has calls
 PLANS_MAX, POLICIES_MAX = 4096, 256
 COUNT_MAX = 2**31 - 1
 
@@ -56,10 +57,12 @@ class Shape(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """`sizes`: bytes that a part takes of each of the SIZED first places; `places`: of every address of CALL, where it lies and its offset
-    there; `pointers`: the same in the order of CALL; `tickets`, which a call begins with as zeros."""
+    """`sizes`: bytes that a part takes of each of the SIZED first places; `needs`: of the workspace, of what is carried in (with its CALL)
+    and of what comes back; `places`: of every address of CALL, where it lies and its offset there; `pointers`: the same in the order of
+    CALL; `tickets`, which a call begins with as zeros."""
 
     sizes: tuple[int, ...]
+    needs: tuple[int, int, int]
     places: dict[str, tuple[int, int]]
     pointers: tuple[tuple[int, int], ...]
     tickets: int
@@ -105,13 +108,16 @@ def plan(layout: Layout, shape: Shape, per: int) -> Plan:
             places[name] = place, used
             used += aligned(nbytes)
         sizes.append(used)
-    return Plan(tuple(sizes), places, tuple(places[name] for name in POINTERS), tickets)
+    needs = sizes[WORKSPACE], sizes[INPUTS] + CALL_ROOM, sizes[ANSWERS] + sizes[LATE] + sizes[ASKED]
+    return Plan(tuple(sizes), needs, places, tuple(places[name] for name in POINTERS), tickets)
 
 
 class Terms(NamedTuple):
-    """What CALL says of a policy, in its order."""
+    """What CALL says of a policy, in its order, `ranks` and `covers` first: whether it requires a ranking, whether it is of coverage."""
 
-    numbers: tuple[int, int, int, int, int]
+    ranks: bool
+    covers: bool
+    numbers: tuple[int, int, int]
     reals: tuple[float, float, float, float]
 
 
@@ -119,10 +125,10 @@ class Terms(NamedTuple):
 def terms_of(policy: Policy, relative_to: str) -> Terms:
     """Blocks are skipped where the budget is one of values: that of an output is not known before."""
     if isinstance(policy, Coverage):
-        numbers = 0, 1, min(policy.k_min, COUNT_MAX), min(policy.k_max, COUNT_MAX), int(policy.boundary_check)
-        return Terms(numbers, (0.0, policy.tau_cov, policy.key_bound_max, policy.v_tol))
+        numbers = min(policy.k_min, COUNT_MAX), min(policy.k_max, COUNT_MAX), int(policy.boundary_check)
+        return Terms(False, True, numbers, (0.0, policy.tau_cov, policy.key_bound_max, policy.v_tol))
     skip_share = policy.skip_share if relative_to == "values" else 0.0
-    return Terms((int(policy.require_rank), 0, 0, 0, 0), (skip_share, 0.0, 0.0, 0.0))
+    return Terms(policy.require_rank, False, (0, 0, 0), (skip_share, 0.0, 0.0, 0.0))
 
 
 assert NUMBERS[10:15] == ("require_rank", "coverage", "k_min", "k_max", "boundary_check")

@@ -19,10 +19,9 @@ from tierd_kernels.cuda.late import Late
 from tierd_kernels.cuda.launch import CERTIFIED, FIELDS, Program, kernels
 from tierd_kernels.cuda.memory import DeviceMemory
 from tierd_kernels.cuda.packing import Part
-from tierd_kernels.cuda.plan import KEPT_ARRAYS
+from tierd_kernels.cuda.plan import KEPT_ARRAYS, Terms
 from tierd_kernels.layout import Layout
 from tierd_kernels.numerics import Array
-from tierd_kernels.policy import Budget, Coverage, Policy
 from tierd_kernels.reads import NONE_READ, Reads, exact_heads, listed
 from tierd_kernels.select.candidates import Candidates
 
@@ -43,10 +42,9 @@ class Answer:
     candidates: Callable[[], Candidates]
 
 
-def _program(policies: list[Policy]) -> Program:
+def _program(terms: list[Terms]) -> Program:
     """Of the calls that are not exact from the start."""
-    ranks = any(isinstance(x, Budget) and x.require_rank for x in policies)
-    return Program(bool(policies), ranks, any(isinstance(x, Coverage) for x in policies))
+    return Program(bool(terms), any([x.ranks for x in terms]), any([x.covers for x in terms]))
 
 
 class Step:
@@ -55,15 +53,13 @@ class Step:
     def __init__(self, layout: Layout, memory: DeviceMemory, parts: list[Part], split_blocks: int | None = None) -> None:
         """Raises ValueError as `Arrangement` and `Kept` do."""
         self.layout, self.memory, self.parts, self.kernels = layout, memory, parts, kernels(layout)
-        if memory.late:  # its candidates lie where this step's answers come
-            memory.late.collect()
         self.arranged = arranged = arrangement(layout, memory, tuple(part.shape for part in parts), split_blocks)
         self.at, self.grid, self.answers_end = arranged.at, arranged.grid, arranged.answers_end
         kept_at, each = memory.kept.at([array for part in parts for array in part.kept]), len(KEPT_ARRAYS)
         for i, (part, placed) in enumerate(zip(parts, arranged.parts, strict=True)):
             part.write(memory, placed, kept_at[i * each : (i + 1) * each], i)
         arranged.unused.fill(0)
-        self.program = _program([part.call.policy for part in parts if not part.exact_only])
+        self.program = _program([part.terms for part in parts if not part.exact_only])
 
     def upload(self) -> None:
         memory = self.memory
@@ -76,12 +72,14 @@ class Step:
 
     def launch(self) -> None:
         """The same as a graph, captured by the first launch of this shape."""
-        self.memory.graphs.launch((self.layout, self.grid, self.program), self.enqueue, self.memory.stream)
+        self.memory.graphs.launch((self.kernels, self.grid, self.program), self.enqueue, self.memory.stream)
 
     def answers(self, meanwhile: Callable[[], None] = idle) -> list[Answer]:
         """What came back; waits for the device, but not for the candidates, which it begins behind the answers. Once all of it is enqueued
         `meanwhile` runs."""
         memory = self.memory
+        if memory.late:  # its candidates lie where these answers come; the device has something to do already
+            memory.late.collect()
         memory.outputs.download(memory.stream, 0, self.answers_end)
         memory.answered.record(memory.stream)
         late = memory.late = self._begin_late()
@@ -92,7 +90,7 @@ class Step:
     def _begin_late(self) -> Late:
         memory = self.memory
         if self.arranged.candidates:
-            memory.graphs.launch((self.layout, self.grid), partial(self.kernels.candidates, self.at, self.grid), memory.stream)
+            memory.graphs.launch((self.kernels, self.grid), partial(self.kernels.candidates, self.at, self.grid), memory.stream)
         memory.arrived.record(memory.stream)
         return Late(memory.arrived, self.arranged.late)
 
