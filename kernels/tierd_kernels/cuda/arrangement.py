@@ -1,5 +1,5 @@
-"""Where all arrays of a launch lie, and views of the host's side of them: worked out once for launches of parts of the same shapes, which
-most often differ in a token only. To make 12 views anew, and what goes with them, took a third of a call's time on the host."""
+"""Where all arrays of a launch lie, and views of the host's side of them: worked out once for launches of parts of the same shapes, as
+those of all layers are, token after token, until a block is full. Anew with every launch it took 24 us of 94 on the host."""
 
 from typing import Any, NamedTuple
 
@@ -48,8 +48,7 @@ class Arrangement:
         """Raises ValueError for more splits than kernels take, and where all parts together need more room than there is."""
         heads, number = layout.num_kv_heads, len(shapes)
         plans = [plan_of(layout, shape, memory.processors, split_blocks) for shape in shapes]
-        regions = Region(memory.workspace.nbytes), Region(memory.inputs.host.size), Region(memory.outputs.host.size)
-        workspace, inputs, outputs = regions
+        workspace, inputs, outputs = map(Region, (memory.workspace.nbytes, memory.inputs.host.size, memory.outputs.host.size))
         # First in the range, so that all launches find their calls at one address.
         calls_start = inputs.take(above(number, 1) * CALL.itemsize)
         self.at, calls = memory.inputs.at + calls_start, memory.inputs.view(calls_start, (above(number, 1),), CALL)
