@@ -89,6 +89,22 @@ def test_launches_of_the_same_shape_are_arranged_once_and_answer_their_own() -> 
     assert len(memory.arranged._items) == arranged + 2, "one with room for canaries and one without"
 
 
+def test_a_launch_has_no_call_of_the_one_before() -> None:
+    """Three calls are launched as four, of which the last is empty."""
+    from tierd_kernels.cuda import backend
+    from tierd_kernels.cuda.launch import CALL
+
+    layout = LAYOUTS[4]
+    k, v, q = draw(layout, 130, 3, 1, "diffuse", 8)
+    cache = store(layout, k, v)
+    memory: Any = cache.memory
+    there: list[bool] = []
+    for count in (4, 3):
+        backend.attend(layout, memory, [cache.call(q, 0.1, Budget())] * count, 3)
+        there.append(bool(memory.inputs.view(3 * CALL.itemsize, (CALL.itemsize,), np.uint8).any()))
+    assert there == [True, False]
+
+
 def test_what_was_used_least_recently_is_forgotten() -> None:
     from tierd_kernels.cuda.recent import Recent
 

@@ -96,7 +96,7 @@ class Left:
 
         self.call, self.memory = step.memory.inputs.view(step.at - step.memory.inputs.at, (1,), CALL)[0].copy(), step.memory
         heads, self.full = step.layout.num_kv_heads, self.call["full"]
-        self.rows = step.group * self.call["n"]
+        self.rows = step.grid.group * self.call["n"]
         tiles = -(-self.rows // 4)
         self.statistics = self._statistics(self._read("statistics", (heads, tiles, self.full + 1, 8, 4), np.uint32)[:, :, : self.full])
         marks = step.memory.outputs.device[int(self.call["marks"]) - step.memory.outputs.at :]
