@@ -89,7 +89,7 @@ class Graph:
     def __init__(self, layout: Layout, memories: list[DeviceMemory], groups: list[list[Call]], what: str = "step") -> None:
         self.steps = []
         for buffers, calls in zip(memories, groups, strict=True):
-            step = Step(layout, buffers, [Part(call, 0, 1) for call in calls])
+            step = Step(layout, buffers, [Part(layout, call, 0, 1) for call in calls])
             step.upload()
             self.steps.append(step)
         self.what, self.stream = what, memories[0].stream
@@ -139,7 +139,7 @@ def needed(layout: Layout, memory: DeviceMemory, batches: list[list[Call]], shar
         for calls in batches:
             for call in calls:
                 call.rtol = rtol
-            step = Step(layout, memory, [Part(call, 0, 1) for call in calls])
+            step = Step(layout, memory, [Part(layout, call, 0, 1) for call in calls])
             step.upload()
             step.launch()
             found = zip(step.answers(), calls, strict=True)

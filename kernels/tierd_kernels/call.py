@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,12 @@ class Call:
     policy: Policy = field(default_factory=Budget)
     canary_blocks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     candidates_max: int = CANDIDATES_MAX
+
+    @property
+    def lasting(self) -> list[NDArray[Any]]:
+        """The arrays that one call after another is given, for as long as what they say holds. They are never written again: a backend may
+        know them by their identity, and keeps copies."""
+        return [self.hot_offsets, self.original_offsets, self.group_value_norms, self.group_error_norms]
 
     def locations(self, layout: Layout) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where records of the full blocks' keys and values lie, int64 [full, Hkv] each: a byte offset in scratch, or ~offset of the record

@@ -96,7 +96,7 @@ class Left:
 
         self.call, self.memory = step.memory.inputs.view(step.at - step.memory.inputs.at, (1,), CALL)[0].copy(), step.memory
         heads, self.full = step.layout.num_kv_heads, self.call["full"]
-        self.rows = step.group * self.call["n"]
+        self.rows = step.grid.group * self.call["n"]
         tiles = -(-self.rows // 4)
         self.statistics = self._statistics(self._read("statistics", (heads, tiles, self.full + 1, 8, 4), np.uint32)[:, :, : self.full])
         marks = step.memory.outputs.device[int(self.call["marks"]) - step.memory.outputs.at :]
@@ -143,7 +143,7 @@ def run(cache: Cache, call: Call, split_blocks: int | None = None) -> tuple[Any,
     from tierd_kernels.cuda.packing import Part
     from tierd_kernels.cuda.step import Step
 
-    step = Step(cache.layout, cache.memory, [Part(call, 0, call.q.shape[1])], split_blocks)  # type: ignore[arg-type]
+    step = Step(cache.layout, cache.memory, [Part(cache.layout, call, 0, call.q.shape[1])], split_blocks)  # type: ignore[arg-type]
     step.upload()
     step.launch()
     return step, step.answers()[0].candidates()

@@ -262,7 +262,7 @@ def test_calls_of_different_lengths_in_one_launch_answer_as_alone() -> None:
         call.hot_offsets, call.original_offsets = call.hot_offsets[:full], call.original_offsets[: -(-tokens // B)]
         call.in_scratch = all_in_scratch(layout, call.original_offsets[:full]) if i % 2 == 0 else None
         call.group_value_norms, call.group_error_norms = (x[: tokens // GROUP] for x in (call.group_value_norms, call.group_error_norms))
-        parts.append(Part(call, 0, n))
+        parts.append(Part(layout, call, 0, n))
 
     def run(parts: list[Any]) -> list[Any]:
         step = Step(layout, cache.memory, parts, split_blocks=16)  # type: ignore[arg-type]
@@ -287,7 +287,7 @@ def test_a_step_answers_the_same_when_it_is_launched_again(rtol: float) -> None:
     layout = LAYOUTS[0]
     k, v, q = draw(layout, 2051, 8, 2, "sharp", 11)
     cache = store(layout, k, v)
-    step = Step(layout, cache.memory, [Part(cache.call(q, rtol, Budget()), 0, 2)], split_blocks=16)  # type: ignore[arg-type]
+    step = Step(layout, cache.memory, [Part(layout, cache.call(q, rtol, Budget()), 0, 2)], split_blocks=16)  # type: ignore[arg-type]
     step.upload()
     found = []
     for _ in range(3):
@@ -355,7 +355,7 @@ def test_the_parts_of_a_call_are_as_small_as_the_one_that_sees_the_most_needs(mo
     cache = store(layout, k, v)
     call, memory = cache.call(q, 0.1, Budget()), cache.memory
     monkeypatch.setattr(backend, "ROWS_AT_ONCE", 32)
-    monkeypatch.setattr(memory, "workspace", memory.workspace[: backend._needs(layout, memory, Part(call, 0, 32))[0]])  # type: ignore[attr-defined,arg-type]
+    monkeypatch.setattr(memory, "workspace", memory.workspace[: backend._needs(memory, Part(layout, call, 0, 32))[0]])  # type: ignore[attr-defined,arg-type]
     (result,) = backend.attend(layout, memory, [call], 2)
     assert isinstance(result, Result) and result.output.shape == q.shape
     assert (result.certificate["exact"] | np.less_equal(result.certificate["bound"], result.certificate["budget"])).all()
@@ -434,7 +434,7 @@ def test_blocks_of_little_mass_are_skipped_within_the_promise(layout: Layout, n:
     cache, skipped = store(layout, k, v), {}
     for share in (0.0, 0.1, 0.9):
         call = cache.call(q, 0.2, Budget(skip_share=share))
-        step = Step(layout, cache.memory, [Part(call, 0, n)], split_blocks=1024 // layout.block_size * 2)  # type: ignore[arg-type]
+        step = Step(layout, cache.memory, [Part(layout, call, 0, n)], split_blocks=1024 // layout.block_size * 2)  # type: ignore[arg-type]
         step.upload()
         step.launch()
         (answer,) = step.answers()
@@ -558,7 +558,7 @@ def test_the_naive_passes_answer_as_rung_0_does(layout: Layout) -> None:
     cache = store(layout, k, v)
     outputs = []
     for naive in (True, False):
-        step = Step(layout, cache.memory, [Part(cache.call(q, 0.3, Budget(skip_share=0.0)), 0, 1)])  # type: ignore[arg-type]
+        step = Step(layout, cache.memory, [Part(layout, cache.call(q, 0.3, Budget(skip_share=0.0)), 0, 1)])  # type: ignore[arg-type]
         step.upload()
         Kernels(layout, naive).certify(step.at, step.grid, False, step.memory.stream)
         outputs.append(exact_numbers(step.answers()[0].output).astype(np.float64))

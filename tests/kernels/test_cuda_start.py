@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.gpu, pytest.mark.usefixtures("cuda"), pytest.mark.skipif(device.real(), reason="a device that is sound cannot show it")
 ]  # fmt: skip
 SIZES = 3 << 20, 1 << 20, 5 << 20
-KEPT = (512 << 20) + 2 * (64 << 20)
+KEPT = (512 << 20) + 2 * (64 << 20) + (128 << 20)
 
 
 @pytest.fixture
@@ -133,6 +133,25 @@ def test_too_little_device_memory(monkeypatch: pytest.MonkeyPatch, held: list[An
     assert held == POOLS  # emptied first: what they keep is free
 
 
+def test_what_is_counted_is_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cupy
+    from tierd_kernels.cuda import backend
+
+    taken: list[int] = []
+
+    def noted(allocate: Any) -> Any:
+        def noting(*args: Any) -> Any:
+            taken.append(allocate(*args).nbytes)
+            return allocate(*args)
+
+        return noting
+
+    for name in ("zeros", "empty"):
+        monkeypatch.setattr(cupy, name, noted(getattr(cupy, name)))
+    backend.reserve(3 << 20, 2 << 20, 0)
+    assert sum(nbytes for nbytes in taken if nbytes >= 1 << 20) == (5 << 20) + KEPT
+
+
 @pytest.mark.parametrize("refuses", ["zeros", "empty"])
 def test_device_memory_that_is_refused_all_the_same(monkeypatch: pytest.MonkeyPatch, held: list[Any], refuses: str) -> None:
     import cupy
@@ -150,7 +169,8 @@ def test_device_memory_that_is_refused_all_the_same(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("refuses", "what"), [(4, "a first kernel"), (64 << 20, "calls"), (SIZES[2], f"originals_bytes {SIZES[2]}"), (1 << 20, "copies")]
+    ("refuses", "what"),
+    [(4, "a first kernel"), (64 << 20, "calls"), (128 << 20, "calls"), (SIZES[2], f"originals_bytes {SIZES[2]}"), (1 << 20, "copies")],
 )
 def test_pinned_memory_that_is_refused(monkeypatch: pytest.MonkeyPatch, held: list[Any], refuses: int, what: str) -> None:
     import cupy

@@ -38,7 +38,7 @@ class Promotion:
         layout = Layout(8, D, B, 16, "float16")
         self.k, self.v, self.q = draw(layout, tokens, query_heads, n, "sharp", 1)
         self.cache: Cache = store(layout, self.k, self.v)
-        self.step = Step(layout, self.cache.memory, [Part(self.cache.call(self.q, 1e-3, Budget(skip_share=0.0)), 0, n)], PER)  # type: ignore[arg-type]
+        self.step = Step(layout, self.cache.memory, [Part(layout, self.cache.call(self.q, 1e-3, Budget(skip_share=0.0)), 0, n)], PER)  # type: ignore[arg-type]
         self.step.upload()
         self.step.kernels.certify(self.step.at, self.step.grid, False, self.step.memory.stream)
         self.full, self.rows = tokens // B, query_heads // 8 * n
@@ -60,8 +60,10 @@ class Promotion:
 
     def _bytes(self, name: str) -> Any:
         """Of one of CALL's arrays, on the device."""
-        (x,), memory, (shape, dtype) = self.step.packed, self.step.memory, self.shapes[name]
-        size, at = int(np.prod(shape)) * np.dtype(dtype).itemsize, x.at(name)
+        from tierd_kernels.cuda.launch import POINTERS
+
+        (x,), memory, (shape, dtype) = self.step.arranged.parts, self.step.memory, self.shapes[name]
+        size, at = int(np.prod(shape)) * np.dtype(dtype).itemsize, x.addresses[POINTERS.index(name)]
         for start, held in (
             (memory.workspace_at, memory.workspace), (memory.inputs.at, memory.inputs.device), (memory.outputs.at, memory.outputs.device),
         ):  # fmt: skip

@@ -2,8 +2,7 @@
 kernels read by themselves. Called from one thread.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from operator import add, le
 from typing import Any, NamedTuple
@@ -15,22 +14,23 @@ from numpy.typing import NDArray
 from tierd_kernels.call import Call, Result, idle
 from tierd_kernels.copying import Copying
 from tierd_kernels.cuda import launch
-from tierd_kernels.cuda.launch import CALL, CERTIFIED, EXACT, FIELDS, kernels
-from tierd_kernels.cuda.memory import ALIGNMENT, BLOCK_BYTES_MIN, DeviceMemory, reserve
+from tierd_kernels.cuda.kept import most_bytes
+from tierd_kernels.cuda.launch import CERTIFIED, EXACT, FIELDS, kernels
+from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, reserve
 from tierd_kernels.cuda.norms import group_bounds
-from tierd_kernels.cuda.packing import UNIT_MAX, UNIT_MIN, Part, plan_of
+from tierd_kernels.cuda.packing import UNIT_MAX, UNIT_MIN, Part
+from tierd_kernels.cuda.plan import plan_of
 from tierd_kernels.cuda.record import Record
 from tierd_kernels.cuda.start import FAULTS
 from tierd_kernels.cuda.step import Answer, Step
 from tierd_kernels.errors import SCORE_MAX, DeviceLost, ScoreOverflow
 from tierd_kernels.layout import Layout, Memory
-from tierd_kernels.reads import Reads, exact_heads, united
+from tierd_kernels.reads import exact_heads, united
 from tierd_kernels.reads import prepare as prepare_reads
 from tierd_kernels.select.candidates import Candidates, joined
 
 NOT_READY = 600  # cudaErrorNotReady
 ROWS_AT_ONCE = 64  # query tokens of a call handled together, at most
-CALL_ROOM = 2 * CALL.itemsize + ALIGNMENT  # of a call's numbers, of which a launch may carry twice as many as it has calls
 COUNTS = "promoted_key_blocks", "promoted_value_blocks", "skipped_blocks"
 
 
@@ -43,13 +43,15 @@ def limit_threads(count: int) -> None:
     """Nothing here runs on the host's threads."""
 
 
-@contextmanager
-def faults() -> Iterator[None]:
-    """A device that reports an error is lost: its context does not recover, and what it holds cannot be trusted."""
-    try:
-        yield
-    except FAULTS as error:
-        raise DeviceLost(f"the CUDA device failed: {error}; restart the daemon") from error
+class faults:
+    """Around what a device does. One that reports an error is lost: its context does not recover, what it holds cannot be trusted."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        if isinstance(error, FAULTS):
+            raise DeviceLost(f"the CUDA device failed: {error}; restart the daemon") from error
 
 
 def prepare(layout: Layout) -> None:
@@ -122,137 +124,140 @@ def attend(
     """Answers every call, or returns the exception that explains why one has no answer (`ScoreOverflow`, ValueError). `meanwhile` runs once
     while the device computes, if it does: all that reads scratch is enqueued by then, and copies to it come behind. Raises DeviceLost."""
     own = _own(memory)
-    answers: dict[int, list[Answer] | Exception] = {}
+    found: list[list[Answer] | ValueError] = []
     waiting: list[Waiting] = []
-    for i, call in enumerate(calls):
+    for call in calls:
+        answers: list[Answer] = []
         try:
-            waiting += _parts(layout, own, i, call, num_q_heads)
+            waiting += _parts(layout, own, call, num_q_heads, answers)
+            found.append(answers)
         except ValueError as error:
-            answers[i] = error
-            continue
-        answers[i] = []
+            found.append(error)
     with faults():
-        batches = list(_batches(own, waiting))
-        for number, batch in enumerate(batches):
+        batches = _batches(own, waiting)
+        for batch in batches:
             step = Step(layout, own, [x.part for x in batch])
             step.upload()
             step.launch()
-            for x, answer in zip(batch, step.answers(meanwhile if number == len(batches) - 1 else idle), strict=True):
-                done = answers[x.number]
-                assert isinstance(done, list)
-                done.append(answer)
-    results: list[Result | Exception] = []
-    for i, call in enumerate(calls):
-        found = answers[i]
-        try:
-            results.append(_result(layout, call, found) if isinstance(found, list) else found)
-        except ScoreOverflow as error:
-            results.append(error)
-    return results
+            for x, answer in zip(batch, step.answers(meanwhile if batch is batches[-1] else idle), strict=True):
+                x.answers.append(answer)
+    return [_result_of(layout, call, x) for call, x in zip(calls, found, strict=True)]
+
+
+def _result_of(layout: Layout, call: Call, found: list[Answer] | ValueError) -> Result | Exception:
+    try:
+        return found if isinstance(found, ValueError) else _result(layout, call, found)
+    except ScoreOverflow as error:
+        return error
 
 
 class Waiting(NamedTuple):
-    """A part of the call of that number, and what it needs at most, of each of `_limits`."""
+    """A part of a call, where its answer goes, and what it needs at most, of each of `_limits`."""
 
-    number: int
     part: Part
-    needs: tuple[int, int, int]
+    answers: list[Answer]
+    needs: tuple[int, int, int, int]
 
 
-def _parts(layout: Layout, memory: DeviceMemory, number: int, call: Call, num_q_heads: int) -> list[Waiting]:
+def _parts(layout: Layout, memory: DeviceMemory, call: Call, num_q_heads: int, answers: list[Answer]) -> list[Waiting]:
     """A call's query tokens in runs whose buffers fit what is kept for calls."""
     heads, n, d = call.q.shape
     if heads != num_q_heads or num_q_heads % layout.num_kv_heads or d != layout.head_dim or not 1 <= n <= call.num_tokens:
         raise ValueError(f"q is {call.q.shape} over {call.num_tokens} tokens; expected [{num_q_heads}, n <= tokens, {layout.head_dim}]")
     at_once, limits = min(n, ROWS_AT_ONCE), _limits(memory)
-    while not _fits(needs := _needs(layout, memory, Part(call, n - at_once, n)), limits):  # the last part sees the most
+    # The last part sees the most.
+    while not _fits(needs := _needs(memory, last := Part(layout, call, n - at_once, n)), limits):
         if at_once == 1:
             raise ValueError(f"{call.num_tokens} tokens of {layout} need more than the {limits} bytes kept for calls")
         at_once //= 2
-    return [Waiting(number, Part(call, start, min(start + at_once, n)), needs) for start in range(0, n, at_once)]
+    if at_once == n:
+        return [Waiting(last, answers, needs)]
+    return [Waiting(Part(layout, call, start, min(start + at_once, n)), answers, needs) for start in range(0, n, at_once)]
 
 
-def _limits(memory: DeviceMemory) -> tuple[int, int, int]:
-    """Bytes kept for calls: in the workspace, for what goes in, for what comes back."""
-    return memory.workspace.nbytes, memory.inputs.host.size, memory.outputs.host.size
+def _limits(memory: DeviceMemory) -> tuple[int, int, int, int]:
+    """Bytes kept for calls: in the workspace, for what goes in, for what comes back, for what stays."""
+    return memory.workspace.nbytes, memory.inputs.host.size, memory.outputs.host.size, memory.kept.nbytes
 
 
-def _needs(layout: Layout, memory: DeviceMemory, part: Part) -> tuple[int, int, int]:
+def _needs(memory: DeviceMemory, part: Part) -> tuple[int, int, int, int]:
     """What a part takes of each of them, at most."""
-    per = kernels(layout).split_blocks(part.full(layout), 1, memory.processors)  # the most splits: more tiles make fewer
-    workspace, inputs, *back = plan_of(layout, part, per).sizes
-    return workspace, inputs + CALL_ROOM, sum(back)
+    return *plan_of(part.layout, part.shape, memory.processors).needs, most_bytes(part.kept)
 
 
 def _fits(needs: tuple[int, ...], limits: tuple[int, ...]) -> bool:
     return all(map(le, needs, limits))
 
 
-def _batches(memory: DeviceMemory, waiting: list[Waiting]) -> Iterator[list[Waiting]]:
-    """Parts that fit together."""
-    batch: list[Waiting] = []
-    used, limits = (0, 0, 0), _limits(memory)
+def _batches(memory: DeviceMemory, waiting: list[Waiting]) -> list[list[Waiting]]:
+    """Parts that fit together; each does alone."""
+    if len(waiting) == 1:
+        return [waiting]
+    batches: list[list[Waiting]] = []
+    used, limits = (0, 0, 0, 0), _limits(memory)
     for x in waiting:
         together = tuple(map(add, used, x.needs))
-        if batch and not _fits(together, limits):
-            yield batch
-            batch, together = [], x.needs
-        batch.append(x)
-        used = together
-    if batch:
-        yield batch
+        if batches and _fits(together, limits):
+            batches[-1].append(x)
+            used = together
+        else:
+            batches.append([x])
+            used = x.needs
+    return batches
 
 
 def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
-    """Views of the only answer, if there is one only. Raises ScoreOverflow, and RuntimeError where a row was left between the rungs:
-    a fault of the kernels, with which nothing of a call may leave. Most often no row is exact and nothing was promoted, which is not worked
-    out then."""
-
-    def joined(parts: list[NDArray[Any]]) -> NDArray[Any]:
-        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-
-    found: dict[str, NDArray[Any]] = dict(answers[0].fields)
-    if len(answers) > 1:
-        found = {name: joined([x.fields[name] for x in answers]) for name in FIELDS}
+    """Raises ScoreOverflow, and RuntimeError where a row was left between the rungs. Most often no row is exact and nothing was promoted,
+    which is not worked out then."""
+    whole = answers[0] if len(answers) == 1 else _joined(layout, call, answers)
+    found: dict[str, NDArray[Any]] = {**whole.fields}
+    reads, exact = whole.reads, whole.states != CERTIFIED
     score_top = found.pop("score_top")
-    states = joined([x.states for x in answers])
-    exact = states != CERTIFIED
-    some_exact = bool(exact.any())
-    if some_exact:
-        between = states[exact & (states != EXACT)]
-        if between.size:
-            found_states = sorted(set(between.tolist()))
-            raise RuntimeError(f"{between.size} of {states.size} rows are neither certified nor exact: their states are {found_states}")
-        top = score_top[exact]
-        if not np.all(top <= SCORE_MAX):
-            raise ScoreOverflow(f"a score of {np.nanmax(top):.3g} is above {SCORE_MAX:g}, the largest that is answered")
-    reads = _reads(layout, call, answers, exact)
-    rung, host = np.zeros(states.shape, np.int64), np.zeros(states.shape, np.int64)
+    rung, host = np.zeros(exact.shape, np.int64), np.zeros(exact.shape, np.int64)
     if reads.from_host.size:
-        host += joined([x.cold for x in answers]) * layout.original_record_bytes
+        host += whole.cold * layout.original_record_bytes
         rung = np.where(found["promoted_value_blocks"] > 0, 2, found["promoted_key_blocks"] > 0)
-    if some_exact:
+    if np.count_nonzero(exact):
+        _require_exact(whole.states[exact], exact.size, score_top[exact])
         rung[exact] = 3
         rung[:, exact.all(axis=0)] = 4
         host += exact * (2 * call.num_tokens * layout.head_dim * layout.itemsize)
     for name in COUNTS:
         found[name] = found[name].astype(np.int64)
-    found |= {"exact": exact, "rank_certified": found["rank_certified"] > 0, "rung": rung, "host_bytes": host}
-    failures = answers[0].failures
-    failed = [(int(call.canary_blocks[i]), int(h)) for i, h in np.argwhere(failures)] if failures.size and failures.any() else []
-    output = joined([x.output for x in answers])
-    return Result(output, found, reads, partial(_candidates, call, [x.candidates for x in answers]), failed)
+    found["exact"], found["rung"], found["host_bytes"] = exact, rung, host
+    found["rank_certified"] = found["rank_certified"] > 0
+    failed = [(int(call.canary_blocks[i]), int(h)) for i, h in np.argwhere(whole.failures)] if np.count_nonzero(whole.failures) else []
+    return Result(whole.output, found, reads, partial(_candidates, whole.candidates), failed)
 
 
-def _candidates(call: Call, parts: list[Callable[[], Candidates]]) -> Candidates:
+def _require_exact(states: NDArray[np.int32], rows: int, score_top: NDArray[np.float64]) -> None:
+    """Of those of `rows` that are not certified: a row left between the rungs is a fault of the kernels, with which nothing of a call may
+    leave."""
+    between = states[states != EXACT]
+    if between.size:
+        found = sorted(set(between.tolist()))
+        raise RuntimeError(f"{between.size} of {rows} rows are neither certified nor exact: their states are {found}")
+    if not np.all(score_top <= SCORE_MAX):
+        raise ScoreOverflow(f"a score of {np.nanmax(score_top):.3g} is above {SCORE_MAX:g}, the largest that is answered")
+
+
+def _joined(layout: Layout, call: Call, parts: list[Answer]) -> Answer:
+    """All parts of a call as one; the first has its canaries."""
+    output, states, cold = (np.concatenate(arrays, axis=1) for arrays in zip(*((x.output, x.states, x.cold) for x in parts), strict=True))
+    fields = {name: np.concatenate([x.fields[name] for x in parts], axis=1) for name in FIELDS}
+    reads = united(
+        [x.reads for x in parts], len(call.hot_offsets), exact_heads(states != CERTIFIED, layout.num_kv_heads), call.in_scratch
+    )  # fmt: skip
+    late = [x.candidates for x in parts]
+    return Answer(
+        output, fields, states, parts[0].failures, reads, cold,
+        lambda: joined([found() for found in late], len(call.hot_offsets), call.candidates_max),
+    )  # fmt: skip
+
+
+def _candidates(found: Callable[[], Candidates]) -> Candidates:
     with faults():
-        return joined([part() for part in parts], len(call.hot_offsets), call.candidates_max)
-
-
-def _reads(layout: Layout, call: Call, answers: list[Answer], exact: NDArray[np.bool_]) -> Reads:
-    if len(answers) == 1:
-        return answers[0].reads
-    return united([x.reads for x in answers], len(call.hot_offsets), exact_heads(exact, layout.num_kv_heads), call.in_scratch)
+        return found()
 
 
 __all__ = ["attend", "begin_copies", "group_norms", "hot_block_bytes", "limit_threads", "quantise_blocks", "reserve"]

@@ -1,8 +1,9 @@
 """CUDA graphs by the shape of what they hold. Needs CuPy's streams only."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
+
+from tierd_kernels.cuda.recent import Recent
 
 GRAPHS_MAX = 128  # of about ten kernels each, or of one
 
@@ -11,22 +12,18 @@ class Graphs:
     """Owned by the engine's thread. All launches of a shape must find their data at the same addresses."""
 
     def __init__(self, limit: int = GRAPHS_MAX) -> None:
-        self._limit = limit
-        self._graphs: OrderedDict[Hashable, Any] = OrderedDict()
+        self._graphs = Recent[Any](limit)
         self.captured = 0
 
     def launch(self, shape: Hashable, enqueue: Callable[[Any], None], stream: Any) -> None:
         """Runs on `stream` what `enqueue(stream)` would; it is captured where the shape is new, and the shape that was used least recently
         is forgotten where there are too many."""
-        if shape in self._graphs:
-            self._graphs.move_to_end(shape)
-            self._graphs[shape].launch(stream)
+        if (graph := self._graphs.find(shape)) is not None:
+            graph.launch(stream)
             return
         enqueue(stream)  # as it is, this once: modules load at their first launch, which a capture does not allow
         stream.synchronize()
-        if len(self._graphs) >= self._limit:
-            self._graphs.popitem(last=False)
-        self._graphs[shape] = self._capture(enqueue, stream)
+        self._graphs.add(shape, self._capture(enqueue, stream))
 
     def _capture(self, enqueue: Callable[[Any], None], stream: Any) -> Any:
         stream.begin_capture()

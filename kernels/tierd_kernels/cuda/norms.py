@@ -5,9 +5,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.cuda.launch import kernel
-from tierd_kernels.cuda.memory import DeviceMemory, Region
+from tierd_kernels.cuda.memory import DeviceMemory
 from tierd_kernels.cuda.record import Record
 from tierd_kernels.cuda.sources import GRAM_SIDE, GROUP_THREADS, shared_bytes
+from tierd_kernels.cuda.staging import Region
 from tierd_kernels.layout import Layout
 from tierd_kernels.numerics import Array
 from tierd_kernels.quantise.reference import SPECTRAL_ROOM

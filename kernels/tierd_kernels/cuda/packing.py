@@ -1,49 +1,74 @@
 """A part of a call as kernels want it: its numbers, addresses and arrays, written where a launch carries them in from."""
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tierd_kernels.call import Call
-from tierd_kernels.cuda.launch import CALL, PACKED, kernels
+from tierd_kernels.cuda.arrangement import Placed
+from tierd_kernels.cuda.launch import CALL, PACKED, POINTERS, above
 from tierd_kernels.cuda.memory import DeviceMemory
-from tierd_kernels.cuda.plan import INPUTS, Plan, Shape, plan, terms_of
-from tierd_kernels.cuda.sources import SPLITS_MAX
+from tierd_kernels.cuda.plan import KEPT_ARRAYS, Shape, terms_of
 from tierd_kernels.floats import largest_bits, least_bits
-from tierd_kernels.in_scratch import RECORDS
 from tierd_kernels.layout import Layout
 
 # Dot products with quantised keys stay below 2^32, half of them offsets: 256 channels of 127 * 65504 at most, q within [-1, 1].
 SCALE_MAX = 2.0**90
+# Of a call that has canaries, at least: with room for just those it draws, calls one after another would seldom have the same shape.
+CANARIES_ROOM = 16
 UNIT_MIN, UNIT_MAX = -60, 120  # from below: what FP32 flushes to zero stays far under 2^-40 of a unit
+HOT, ORIGINAL, GROUP_VALUES, GROUP_ERRORS = map(POINTERS.index, KEPT_ARRAYS)
 
 
-@dataclass
 class Part:
-    """Query tokens [start, stop) of a call; `tokens`, `full`: what the newest of them sees, the last block perhaps in part."""
+    """Query tokens [start, stop) of a call. `n` of them, of which the newest sees `tokens`, in `full` blocks and perhaps one more, or the
+    last one in part; `canaries`: the call's among these blocks, int64, with its first part alone; `exact_only`: see `needs_exact`; `terms`
+    of its policy; `kept`: the arrays that stay on the device, in the order of KEPT_ARRAYS, whole also where a part needs less of them."""
 
-    call: Call
-    start: int
-    stop: int
-    n: int = field(init=False)
-    tokens: int = field(init=False)
+    def __init__(self, layout: Layout, call: Call, start: int, stop: int) -> None:
+        self.layout, self.call, self.start, self.n = layout, call, start, stop - start
+        self.tokens = call.num_tokens - call.q.shape[1] + stop
+        self.full = full = min(len(call.hot_offsets), -(-self.tokens // layout.block_size))
+        drawn = call.canary_blocks
+        self.canaries = drawn[:0] if start else drawn if full == len(call.hot_offsets) else drawn[drawn < full]
+        self.exact_only, self.terms = needs_exact(call), terms_of(call.policy, call.relative_to)
+        self.shape = Shape(
+            len(call.q) // layout.num_kv_heads, self.n, full, min(call.candidates_max, full),
+            above(max(CANARIES_ROOM, len(self.canaries)), 1) if len(self.canaries) else 0,
+            above(len(call.in_scratch.places), 3) if call.in_scratch is not None else 0,
+        )  # fmt: skip
+        self.kept = call.lasting
 
-    def __post_init__(self) -> None:
-        self.n = self.stop - self.start
-        self.tokens = self.call.num_tokens - self.call.q.shape[1] + self.stop
+    def write(self, memory: DeviceMemory, placed: Placed, kept_at: list[int], number: int) -> None:
+        """What the launch carries in, of its part of that number; `kept_at`: where `kept` lies."""
+        call, canaries = self.call, self.canaries
+        placed.q[...] = call.q[:, self.start : self.start + self.n]
+        placed.tickets.fill(0)
+        if len(canaries):
+            placed.canaries[: len(canaries)] = canaries
+        if call.in_scratch is not None:
+            placed.copied[...] = call.in_scratch.words[: len(placed.copied)]
+            placed.copies[: len(call.in_scratch.places)] = call.in_scratch.places
+        addresses, terms = placed.addresses.copy(), self.terms
+        addresses[HOT], addresses[ORIGINAL], addresses[GROUP_VALUES], addresses[GROUP_ERRORS] = kept_at
+        PACKED.pack_into(
+            memory.inputs.host.data, CALL.itemsize * number,
+            self.n, self.tokens, self.full, placed.splits, placed.per, len(call.group_value_norms), self._unit(memory),
+            call.relative_to == "output", self.exact_only, len(canaries), terms.ranks, terms.covers, *terms.numbers, self.shape.candidates,
+            call.softmax_scale, *addresses, call.rtol, call.atol, *terms.reals,
+        )  # fmt: skip
 
-    def full(self, layout: Layout) -> int:
-        return min(len(self.call.hot_offsets), -(-self.tokens // layout.block_size))
-
-    def canaries(self, full: int) -> NDArray[np.int64]:
-        """The call's canaries among its `full` blocks; those of the first part alone."""
-        drawn = self.call.canary_blocks
-        if self.start:
-            return drawn[:0]
-        return drawn if full == len(self.call.hot_offsets) else drawn[drawn < full]
+    def _unit(self, memory: DeviceMemory) -> int:
+        """A power of two near the largest norm of a value; no bound depends on it, but FP32's range does."""
+        call, layout = self.call, self.layout
+        if self.full:
+            return memory.exponent(call.hot_offsets)
+        start, size = int(call.original_offsets[0]), layout.original_block_bytes
+        raw = memory.originals[start + size // 2 : start + size].view(call.q.dtype)
+        values = raw.reshape(layout.num_kv_heads, layout.block_size, -1)[:, : self.tokens]
+        wide = (values.astype(np.uint32) << 16).view(np.float32) if values.dtype == np.uint16 else values
+        largest = float(np.max(np.abs(wide))) * layout.head_dim**0.5
+        return int(np.clip(np.frexp(largest)[1], UNIT_MIN, UNIT_MAX)) if largest > 0 else UNIT_MIN
 
 
 def needs_exact(call: Call) -> bool:
@@ -60,79 +85,3 @@ def needs_exact(call: Call) -> bool:
     largest = largest_bits(call.q)
     top = np.uint16(largest).view(np.float16) if half else np.uint32(largest << 23 - fraction).view(np.float32)
     return abs(call.softmax_scale) * 2.0 ** math.frexp(top)[1] > SCALE_MAX
-
-
-def plan_of(layout: Layout, part: Part, per: int) -> Plan:
-    """What a part takes, a split being `per` blocks."""
-    call, full = part.call, part.full(layout)
-    shape = Shape(
-        len(call.q) // layout.num_kv_heads, part.n, full, -(-part.tokens // layout.block_size), len(call.group_value_norms), per,
-        len(part.canaries(full)), min(call.candidates_max, full),
-        0 if call.in_scratch is None else len(call.in_scratch.places),
-    )  # fmt: skip
-    return plan(layout, shape.rounded())
-
-
-class Packed:
-    """A part with its plan. `splits`; `canaries`; `exact_only`; after `write`, `bases`: where each place of the plan begins."""
-
-    bases: tuple[int, ...]
-
-    def __init__(self, layout: Layout, memory: DeviceMemory, part: Part, tiles: int, split_blocks: int | None) -> None:
-        """`tiles`: of all parts of the launch. Raises ValueError for more splits than kernels take."""
-        self._layout, self._memory, self.part = layout, memory, part
-        self.full = full = part.full(layout)
-        self.per = split_blocks or kernels(layout).split_blocks(full, tiles, memory.processors)
-        self.splits = -(-full // self.per)
-        if self.splits >= SPLITS_MAX:
-            raise ValueError(f"{full} blocks are {self.splits} splits; at most {SPLITS_MAX - 1}")
-        self.plan, self.exact_only = plan_of(layout, part, self.per), needs_exact(part.call)
-        self.canaries = part.canaries(full)
-        self.candidates = min(part.call.candidates_max, full)
-
-    def at(self, name: str) -> int:
-        """The address of one of CALL's arrays."""
-        place, offset = self.plan.places[name]
-        return self.bases[place] + offset
-
-    def write(self, bases: tuple[int, ...], number: int) -> None:
-        """What the launch carries in, of its part of that number."""
-        self.bases = bases
-        part, call, full, memory = self.part, self.part.call, self.full, self._memory
-        host, start, at = memory.inputs.host, bases[INPUTS] - memory.inputs.at, self.plan.places
-
-        def put(name: str, array: NDArray[Any]) -> None:
-            np.ndarray(array.shape, array.dtype, host, start + at[name][1])[...] = array
-
-        blocks = -(-part.tokens // self._layout.block_size)
-        put("q", call.q[:, part.start : part.stop])
-        put("hot", call.hot_offsets[:full])
-        put("original", call.original_offsets[:blocks])
-        put("group_values", call.group_value_norms)
-        put("group_errors", call.group_error_norms)
-        tickets = start + at["tickets"][1]
-        host[tickets : tickets + 4 * self.plan.tickets] = 0
-        if len(self.canaries):
-            put("canaries", self.canaries.astype(np.int32))
-        if call.in_scratch is not None:
-            put("copied", call.in_scratch.words[: 2 * full * self._layout.num_kv_heads // RECORDS + 1])
-            put("copies", call.in_scratch.places)
-        terms = terms_of(call.policy, call.relative_to)
-        PACKED.pack_into(
-            host.data, CALL.itemsize * number,
-            part.n, part.tokens, full, self.splits, self.per, len(call.group_value_norms), self._unit(), call.relative_to == "output",
-            self.exact_only, len(self.canaries), *terms.numbers, self.candidates, call.softmax_scale,
-            *[bases[place] + offset for place, offset in self.plan.pointers], call.rtol, call.atol, *terms.reals,
-        )  # fmt: skip
-
-    def _unit(self) -> int:
-        """A power of two near the largest norm of a value; no bound depends on it, but FP32's range does."""
-        call, layout = self.part.call, self._layout
-        if self.full:
-            return self._memory.exponent(call.hot_offsets)
-        start, size = int(call.original_offsets[0]), layout.original_block_bytes
-        raw = self._memory.originals[start + size // 2 : start + size].view(call.q.dtype)
-        values = raw.reshape(layout.num_kv_heads, layout.block_size, -1)[:, : self.part.tokens]
-        wide = (values.astype(np.uint32) << 16).view(np.float32) if values.dtype == np.uint16 else values
-        largest = float(np.max(np.abs(wide))) * layout.head_dim**0.5
-        return int(np.clip(np.frexp(largest)[1], UNIT_MIN, UNIT_MAX)) if largest > 0 else UNIT_MIN

@@ -1,4 +1,4 @@
-"""Where everything of a part lies in what is kept for calls, worked out once for all parts of a shape: laying it out anew took the host
+"""Where everything of a part lies in the room for calls, worked out once for all parts of a shape: laying it out anew took the host
 0.2 ms a call.
 
 Legend: a tile is `ROW_TILE` rows (query tokens times query heads of a KV head); a split, blocks that one thread block goes through.
@@ -7,8 +7,7 @@ Legend: a tile is `ROW_TILE` rows (query tokens times query heads of a KV head);
 from functools import lru_cache
 from typing import NamedTuple
 
-from tierd_kernels.cuda.launch import FIELDS, NUMBERS, POINTERS, above
-from tierd_kernels.cuda.memory import ALIGNMENT
+from tierd_kernels.cuda.launch import CALL, FIELDS, NUMBERS, POINTERS, above, kernels
 from tierd_kernels.cuda.record import TILE
 from tierd_kernels.cuda.sources import (
     DENSE_FACTS,
@@ -22,58 +21,65 @@ from tierd_kernels.cuda.sources import (
     STATISTIC_WORDS,
     TILE_WEIGHT_FLOATS,
 )
+from tierd_kernels.cuda.staging import ALIGNMENT, aligned
 from tierd_kernels.in_scratch import RECORDS
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Coverage, Policy
 
 # Where an address may lie: in the workspace; in what a launch carries in; in what comes back with the answers; in the host's part of that;
-# in what comes back only where it is asked for; in a pool.
-WORKSPACE, INPUTS, ANSWERS, LATE, ASKED, HOT, SCRATCH, ORIGINALS, NOWHERE = range(9)
+# in what comes back only where it is asked for; in a pool; where an array is kept, which each has for itself.
+WORKSPACE, INPUTS, ANSWERS, LATE, ASKED, HOT, SCRATCH, ORIGINALS, KEPT, NOWHERE = range(10)
 SIZED = 5  # the first of these hold arrays of calls
+KEPT_ARRAYS = "hot", "original", "group_values", "group_errors"
+CALL_ROOM = 2 * CALL.itemsize + ALIGNMENT  # of a call's numbers, of which a launch may carry twice as many as it has calls
 PLANS_MAX, POLICIES_MAX = 4096, 256
 COUNT_MAX = 2**31 - 1
 
 
 class Shape(NamedTuple):
-    """What decides how much room a part takes: query heads of a KV head, query tokens, full blocks and blocks that the newest of them
-    sees, complete groups, blocks of a split, canaries, candidates; `copies`, records that lie in scratch."""
+    """What decides how much room a part takes: query heads of a KV head, query tokens, full blocks, candidates; canaries and `copies`,
+    records that lie in scratch, which differ from call to call: up to numbers that many calls share."""
 
     group: int
     n: int
     full: int
-    blocks: int
-    groups: int
-    per: int
-    canaries: int
     candidates: int
+    canaries: int
     copies: int
 
     def rounded(self) -> "Shape":
         """Up to one that many parts share, so that a context that grows has few plans: a sixteenth more, at most."""
-        full = above(self.full, 5)
-        return Shape(
-            self.group, self.n, full, max(full + 1, self.blocks), above(self.groups, 5), self.per, above(self.canaries, 3), self.candidates,
-            above(self.copies, 5),
-        )  # fmt: skip
+        return self._replace(full=above(self.full, 5))
+
+    def tiles(self, heads: int) -> int:
+        """Of all KV heads."""
+        return heads * -(-self.group * self.n // ROW_TILE)
 
 
 class Plan(NamedTuple):
-    """`sizes`: bytes that a part takes of each of the SIZED first places; `places`: of every address of CALL, where it lies and its offset
-    there; `pointers`: the same in the order of CALL; `tiles`: of all KV heads; `tickets`, which a call begins with as zeros."""
+    """`sizes`: bytes that a part takes of each of the SIZED first places; `needs`: of the workspace, of what is carried in (with its CALL)
+    and of what comes back; `places`: of every address of CALL, where it lies and its offset there; `pointers`: the same in the order of
+    CALL; `tickets`, which a call begins with as zeros."""
 
     sizes: tuple[int, ...]
+    needs: tuple[int, int, int]
     places: dict[str, tuple[int, int]]
     pointers: tuple[tuple[int, int], ...]
-    tiles: int
     tickets: int
 
 
 @lru_cache(PLANS_MAX)
-def plan(layout: Layout, shape: Shape) -> Plan:
-    """Of a part of that shape, or of less."""
+def plan_of(layout: Layout, shape: Shape, processors: int, split_blocks: int | None = None) -> Plan:
+    """Of a part of that shape. Launched with others it has fewer splits than alone, and fits too: they are more tiles."""
+    per = split_blocks or kernels(layout).split_blocks(shape.full, shape.tiles(layout.num_kv_heads), processors)
+    return plan(layout, shape.rounded(), per)
+
+
+@lru_cache(PLANS_MAX)
+def plan(layout: Layout, shape: Shape, per: int) -> Plan:
+    """Of a part of that shape, or of less, whose splits are of `per` blocks, or more."""
     heads, d, full = layout.num_kv_heads, layout.head_dim, shape.full
-    of_head = shape.group * shape.n
-    rows, tiles, splits = heads * of_head, heads * -(-of_head // ROW_TILE), -(-full // shape.per)
+    rows, tiles, splits = heads * shape.group * shape.n, shape.tiles(heads), -(-full // per)
     tickets = heads + 2 * tiles + (tiles * splits if tiles <= LANES else 0)
     weights = layout.block_size // TILE * TILE_WEIGHT_FLOATS
     outputs, of_candidates = rows * d * layout.itemsize, 4 * 2 * heads * shape.candidates
@@ -87,16 +93,12 @@ def plan(layout: Layout, shape: Shape) -> Plan:
             "picks": tiles * 4 * 2 * min(PICK_PARTS, splits + 1) * ROW_TILE * PICK_BINS, "shares": 8 * heads * full,
             "row_weights": 8 * tiles * full * ROW_TILE,
         },
-        INPUTS: {
-            "q": outputs, "hot": 8 * full, "original": 8 * shape.blocks, "group_values": 4 * shape.groups * heads,
-            "group_errors": 4 * shape.groups * heads, "canaries": 4 * shape.canaries, "tickets": 4 * tickets, **in_scratch,
-        },
-        # In this order in `answers`: numbers of eight bytes first.
+        INPUTS: {"q": outputs, "canaries": 4 * shape.canaries, "tickets": 4 * tickets, **in_scratch},
         ANSWERS: {"fields": 8 * len(FIELDS) * rows, "state": 4 * rows, "output": outputs, "failures": shape.canaries * heads},
         LATE: {"candidate_blocks": of_candidates, "candidate_scores": of_candidates},
         ASKED: {"marks": 4 * tiles * full},
     }  # fmt: skip
-    places = {"pool": (HOT, 0), "scratch": (SCRATCH, 0), "originals": (ORIGINALS, 0)}
+    places = {"pool": (HOT, 0), "scratch": (SCRATCH, 0), "originals": (ORIGINALS, 0), **dict.fromkeys(KEPT_ARRAYS, (KEPT, 0))}
     if not shape.copies:
         places |= {"copied": (NOWHERE, 0), "copies": (NOWHERE, 0)}
     sizes = []
@@ -104,15 +106,18 @@ def plan(layout: Layout, shape: Shape) -> Plan:
         used = 0
         for name, nbytes in wanted[place].items():
             places[name] = place, used
-            used += -(-nbytes // ALIGNMENT) * ALIGNMENT
+            used += aligned(nbytes)
         sizes.append(used)
-    return Plan(tuple(sizes), places, tuple(places[name] for name in POINTERS), tiles, tickets)
+    needs = sizes[WORKSPACE], sizes[INPUTS] + CALL_ROOM, sizes[ANSWERS] + sizes[LATE] + sizes[ASKED]
+    return Plan(tuple(sizes), needs, places, tuple(places[name] for name in POINTERS), tickets)
 
 
 class Terms(NamedTuple):
-    """What CALL says of a policy, in its order."""
+    """What CALL says of a policy, in its order, `ranks` and `covers` first: whether it requires a ranking, whether it is of coverage."""
 
-    numbers: tuple[int, int, int, int, int]
+    ranks: bool
+    covers: bool
+    numbers: tuple[int, int, int]
     reals: tuple[float, float, float, float]
 
 
@@ -120,10 +125,10 @@ class Terms(NamedTuple):
 def terms_of(policy: Policy, relative_to: str) -> Terms:
     """Blocks are skipped where the budget is one of values: that of an output is not known before."""
     if isinstance(policy, Coverage):
-        numbers = 0, 1, min(policy.k_min, COUNT_MAX), min(policy.k_max, COUNT_MAX), int(policy.boundary_check)
-        return Terms(numbers, (0.0, policy.tau_cov, policy.key_bound_max, policy.v_tol))
+        numbers = min(policy.k_min, COUNT_MAX), min(policy.k_max, COUNT_MAX), int(policy.boundary_check)
+        return Terms(False, True, numbers, (0.0, policy.tau_cov, policy.key_bound_max, policy.v_tol))
     skip_share = policy.skip_share if relative_to == "values" else 0.0
-    return Terms((int(policy.require_rank), 0, 0, 0, 0), (skip_share, 0.0, 0.0, 0.0))
+    return Terms(policy.require_rank, False, (0, 0, 0), (skip_share, 0.0, 0.0, 0.0))
 
 
 assert NUMBERS[10:15] == ("require_rank", "coverage", "k_min", "k_max", "boundary_check")

@@ -14,15 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.call import idle
-from tierd_kernels.cuda.late import Late, Place
-from tierd_kernels.cuda.launch import CALL, CERTIFIED, FIELDS, Grid, Program, above, kernels
-from tierd_kernels.cuda.memory import DeviceMemory, Region
-from tierd_kernels.cuda.packing import Packed, Part
-from tierd_kernels.cuda.plan import ANSWERS, ASKED, INPUTS, LATE, WORKSPACE
-from tierd_kernels.cuda.sources import ROW_TILE
+from tierd_kernels.cuda.arrangement import Placed, arrangement
+from tierd_kernels.cuda.late import Late
+from tierd_kernels.cuda.launch import CERTIFIED, FIELDS, Program, kernels
+from tierd_kernels.cuda.memory import DeviceMemory
+from tierd_kernels.cuda.packing import Part
+from tierd_kernels.cuda.plan import KEPT_ARRAYS, Terms
 from tierd_kernels.layout import Layout
 from tierd_kernels.numerics import Array
-from tierd_kernels.policy import Budget, Coverage, Policy
 from tierd_kernels.reads import NONE_READ, Reads, exact_heads, listed
 from tierd_kernels.select.candidates import Candidates
 
@@ -43,47 +42,29 @@ class Answer:
     candidates: Callable[[], Candidates]
 
 
-def _program(policies: list[Policy]) -> Program:
+def _program(terms: list[Terms]) -> Program:
     """Of the calls that are not exact from the start."""
-    ranks = any(isinstance(x, Budget) and x.require_rank for x in policies)
-    return Program(bool(policies), ranks, any(isinstance(x, Coverage) for x in policies))
+    return Program(bool(terms), any([x.ranks for x in terms]), any([x.covers for x in terms]))
 
 
 class Step:
-    """`launch` may run again and again, with the same bits; `answers` waits for it."""
+    """`launch` may run again and again, with the same bits; `answers` waits for it. The next step may be made once it has."""
 
     def __init__(self, layout: Layout, memory: DeviceMemory, parts: list[Part], split_blocks: int | None = None) -> None:
-        self.layout, self.memory, self.kernels = layout, memory, kernels(layout)
-        if memory.late:  # its candidates lie where this step's answers come
-            memory.late.collect()
-        heads, number = layout.num_kv_heads, len(parts)
-        self.group = group = parts[0].call.q.shape[0] // heads
-        tiles = [heads * -(-group * part.n // ROW_TILE) for part in parts]
-        region = Region(memory.workspace.nbytes)
-        inputs, outputs = memory.inputs.reset(), memory.outputs.reset()
-        calls_most = above(number, 1)
-        # First in the staged range, so that all steps find their calls at one address; those beyond the last are empty.
-        self.at = memory.inputs.at + inputs.take(calls_most * CALL.itemsize)
-        pools = memory.hot_at, memory.scratch_at, memory.originals_at, 0
-        self.packed = packed = [Packed(layout, memory, part, sum(tiles), split_blocks) for part in parts]
-        bases = [
-            (memory.workspace_at + region.take(x.plan.sizes[WORKSPACE]), memory.inputs.at + inputs.take(x.plan.sizes[INPUTS]),
-             memory.outputs.at + outputs.take(x.plan.sizes[ANSWERS])) for x in packed
-        ]  # fmt: skip
-        self.answers_end = outputs.used
-        if number < calls_most:
-            memory.inputs.view(self.at - memory.inputs.at, (calls_most,), CALL)[number:] = np.zeros((), CALL)
-        # A few KB, which their kernel writes over the link by itself.
-        late = [memory.outputs.host_at + outputs.take(x.plan.sizes[LATE]) for x in packed]
-        asked = [memory.outputs.at + outputs.take(x.plan.sizes[ASKED]) for x in packed]
-        for i, (x, own) in enumerate(zip(packed, bases, strict=True)):
-            x.write((*own, late[i], asked[i], *pools), i)
-        splits, canaries = max(x.splits for x in packed) + 1, max(len(x.canaries) for x in packed)
-        self.grid = Grid(number, splits, max(tiles), group * max(part.n for part in parts), group, canaries).rounded()
-        self.program = _program([x.part.call.policy for x in packed if not x.exact_only])
+        """Raises ValueError as `Arrangement` and `Kept` do."""
+        self.layout, self.memory, self.parts, self.kernels = layout, memory, parts, kernels(layout)
+        self.arranged = arranged = arrangement(layout, memory, tuple(part.shape for part in parts), split_blocks)
+        self.at, self.grid, self.answers_end = arranged.at, arranged.grid, arranged.answers_end
+        kept_at, each = memory.kept.at([array for part in parts for array in part.kept]), len(KEPT_ARRAYS)
+        for i, (part, placed) in enumerate(zip(parts, arranged.parts, strict=True)):
+            part.write(memory, placed, kept_at[i * each : (i + 1) * each], i)
+        arranged.unused.fill(0)
+        self.program = _program([part.terms for part in parts if not part.exact_only])
 
     def upload(self) -> None:
-        self.memory.inputs.upload(self.memory.stream)
+        memory = self.memory
+        memory.kept.upload(memory.stream)
+        memory.inputs.upload(memory.stream, 0, self.arranged.inputs_end)
 
     def enqueue(self, stream: Any) -> None:
         """All kernels, in order."""
@@ -91,61 +72,49 @@ class Step:
 
     def launch(self) -> None:
         """The same as a graph, captured by the first launch of this shape."""
-        self.memory.graphs.launch((self.layout, self.grid, self.program), self.enqueue, self.memory.stream)
+        self.memory.graphs.launch((self.kernels, self.grid, self.program), self.enqueue, self.memory.stream)
 
     def answers(self, meanwhile: Callable[[], None] = idle) -> list[Answer]:
         """What came back; waits for the device, but not for the candidates, which it begins behind the answers. Once all of it is enqueued
         `meanwhile` runs."""
         memory = self.memory
+        if memory.late:  # its candidates lie where these answers come; the device has something to do already
+            memory.late.collect()
         memory.outputs.download(memory.stream, 0, self.answers_end)
         memory.answered.record(memory.stream)
         late = memory.late = self._begin_late()
         meanwhile()
         memory.answered.synchronize()
-        return [self._answer(x, partial(late.of, i)) for i, x in enumerate(self.packed)]
-
-    def _answer(self, x: Packed, candidates: Callable[[], Candidates]) -> Answer:
-        outputs, places, q = self.memory.outputs, x.plan.places, x.part.call.q
-        start = x.at("fields") - outputs.at
-        own = outputs.host[start : start + x.plan.sizes[ANSWERS]].copy()  # the next step writes there
-        shape = q.shape[0], x.part.n
-
-        def view(name: str, size: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-            return np.ndarray(size, dtype, own, places[name][1])
-
-        fields, states = view("fields", (len(FIELDS), *shape), np.float64), view("state", shape, np.int32)
-        failures = view("failures", (len(x.canaries), self.layout.num_kv_heads), np.bool_)
-        reads, cold = self._reads(x, states != CERTIFIED, bool(x.full and fields[PROMOTED].any()))
-        return Answer(
-            view("output", (*shape, q.shape[2]), q.dtype), dict(zip(FIELDS, fields, strict=True)), states, failures, reads, cold, candidates
-        )
+        return [self._answer(*each, partial(late.of, i)) for i, each in enumerate(zip(self.parts, self.arranged.parts, strict=True))]
 
     def _begin_late(self) -> Late:
-        memory, heads = self.memory, self.layout.num_kv_heads
-        if any(x.candidates for x in self.packed):
-            memory.graphs.launch((self.layout, self.grid), partial(self.kernels.candidates, self.at, self.grid), memory.stream)
+        memory = self.memory
+        if self.arranged.candidates:
+            memory.graphs.launch((self.kernels, self.grid), partial(self.kernels.candidates, self.at, self.grid), memory.stream)
         memory.arrived.record(memory.stream)
+        return Late(memory.arrived, self.arranged.late)
 
-        def view(x: Packed, name: str, dtype: Any) -> NDArray[Any]:
-            return memory.outputs.view(x.at(name) - memory.outputs.host_at, (2, heads, x.candidates), dtype)
+    def _answer(self, part: Part, placed: Placed, candidates: Callable[[], Candidates]) -> Answer:
+        """Copies, for the next step writes there."""
+        fields, states = placed.fields.copy(), placed.state.copy()
+        reads, cold = self._reads(part, placed, states != CERTIFIED, bool(part.full and np.count_nonzero(fields[PROMOTED])))
+        return Answer(
+            placed.output.copy(), dict(zip(FIELDS, fields, strict=True)), states, placed.failures[: len(part.canaries)].copy(), reads, cold,
+            candidates,
+        )  # fmt: skip
 
-        return Late(memory.arrived, [
-            Place(view(x, "candidate_blocks", np.int32), view(x, "candidate_scores", np.float32)) for x in self.packed
-        ])  # fmt: skip
-
-    def _reads(self, x: Packed, exact: NDArray[np.bool_], promoted: bool) -> tuple[Reads, NDArray[np.int64]]:
+    def _reads(self, part: Part, placed: Placed, exact: NDArray[np.bool_], promoted: bool) -> tuple[Reads, NDArray[np.int64]]:
         """As `Answer` has them, of a part whose rows [Hq, n] are `exact` or not. Most often none is, and nothing was `promoted`."""
-        if not promoted and not exact.any():
+        if not promoted and not np.count_nonzero(exact):
             return NONE_READ, np.zeros(exact.shape, np.int64)
         heads = self.layout.num_kv_heads
-        marks = self._marks(x) if promoted else np.zeros((x.plan.tiles, x.full), np.uint32)
-        reads, cold = listed(marks, exact_heads(exact, heads), x.part.call.in_scratch)
+        marks = self._marks(placed) if promoted else np.zeros_like(placed.marks)
+        reads, cold = listed(marks, exact_heads(exact, heads), part.call.in_scratch)
         return reads, cold.reshape(heads, -1)[:, : exact.size // heads].reshape(exact.shape)
 
-    def _marks(self, x: Packed) -> NDArray[np.uint32]:
+    def _marks(self, placed: Placed) -> NDArray[np.uint32]:
         """Where they lie in pinned memory, until the next step: copied beside the candidates, which may not have been found yet."""
-        memory, start = self.memory, x.at("marks") - self.memory.outputs.at
-        marks = memory.outputs.view(start, (x.plan.tiles, x.full), np.uint32)
-        memory.outputs.download(memory.asked, start, start + marks.nbytes)
+        memory, start = self.memory, placed.marks_start
+        memory.outputs.download(memory.asked, start, start + placed.marks.nbytes)
         memory.asked.synchronize()
-        return marks
+        return placed.marks
