@@ -27,7 +27,7 @@ from rich.table import Table
 from shares import tolerance
 from tierd_kernels.call import Call
 from tierd_kernels.cuda import backend
-from tierd_kernels.cuda.launch import kernels
+from tierd_kernels.cuda.launch import CERTIFIED, kernels
 from tierd_kernels.cuda.memory import DeviceMemory
 from tierd_kernels.cuda.packing import Part
 from tierd_kernels.cuda.step import Answer, Step
@@ -143,7 +143,7 @@ def needed(layout: Layout, memory: DeviceMemory, batches: list[list[Call]], shar
             step.upload()
             step.launch()
             found = zip(step.answers(), calls, strict=True)
-            shares += [1.0 if (x.states != backend.CERTIFIED).any() else read_share(x, call) for x, call in found]
+            shares += [1.0 if (x.states != CERTIFIED).any() else read_share(x, call) for x, call in found]
         return float(np.mean(shares))
 
     return tolerance(share_at, share)
@@ -156,7 +156,7 @@ def facts_of(answers: list[Answer], sessions: list[Session], call: Call, quantis
         "error_over_bound": check(answers[0], *sessions[0]), "bound_over_vbar": float(np.median(fields["bound"] / fields["value_norm"])),
         "read": float(np.mean([read_share(x, call) for x in answers])),
         "a_row": float(np.mean(fields["promoted_key_blocks"] + fields["promoted_value_blocks"])) / (2 * len(call.hot_offsets)),
-        "exact": float(np.mean([x.states != backend.CERTIFIED for x in answers])), "rtol": call.rtol, "quantised_bytes": quantised,
+        "exact": float(np.mean([x.states != CERTIFIED for x in answers])), "rtol": call.rtol, "quantised_bytes": quantised,
     }  # fmt: skip
 
 

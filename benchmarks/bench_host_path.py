@@ -151,7 +151,7 @@ def stages() -> list[tuple[str, Any, str]]:
 
     return [
         ("store", Session, "append"), ("plan", Batch, "_prepare"), ("pack", backend, "attend"), ("pack", Step, "upload"),
-        ("unpack", Step, "answers"), ("result", backend, "_result"), ("verify", Batch, "_verify"), ("answer", Batch, "_finish"),
+        ("unpack", Step, "answers"), ("result", backend, "result"), ("verify", Batch, "_verify"), ("answer", Batch, "_finish"),
         ("tiering", ScratchCache, "update"), ("tiering", ScratchCache, "collect"), ("tiering", ScratchCache, "wait"),
     ]  # fmt: skip
 

@@ -15,23 +15,21 @@ from tierd_kernels.call import Call, Result, idle
 from tierd_kernels.copying import Copying
 from tierd_kernels.cuda import launch
 from tierd_kernels.cuda.kept import most_bytes
-from tierd_kernels.cuda.launch import CERTIFIED, EXACT, FIELDS, kernels
+from tierd_kernels.cuda.launch import kernels
+from tierd_kernels.cuda.lost import faults
 from tierd_kernels.cuda.memory import BLOCK_BYTES_MIN, DeviceMemory, reserve
 from tierd_kernels.cuda.norms import group_bounds
 from tierd_kernels.cuda.packing import UNIT_MAX, UNIT_MIN, Part
 from tierd_kernels.cuda.plan import plan_of
 from tierd_kernels.cuda.record import Record
-from tierd_kernels.cuda.start import FAULTS
+from tierd_kernels.cuda.results import result
 from tierd_kernels.cuda.step import Answer, Step
-from tierd_kernels.errors import SCORE_MAX, DeviceLost, ScoreOverflow
+from tierd_kernels.errors import ScoreOverflow
 from tierd_kernels.layout import Layout, Memory
-from tierd_kernels.reads import exact_heads, united
 from tierd_kernels.reads import prepare as prepare_reads
-from tierd_kernels.select.candidates import Candidates, joined
 
 NOT_READY = 600  # cudaErrorNotReady
 ROWS_AT_ONCE = 64  # query tokens of a call handled together, at most
-COUNTS = "promoted_key_blocks", "promoted_value_blocks", "skipped_blocks"
 
 
 def hot_block_bytes(layout: Layout) -> int:
@@ -41,17 +39,6 @@ def hot_block_bytes(layout: Layout) -> int:
 
 def limit_threads(count: int) -> None:
     """Nothing here runs on the host's threads."""
-
-
-class faults:
-    """Around what a device does. One that reports an error is lost: its context does not recover, what it holds cannot be trusted."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
-        if isinstance(error, FAULTS):
-            raise DeviceLost(f"the CUDA device failed: {error}; restart the daemon") from error
 
 
 def prepare(layout: Layout) -> None:
@@ -146,7 +133,7 @@ def attend(
 
 def _result_of(layout: Layout, call: Call, found: list[Answer] | ValueError) -> Result | Exception:
     try:
-        return found if isinstance(found, ValueError) else _result(layout, call, found)
+        return found if isinstance(found, ValueError) else result(layout, call, found)
     except ScoreOverflow as error:
         return error
 
@@ -204,60 +191,6 @@ def _batches(memory: DeviceMemory, waiting: list[Waiting]) -> list[list[Waiting]
             batches.append([x])
             used = x.needs
     return batches
-
-
-def _result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
-    """Raises ScoreOverflow, and RuntimeError where a row was left between the rungs. Most often no row is exact and nothing was promoted,
-    which is not worked out then."""
-    whole = answers[0] if len(answers) == 1 else _joined(layout, call, answers)
-    found: dict[str, NDArray[Any]] = {**whole.fields}
-    reads, exact = whole.reads, whole.states != CERTIFIED
-    score_top = found.pop("score_top")
-    rung, host = np.zeros(exact.shape, np.int64), np.zeros(exact.shape, np.int64)
-    if reads.from_host.size:
-        host += whole.cold * layout.original_record_bytes
-        rung = np.where(found["promoted_value_blocks"] > 0, 2, found["promoted_key_blocks"] > 0)
-    if np.count_nonzero(exact):
-        _require_exact(whole.states[exact], exact.size, score_top[exact])
-        rung[exact] = 3
-        rung[:, exact.all(axis=0)] = 4
-        host += exact * (2 * call.num_tokens * layout.head_dim * layout.itemsize)
-    for name in COUNTS:
-        found[name] = found[name].astype(np.int64)
-    found["exact"], found["rung"], found["host_bytes"] = exact, rung, host
-    found["rank_certified"] = found["rank_certified"] > 0
-    failed = [(int(call.canary_blocks[i]), int(h)) for i, h in np.argwhere(whole.failures)] if np.count_nonzero(whole.failures) else []
-    return Result(whole.output, found, reads, partial(_candidates, whole.candidates), failed)
-
-
-def _require_exact(states: NDArray[np.int32], rows: int, score_top: NDArray[np.float64]) -> None:
-    """Of those of `rows` that are not certified: a row left between the rungs is a fault of the kernels, with which nothing of a call may
-    leave."""
-    between = states[states != EXACT]
-    if between.size:
-        found = sorted(set(between.tolist()))
-        raise RuntimeError(f"{between.size} of {rows} rows are neither certified nor exact: their states are {found}")
-    if not np.all(score_top <= SCORE_MAX):
-        raise ScoreOverflow(f"a score of {np.nanmax(score_top):.3g} is above {SCORE_MAX:g}, the largest that is answered")
-
-
-def _joined(layout: Layout, call: Call, parts: list[Answer]) -> Answer:
-    """All parts of a call as one; the first has its canaries."""
-    output, states, cold = (np.concatenate(arrays, axis=1) for arrays in zip(*((x.output, x.states, x.cold) for x in parts), strict=True))
-    fields = {name: np.concatenate([x.fields[name] for x in parts], axis=1) for name in FIELDS}
-    reads = united(
-        [x.reads for x in parts], len(call.hot_offsets), exact_heads(states != CERTIFIED, layout.num_kv_heads), call.in_scratch
-    )  # fmt: skip
-    late = [x.candidates for x in parts]
-    return Answer(
-        output, fields, states, parts[0].failures, reads, cold,
-        lambda: joined([found() for found in late], len(call.hot_offsets), call.candidates_max),
-    )  # fmt: skip
-
-
-def _candidates(found: Callable[[], Candidates]) -> Candidates:
-    with faults():
-        return found()
 
 
 __all__ = ["attend", "begin_copies", "group_norms", "hot_block_bytes", "limit_threads", "quantise_blocks", "reserve"]
