@@ -1,6 +1,7 @@
 """The soak's parts, and that it bites: a wrong answer, one that is missing, a session lost, a byte that is not given back."""
 
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,6 +218,26 @@ def test_a_worker_that_cannot_connect_is_a_problem(tmp_path: Path) -> None:
     crewed = crew.Crew(f"unix://{tmp_path}/none.sock", 0, draws.palette(0), LEASE_S, 1)
     crewed.dismiss()
     assert len(crewed.problems) == 1 and "DaemonUnavailable" in crewed.problems[0]
+
+
+def test_a_killed_worker_is_replaced_and_what_it_did_counts() -> None:
+    with daemon.running("cpu") as one:
+        crewed = crew.Crew(one.target, 7, draws.palette(7), daemon.LEASE_S, 1)
+        for _ in range(2):
+            before = crewed.tally.calls
+            while crewed.tally.calls == before and not crewed.problems:
+                crewed.run(time.monotonic() + 0.05)
+            crewed._kill_one()
+        assert crewed.killed == 2 and crewed.tally.calls > before > 0
+        crewed.dismiss()
+        assert crewed.problems == [] and samples.leaks(samples.given_back(one)) == []
+
+
+def test_what_a_daemon_logs_as_an_error_is_seen(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    nobody: Any = None
+    log.write_text("12:00 WARNING tierd.engine.loop: a worker was silent\n12:01 ERROR tierd.engine.loop: a turn failed\nTraceback ...\n")
+    assert daemon.Daemon("", nobody, nobody, log).faults() == ["12:01 ERROR tierd.engine.loop: a turn failed", "Traceback ..."]
 
 
 def status(**changes: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ FLAGS = {
     "canary-share": 0.01, "log-level": "warning",
 }  # fmt: skip
 STOP_S = 60.0
+MONITOR_S = 300.0  # of its calls: the first of a geometry may have a GPU's kernels to compile
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def running(backend: str) -> Iterator[Daemon]:
                 assert process.stdout is not None
                 if not process.stdout.readline():
                     raise RuntimeError(f"the daemon ended with {process.wait()}: {log.read_text()}")
-                with connect(target) as monitor:
+                with connect(target, timeout=MONITOR_S) as monitor:
                     yield Daemon(target, process, monitor, log)
             finally:
                 process.kill()
