@@ -2,16 +2,16 @@
 
     python benchmarks/bench_host_path.py [--smoke]
 
-An engine on a thread of its own, as in a daemon, over the CUDA backend; kernels are replaced (`benchmarks/hostpath/stub_device.py`), and
-what they and copies to and from the device take is left out. So a real call costs what is said here and, where the device does not hide
-it, the driver's own time: some 10 us a launch, copy and wait. One session, 32 query heads, 8 KV heads, d = 128, FP16, blocks of 16;
-calls of one token follow one another, layer after layer, and append it. Settings: nothing promoted; 1 % of the records promoted, the
-set changing by a tenth a step, read from the host (policy none) or, mostly, from scratch (predictive).
+An engine as in a daemon, whose event loop takes its turns, over the CUDA backend; kernels are replaced
+(`benchmarks/hostpath/stub_device.py`), and what they and copies to and from the device take is left out. So a real call costs what is said
+here and, where the device does not hide it, the driver's own time: some 10 us a launch, copy and wait. One session, 32 query heads, 8 KV
+heads, d = 128, FP16, blocks of 16; calls of one token follow one another, layer after layer, and append it. Settings: nothing promoted; 1 %
+of the records promoted, the set changing by a tenth a step, read from the host (policy none) or, mostly, from scratch (predictive).
 
-`host_us`: from one answer to the next, less the device's part. Stages are means of the engine's thread: "store" the new token, "plan" the
-call, "pack" it for the device, "unpack" its answer, "result", "verify", "answer"; behind the answer "tiering". "other" is the rest: queue,
-threads that wake and wait for one another, the caller. Ends without a report if an output is not the call's own, or if the originals that
-the engine counted as read are not those that the kernels marked.
+`host_us`: from one answer to the next, less the device's part. Stages are means of the thread that has the turn: "store" the new token,
+"plan" the call, "pack" it for the device, "unpack" its answer, "result", "verify", "answer"; behind the answer "tiering". "other" is the
+rest: queue, threads that wait for one another, the caller. Ends without a report if an output is not the call's own, or if the originals
+that the engine counted as read are not those that the kernels marked.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from typing import Any, Self
 sys.path.insert(0, str(Path(__file__).parent / "hostpath"))
 
 import numpy as np
+from asking import answered, thread_of
 from common import write_results
 from numpy.typing import NDArray
 from rich.console import Console
@@ -48,7 +49,7 @@ SHARE = 0.01  # of the records, promoted
 CHANGED = 0.1  # of these, from one step to the next
 NEAR = 16  # candidates of a KV head that are not promoted
 STAGES = "store", "plan", "pack", "unpack", "result", "verify", "answer", "tiering", "other"
-DEVICE, ENGINE_THREAD, WORKER = "device", "tierd-engine", "bench"
+DEVICE, WORKER = "device", "bench"
 WARM, CALLS = 32, 128
 APPENDED = 4096  # tokens at once
 
@@ -141,7 +142,7 @@ class Driven:
         self.engine.check_integrity()
 
     def _run(self, command: Command) -> Any:
-        return self.engine.submit(command).result()
+        return answered(self.engine, command)
 
 
 def stages() -> list[tuple[str, Any, str]]:
@@ -158,7 +159,7 @@ def stages() -> list[tuple[str, Any, str]]:
 
 def measure(setting: Setting, seed: int) -> dict[str, Any]:
     """A row: medians over the calls after the first."""
-    told, watch = Script(Q_HEADS * HEAD_DIM * 2), Stopwatch(ENGINE_THREAD)
+    told, watch = Script(Q_HEADS * HEAD_DIM * 2), Stopwatch(thread_of("cuda"))
     samples = []
     with stubbed(told, lambda do: watch.timed(DEVICE, do)):
         with Driven(setting, told, seed) as run:

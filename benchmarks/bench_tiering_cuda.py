@@ -10,10 +10,11 @@ much longer it takes than one of the resident row's, the median over turns of th
 bound, nothing was promoted, or a resident row had to read the host. Rows that two minutes have no room for are left out, the least
 important first. --smoke: small shapes, the CPU backend, nothing written.
 
-Where a step's time goes is told by a second table: means over 16 more steps of the engine's thread, stages as `bench_host_path.py` has them
-("unpack" holds the wait for the device) and, of tiering, waiting for candidates, choosing, beginning copies and taking in those that are
-done; "other" is the rest, queue, threads that wake and wait for one another, and the caller. "GPU busy" is the time of a step in which a
-kernel or copy ran, from a profile of eight more. On the CPU backend the stages of tiering only.
+Where a step's time goes is told by a second table: means over 16 more steps of the thread that has the turn, stages as in
+`bench_host_path.py` ("unpack" holds the wait for the device) and, of tiering, waiting for candidates, choosing, beginning copies and taking
+in those that are done, where a call's own thread does it; what the engine's thread does between calls is in none. "other" is the rest,
+queue, threads that wait for one another, and the caller. "GPU busy" is the time of a step in which a kernel or copy ran, from a profile of
+eight more. On the CPU backend the stages of tiering only.
 """
 
 import argparse
@@ -30,7 +31,8 @@ sys.path.insert(0, str(Path(__file__).parent / "tiering"))
 
 import numpy as np
 import torch
-from bench_host_path import ENGINE_THREAD, STAGES, stages
+from asking import thread_of
+from bench_host_path import STAGES, stages
 from common import write_results
 from engine_steps import Driven, Setting, check, driven
 from needle_trace import Shape, Trace
@@ -123,8 +125,8 @@ def _row(setting: Setting, times_us: list[list[float]], steps: int, done: dict[s
 
 
 def stages_us(run: Driven, numbers: range, backend: str) -> dict[str, float]:
-    """Microseconds of a step by stage of the engine's thread."""
-    watch, whole_us = Stopwatch(ENGINE_THREAD), 0.0
+    """Microseconds of a step by stage of the thread that has the turn."""
+    watch, whole_us = Stopwatch(thread_of(backend)), 0.0
     tiering = [
         ("candidates", ScratchCache, "_snapshot"), ("begin", ScratchCache, "_start"), ("take in", ScratchCache, "collect"),
         *(("choose", type(policy()), "choose") for policy in POLICIES.values()),

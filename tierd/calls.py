@@ -53,12 +53,12 @@ class Calls:
 
     async def perform(self, operation: Operation) -> Any:
         """The reply of an operation. Cancelled, it leaves nothing behind that a reply would have named. Raises TierdError."""
-        loop = asyncio.get_running_loop()
-        future, answered = self._engine.submit(operation.command), loop.create_future()
-        # As asyncio.wrap_future does, at half its price: the result stays where it is, and only the word that it is there is passed on.
-        future.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(_wake, answered))
+        future = self._engine.submit(operation.command, wake=False)
         try:
-            await answered
+            await asyncio.sleep(0)  # other messages that are here are read: their calls go with this one
+            self._engine.help()
+            if not future.done():
+                await _done(future)
         except asyncio.CancelledError:
             if not future.cancel():  # the engine has begun it; else it is out of the queue
                 future.add_done_callback(lambda done: self._take_back(operation, done))
@@ -74,6 +74,15 @@ class Calls:
             # If the engine takes nothing now, the end of the worker's stream still does the same.
             with suppress(TierdError):
                 self._engine.submit(undo)
+
+
+async def _done(future: "Future[Any]") -> None:
+    """Once it is. As asyncio.wrap_future does, at half its price: the result stays where it is, and only the word that it is there is
+    passed on."""
+    loop = asyncio.get_running_loop()
+    answered = loop.create_future()
+    future.add_done_callback(lambda _: loop.is_closed() or loop.call_soon_threadsafe(_wake, answered))
+    await answered
 
 
 def _wake(answered: "asyncio.Future[None]") -> None:

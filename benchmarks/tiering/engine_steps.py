@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from asking import answered
 from needle_trace import Trace
 from numpy.typing import NDArray
 from tierd_kernels.policy import Budget
@@ -73,7 +74,7 @@ class Driven:
         return {name: int(getattr(self.engine.counters, name)) for name in COUNTED}
 
     def _run(self, command: Command) -> Any:
-        return self.engine.submit(command).result()
+        return answered(self.engine, command)
 
 
 @contextmanager

@@ -251,9 +251,12 @@ class OneCommandEngine:
     def __init__(self) -> None:
         self.submitted: list[tuple[commands.Command, TimedFuture]] = []
 
-    def submit(self, command: commands.Command) -> TimedFuture:
+    def submit(self, command: commands.Command, wake: bool = True) -> TimedFuture:
         self.submitted.append((command, TimedFuture()))
         return self.submitted[-1][1]
+
+    def help(self) -> None:
+        pass
 
 
 async def test_a_session_that_opens_after_its_call_was_cancelled_is_closed() -> None:

@@ -1,6 +1,7 @@
 """The one loop that changes anything: drain, expire, plan, attend, migrate, complete.
 
-Commands come from any thread through `submit`. Those of one session take effect in the order of submission. Attends whose
+Commands come from any thread through `submit`. Turns of the loop are taken one at a time, by the engine's own thread or, where that is not
+worth waking, by whoever asks (`help`). Commands of one session take effect in the order of submission. Attends whose
 sessions are all different run as one batch, as far as `batch_rows_max` allows; whatever would touch a session of the waiting
 batch, and every command that is neither Attend nor Append, lets the batch run first. Status is of no session: it is answered as soon as
 the command or batch under way is done.
@@ -8,6 +9,7 @@ the command or batch under way is done.
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -50,10 +52,12 @@ from tierd.residency import Residency
 log = logging.getLogger(__name__)
 IDLE_TICK_S = 1.0  # how often an idle engine looks for leases that ran out
 # Longer than a model takes from layer to layer: the next call's kernels hide what tiering does for the last one, 0.3 to 0.9 ms on an H100's
-# host, and its answer does not wait for the interpreter's lock.
+# host, and its answer does not wait for the interpreter's lock. With 0.2 ms, during which a call is still under way, this thread took that
+# lock from it in between: 40 us a call.
 LINGER_S = 1e-3
 STATUS_WAITING_MAX = 64  # monitors and people who ask at once; they have room when the queue is full
 NEED_NO_DEVICE = (Status, CloseSession, CloseWorker)
+HELPED_TOKENS_MAX = 64  # query tokens of a call that its own thread may take the turn for: one launch answers so many
 
 
 class Engine:
@@ -92,10 +96,12 @@ class Engine:
             Lengths: self.sessions.lengths,
             Status: lambda _: self.status(),
         }
+        self._turn = threading.Lock()  # of whoever takes a turn
+        self._turned_s = time.perf_counter()  # when the last one ended, by the machine's clock, as the thread's sleep is
         self._wake = threading.Condition()
         self._queue: deque[tuple[Command, Future[Any]]] = deque()
         self._asked: list[tuple[Command, Future[Any]]] = []  # Status only
-        self._stopping = False
+        self._stopping = self._dozes = False  # dozes: its thread sleeps until it is woken, or for long
         self._thread: threading.Thread | None = None
         self._jobs: list[Job] = []
         self._busy: set[str] = set()  # sessions of the waiting batch
@@ -112,8 +118,9 @@ class Engine:
         """Raises Unavailable, as every command would, if the device is lost. Any thread."""
         self._device.check()
 
-    def submit(self, command: Command) -> TimedFuture:
-        """Queue a command, from any thread. Raises CapacityExceeded when the queue is full, Unavailable when stopping.
+    def submit(self, command: Command, wake: bool = True) -> TimedFuture:
+        """Queue a command, from any thread. Raises CapacityExceeded when the queue is full, Unavailable when stopping. Without `wake` the
+        engine's thread is left asleep: whoever submits calls `help` next.
 
         CloseWorker always finds room: it gives back what others wait for, and there is one per worker. Status has room of its own, since a
         full queue is when it is asked for.
@@ -130,11 +137,37 @@ class Engine:
                 self._queue.append((command, future))
             else:
                 raise CapacityExceeded(f"{len(self._queue)} commands are waiting, 0 free: queue_max is {self.config.queue_max}")
-            self._wake.notify()
+            if wake:
+                self._wake.notify()
         return future
+
+    def help(self) -> None:
+        """Takes a turn on the calling thread, if nobody else has it and all that waits are short calls that a device computes; else wakes
+        the engine's thread. To hand a call to another thread and its answer back takes 0.1 to 0.3 ms, as much as a short call costs the
+        host. What the CPU's kernels take is long, and how many threads they use is set for the engine's."""
+        with self._wake:
+            helps = self._hides and not self._stopping and all(map(_is_short, (command for command, _ in self._queue)))
+            if not self._queue:
+                return
+            if not (helps and self._turn.acquire(blocking=False)):
+                self._wake.notify()
+                return
+        try:
+            self._take_turn()
+        except Exception:
+            log.exception("a turn of the engine failed")
+        finally:
+            self._turn.release()
+        if self._dozes:
+            with self._wake:
+                self._wake.notify()  # it lingers for what this call has taught
 
     def run_once(self) -> int:
         """One turn of the loop over all that waits; returns the number of commands completed, failed ones included."""
+        with self._turn:
+            return self._take_turn()
+
+    def _take_turn(self) -> int:
         with self._wake:
             drained = list(self._queue)
             self._queue.clear()
@@ -157,6 +190,7 @@ class Engine:
                     self.counters.events["fault"] += 1
                     future.set_exception(Unavailable("a fault in the daemon ended this call"))
             self._clear_batch()
+            self._turned_s = time.perf_counter()
         self.counters.commands += len(drained) + num_asked
         return len(drained) + num_asked
 
@@ -184,10 +218,11 @@ class Engine:
                     future.set_exception(Unavailable("the daemon stopped before this call's turn came"))
             self._thread.join()
             self._thread = None
-        self._tier()
-        while self.residency.num_in_flight:
-            self._migrator.wait(IDLE_TICK_S)
-            self._cache.collect()  # what failed is tried once more
+        with self._turn:
+            self._tier()
+            while self.residency.num_in_flight:
+                self._migrator.wait(IDLE_TICK_S)
+                self._cache.collect()  # what failed is tried once more
 
     def status(self) -> dict[str, Any]:
         """Numbers for people and monitors. Call it through a `Status` command where the engine has a thread."""
@@ -223,14 +258,24 @@ class Engine:
             self._device.limit_threads(self.config.threads)
         while True:
             with self._wake:
-                if not self._queue and not self._asked and not self._stopping:
-                    self._wake.wait(LINGER_S if self._cache.is_behind or self.residency.num_in_flight else IDLE_TICK_S)
-                if not self._queue and not self._asked and self._stopping:
-                    return
+                if not self._waiting and not self._stopping:
+                    self._dozes = not (self._cache.is_behind or self.residency.num_in_flight)
+                    self._wake.wait(IDLE_TICK_S if self._dozes else LINGER_S)
+                    self._dozes = False
+                if not self._waiting:
+                    if self._stopping:
+                        return
+                    if self._turn.locked() or time.perf_counter() < self._turned_s + LINGER_S:
+                        continue  # others have taken the turns meanwhile, and the next may hide what is left to do
             try:
                 self.run_once()
             except Exception:
                 log.exception("a turn of the engine failed")
+
+    @property
+    def _waiting(self) -> bool:
+        """Whether any command does."""
+        return bool(self._queue or self._asked)
 
     def _answer_asked(self) -> int:
         """Answer the requests for the status that wait now; returns their number."""
@@ -324,6 +369,10 @@ class Engine:
         jobs, self._jobs, self._busy, self._num_rows = self._jobs, [], set(), 0
         return jobs
 
+
+
+def _is_short(command: Command) -> bool:
+    return isinstance(command, Attend) and sum(row.q.shape[1] for row in command.rows) <= HELPED_TOKENS_MAX
 
 
 def _started(config: EngineConfig, kernels: Kernels | None) -> tuple[str, Kernels, Memory]:

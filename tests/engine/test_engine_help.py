@@ -1,0 +1,154 @@
+"""Turns of the engine on the thread of whoever asks, while a device computes; and the engine's own thread beside them."""
+
+import threading
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_calls import CONFIG, GEOMETRY, LOOSE, Bench
+from fake_kernels import attention
+from tierd_kernels.copying import Copying
+from tierd_kernels.policy import Budget
+
+from tierd.commands import Append, Attend, Command, OpenSession, Row
+from tierd.engine.loop import HELPED_TOKENS_MAX
+
+WAIT_S = 30.0  # only a failing test waits this long
+ENGINES = "tierd-engine"
+
+
+class Helped(Bench):
+    """An engine with its thread, over a device or what counts as one, that has answered a call. `threads`: names of those that launched."""
+
+    def __init__(self, has_device: bool = True) -> None:
+        super().__init__(replace(CONFIG, prefetch_wait_us_max=0.0))
+        self.name, self.threads = self.opened(tokens=100), list[str]()
+        self.kernels.has_device = has_device
+        self.kernels.during = lambda: self.threads.append(threading.current_thread().name)
+        self.engine.start()
+        self.engine.submit(self.attend(self.name)).result(WAIT_S)
+
+    def __enter__(self) -> "Helped":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.engine.stop(WAIT_S)
+        self.engine.check_integrity()
+        assert not any(thread.name == ENGINES for thread in threading.enumerate())
+
+    def asked(self, command: Command) -> Any:
+        """Its future, after help."""
+        future = self.engine.submit(command, wake=False)
+        self.engine.help()
+        return future
+
+
+def test_a_short_call_is_answered_on_the_thread_that_asks() -> None:
+    with Helped() as bench:
+        for _ in range(3):
+            (row,) = bench.asked(bench.attend(bench.name)).result(timeout=0)
+            assert row.output.shape == (4, 1, 64)
+        assert bench.threads == [ENGINES] + [threading.current_thread().name] * 3
+        bench.engine.help()  # nothing waits
+        assert len(bench.threads) == 4
+
+
+def test_what_waits_together_is_one_launch() -> None:
+    with Helped() as bench:
+        other = bench.engine.submit(OpenSession(GEOMETRY, LOOSE, Budget(), 100, worker="w")).result(WAIT_S)
+        bench.engine.submit(bench.append(other, 10)).result(WAIT_S)
+        futures = [bench.engine.submit(bench.attend(name), wake=False) for name in (bench.name, other)]
+        bench.engine.help()
+        assert all(future.done() for future in futures) and bench.kernels.launches == [1, 2]
+
+
+def test_without_a_device_the_engines_thread_computes() -> None:
+    with Helped(has_device=False) as bench:
+        assert len(bench.asked(bench.attend(bench.name)).result(WAIT_S)) == 1
+        assert bench.threads == [ENGINES] * 2
+
+
+@pytest.mark.parametrize("n", [HELPED_TOKENS_MAX, HELPED_TOKENS_MAX + 1])
+def test_a_long_call_is_left_to_the_engines_thread(n: int) -> None:
+    with Helped() as bench:
+        call = Attend([Row(bench.name, 0, bench.numbers(4, n))], worker="w")
+        assert bench.asked(call).result(WAIT_S)[0].output.shape == (4, n, 64)
+        assert bench.threads[1] == (ENGINES if n > HELPED_TOKENS_MAX else threading.current_thread().name)
+
+
+def test_anything_but_calls_is_left_to_the_engines_thread() -> None:
+    with Helped() as bench:
+        call = bench.engine.submit(bench.attend(bench.name), wake=False)
+        opening = bench.asked(OpenSession(GEOMETRY, LOOSE, Budget(), 100, worker="w"))
+        assert opening.result(WAIT_S) != bench.name and len(call.result(WAIT_S)) == 1
+        assert bench.threads == [ENGINES] * 2
+
+
+def test_who_helps_does_not_wait_for_a_turn_under_way() -> None:
+    with Helped() as bench:
+        entered, let_go, during = threading.Event(), threading.Event(), bench.kernels.during
+
+        def held() -> None:
+            entered.set()
+            assert let_go.wait(WAIT_S)
+            during()
+
+        bench.kernels.during = held
+        first = bench.engine.submit(bench.attend(bench.name))
+        assert entered.wait(WAIT_S)
+        second = bench.asked(bench.attend(bench.name))
+        assert not first.done() and not second.done(), "the engine's thread is in its launch"
+        let_go.set()
+        assert len(first.result(WAIT_S)) == len(second.result(WAIT_S)) == 1
+        assert bench.threads == [ENGINES] * 3
+
+
+def test_what_a_helped_call_taught_is_learnt_though_no_other_follows() -> None:
+    with Helped() as bench:
+        bench.engine.submit(bench.attend(bench.name)).result(WAIT_S)
+        copied, begin = threading.Event(), bench.kernels.begin_copies
+        other = bench.engine.submit(OpenSession(GEOMETRY, LOOSE, Budget(), 100, worker="w")).result(WAIT_S)
+        bench.engine.submit(bench.append(other, 64)).result(WAIT_S)
+
+        def told(*arguments: Any) -> Copying:
+            copied.set()
+            return begin(*arguments)
+
+        bench.kernels.begin_copies = told
+        assert bench.asked(bench.attend(other)).done()
+        assert copied.wait(WAIT_S)
+
+
+def test_a_call_that_nobody_woke_for_is_answered_by_the_end() -> None:
+    bench = Helped()
+    left = bench.engine.submit(bench.attend(bench.name), wake=False)
+    bench.engine.stop(WAIT_S)
+    assert len(left.result(timeout=0)) == 1
+
+
+def test_many_threads_that_help_get_their_own_answers() -> None:
+    failures: list[BaseException] = []
+    with Helped() as bench:
+
+        def work(seed: int) -> None:
+            try:
+                rng = np.random.default_rng(seed)
+                k, v = (rng.standard_normal((2, 60, 64)).astype(np.float32) for _ in "kv")
+                name = bench.asked(OpenSession(GEOMETRY, LOOSE, Budget(), 100, worker=f"w{seed}")).result(WAIT_S)
+                bench.asked(Append(name, 0, k[:, :30], v[:, :30], worker=f"w{seed}"))
+                for i in range(30, 60):
+                    q = rng.standard_normal((4, 1, 64)).astype(np.float32)
+                    step = Attend([Row(name, 0, q, k[:, i : i + 1], v[:, i : i + 1])], worker=f"w{seed}")
+                    (row,) = bench.asked(step).result(WAIT_S)
+                    np.testing.assert_array_equal(row.output, attention(k[:, : i + 1], v[:, : i + 1], q, GEOMETRY.scale, "float32"))
+            except BaseException as failure:
+                failures.append(failure)
+
+        workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(WAIT_S)
+        assert not failures, failures
+        assert sum(bench.kernels.launches) == 121
