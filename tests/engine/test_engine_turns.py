@@ -259,6 +259,19 @@ def test_a_silent_workers_sessions_are_closed() -> None:
     assert bench.run(Lengths(alive, worker="alive")) == [[20, 0]], "a command renews the lease even if it comes late"
 
 
+def test_who_waited_for_the_engine_was_not_silent() -> None:
+    """The turn is longer than a lease: a large append, an exact head, a compiler."""
+    bench = Bench(replace(CONFIG, lease_s=10.0))
+    slow, behind = bench.opened("slow", tokens=20), bench.opened("behind", tokens=20)
+    bench.kernels.during = lambda: bench.clock.advance(11.0)
+    bench.run(bench.attend(slow, worker="slow"), Lengths(behind, worker="behind"))
+    bench.engine.run_once()  # before the next call of either is there
+    assert bench.engine.sessions.by_id.keys() == {slow, behind}
+    bench.clock.advance(10.5)
+    bench.engine.run_once()
+    assert not bench.engine.sessions.by_id, "now they were"
+
+
 def test_without_a_lease_nothing_expires() -> None:
     bench = Bench()
     name = bench.opened()

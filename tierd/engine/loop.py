@@ -183,6 +183,8 @@ class Engine:
             self._run_batch()
             if not (drained and self._hides and self._thread):
                 self._tier()
+            for command, _ in drained:
+                self._leases.touch(command.worker)  # however long the turn took: who waited for it was not silent
         finally:
             # Only a fault of ours leaves a command without an answer; its caller must not wait for ever.
             for _, future in drained:
