@@ -205,3 +205,12 @@ def test_a_session_gains_no_share_of_scratch_by_forks() -> None:
     session = bench.engine.sessions.by_id[stranger]
     held = [copy for copy in bench.engine.residency.copies() if copy.block in session.full_ids(0)]
     assert len(held) == RECORDS // 2
+
+
+def test_accounts_of_closed_sessions_go_though_nobody_asks_for_the_status() -> None:
+    bench = Bench()
+    for _ in range(20):
+        name = bench.opened(tokens=64)
+        bench.run(bench.attend(name))
+        bench.run(CloseSession(name, worker="w"))
+        assert len(bench.engine._cache.ledger) <= 2

@@ -121,6 +121,8 @@ class ScratchCache:
         works, self._answered = self._answered, []
         if not works:
             return
+        if len(self.ledger) > len(self._sessions):  # some are closed, and nobody may ever ask for the status
+            self._forget_closed()
         self._advance(works)
         wishes = []
         for work in works:
@@ -137,7 +139,7 @@ class ScratchCache:
 
     def status(self) -> dict[str, Any]:
         """What policy, link and sessions have done, ready for JSON."""
-        self.ledger.forget(self.ledger.session_ids - self._sessions.keys())
+        self._forget_closed()
         now_s, rate = self._clock.now(), self._config.link_bytes_per_s
         moved = self._counters.demand_bytes + self._counters.prefetch_bytes + self.ledger.retry_bytes
         return {
@@ -146,6 +148,9 @@ class ScratchCache:
             "retry_bytes": self.ledger.retry_bytes,
             **self.ledger.as_dict(now_s, rate),
         }
+
+    def _forget_closed(self) -> None:
+        self.ledger.forget(self.ledger.session_ids - self._sessions.keys())
 
     def _advance(self, works: list[Work]) -> None:
         """One step is one call of every layer of every active session, however they are batched."""

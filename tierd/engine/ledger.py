@@ -35,6 +35,10 @@ class Ledger:
         for session_id in session_ids:
             self._sessions.pop(session_id, None)
 
+    def __len__(self) -> int:
+        """How many sessions it knows."""
+        return len(self._sessions)
+
     @property
     def session_ids(self) -> set[str]:
         return set(self._sessions)
