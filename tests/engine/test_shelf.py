@@ -151,3 +151,14 @@ def test_room_is_made_in_a_region_that_does_not_hold_a_whole_number_of_records(r
         shelf.arrive(np.arange(records))
         room = shelf.choose(0, "a", 10, np.array([bid]), rest, ["a"])
         assert (room.placed, room.evictions.tolist()) == (len(evicted), evicted)
+
+
+def test_who_found_no_room_is_no_owner() -> None:
+    shelf = Shelf(4096, 4096)
+    for number in range(100):
+        assert shelf.choose(0, f"s{number}", 8192, np.ones(3), 4096, ()).placed == 0
+    assert shelf._numbers == {}
+    shelf.put(0, np.array([0]), "a", 4096, np.ones(1))
+    for region in (0, 1):
+        assert shelf.choose(region, "a", 4096, np.zeros(1), 0, ("a",)).placed == 0, "not worth more than what is there, or none is"
+    assert shelf.used_bytes(0, "a") == 4096

@@ -97,7 +97,10 @@ class Shelf:
         sharing[[self._at(region, self._numbers[name]) for name in names if name in self._numbers]] = True
         owners = np.array([self._at(region, number) for number in self._numbers.values()], np.int64)
         fair = self._capacities_bytes[region] / len(names)
-        return Room(*choose(self._copies, self._roots, self._used.copy(), owners, sharing, me, fair, nbytes, worths, free_bytes))
+        room = Room(*choose(self._copies, self._roots, self._used.copy(), owners, sharing, me, fair, nbytes, worths, free_bytes))
+        if not room.placed and not self._count[self._everywhere(self._numbers[owner])].any():
+            del self._numbers[owner]  # a region too small for a record has no copy whose end would do it, and sessions come and go
+        return room
 
     def _at(self, region: int, number: int) -> int:
         """Who an owner is in a region."""
