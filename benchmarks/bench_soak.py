@@ -11,7 +11,7 @@ open.
 Every answer is held against attention in float64 over the originals that the worker kept (`tests/oracle.py`): error within the bound, bound
 within the budget or the head exact, budget no more than asked for. In the end all workers leave. There is no report, but exit code 1 and
 what was wrong, after a broken promise, a call without an answer or refused without cause, a session that outlives its lease, anything that
-is not given back, a fault in the daemon's log or counters, or resident memory above that of the first quarter (`soak/samples.py`).
+is not given back, a fault in the daemon's log or counters, or resident memory above that of the second quarter (`soak/samples.py`).
 
 What workers draw follows the seed; in which order the daemon meets their calls does not.
 """

@@ -8,8 +8,8 @@ from daemon import Daemon
 from tally import Tally
 
 Row = dict[str, float]
-# Of the median of the last tenth over that of the first quarter's second half: from sample to sample it goes up and down by 20, as messages
-# of 2 MB come and go.
+# Of the median of the last tenth over that of the second quarter: from sample to sample it goes up and down by 20, as messages of 2 MB come
+# and go. In the first quarter what has a limit fills: on an H100, where 128 CUDA graphs are kept, it grew by 15 in a minute of three.
 RSS_MARGIN_MIB = 16.0
 MUST_BE_ZERO = "sessions", "copies", "workers", "blocks", "tokens", "queue", "request_bytes"
 # Of the engine's events the ones that should not happen, whatever workers do.
@@ -55,11 +55,11 @@ def leaks(status: dict[str, Any]) -> list[str]:
 
 
 def growth(rows: list[Row]) -> list[str]:
-    """Problems of the resident memory over time: it may be no more in the end than when a quarter had passed."""
+    """Problems of the resident memory over time: it may be no more in the end than in the second quarter."""
     rss = np.array([row["rss_mib"] for row in rows])
-    early, late = float(np.median(rss[len(rss) // 8 : max(1, len(rss) // 4)])), float(np.median(rss[-max(1, len(rss) // 10) :]))
+    early, late = float(np.median(rss[len(rss) // 4 : max(1, len(rss) // 2)])), float(np.median(rss[-max(1, len(rss) // 10) :]))
     if late > early + RSS_MARGIN_MIB:
-        return [f"resident memory grew from {early:.1f} MiB in the first quarter to {late:.1f} in the end; allowed: {RSS_MARGIN_MIB} more"]
+        return [f"resident memory grew from {early:.1f} MiB in the second quarter to {late:.1f} in the end; allowed: {RSS_MARGIN_MIB} more"]
     return []
 
 
