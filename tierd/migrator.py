@@ -35,8 +35,8 @@ class CopiesDone(NamedTuple):
 
 
 class Migrator:
-    """At most `limit` copies wait or are under way. Those under way were begun together, and fail together. Owned by the engine's thread: a
-    thread that waited for the device and hashed took the interpreter's lock from the engine's for 85 us a call."""
+    """At most `limit` copies wait or are under way. Those under way were begun together, and fail together. Owned by whoever has the
+    engine's turn: a thread of its own, which waited for the device and hashed, took the interpreter's lock from it for 85 us a call."""
 
     def __init__(self, begin: Begin, limit: int) -> None:
         self._begin = begin

@@ -1,14 +1,17 @@
 """Short forms for tests that drive an engine over the fake kernels by hand."""
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-from fake_kernels import FakeKernels
+from fake_kernels import FakeKernels, attention
 from numpy.typing import NDArray
 from tierd_kernels.policy import Budget
 
 from tierd.clock import ManualClock
-from tierd.commands import Append, Attend, Command, Geometry, OpenSession, Row, Tolerance
+from tierd.commands import Append, Attend, CloseSession, Command, Geometry, OpenSession, Row, Tolerance
 from tierd.engine import Engine, EngineConfig
 
 GEOMETRY = Geometry(num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=64, dtype="float32")
@@ -50,3 +53,31 @@ class Bench:
 
     def numbers(self, heads: int, n: int, geometry: Geometry = GEOMETRY) -> NDArray[Any]:
         return self.random.standard_normal((heads, n, geometry.head_dim)).astype(geometry.dtype)
+
+
+def decode_on_threads(ask: "Callable[[Command], Future[Any]]", count: int, wait_s: float) -> None:
+    """`count` workers on threads of their own, each with a session and thirty steps, whose answers are held against attention."""
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            rng = np.random.default_rng(seed)
+            k, v = (rng.standard_normal((2, 60, 64)).astype(np.float32) for _ in "kv")
+            worker = f"w{seed}"
+            name = ask(OpenSession(GEOMETRY, LOOSE, Budget(), 100, worker=worker)).result(wait_s)
+            ask(Append(name, 0, k[:, :30], v[:, :30], worker=worker))
+            for i in range(30, 60):
+                q = rng.standard_normal((4, 1, 64)).astype(np.float32)
+                step = Attend([Row(name, 0, q, k[:, i : i + 1], v[:, i : i + 1])], worker=worker)
+                (row,) = ask(step).result(wait_s)
+                np.testing.assert_array_equal(row.output, attention(k[:, : i + 1], v[:, : i + 1], q, GEOMETRY.scale, "float32"))
+            ask(CloseSession(name, worker=worker)).result(wait_s)
+        except BaseException as failure:
+            failures.append(failure)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(wait_s)
+    assert not failures, failures

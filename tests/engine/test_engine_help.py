@@ -4,14 +4,12 @@ import threading
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
-from engine_calls import CONFIG, GEOMETRY, LOOSE, Bench
-from fake_kernels import attention
+from engine_calls import CONFIG, GEOMETRY, LOOSE, Bench, decode_on_threads
 from tierd_kernels.copying import Copying
 from tierd_kernels.policy import Budget
 
-from tierd.commands import Append, Attend, Command, OpenSession, Row
+from tierd.commands import Attend, Command, OpenSession, Row
 from tierd.engine.loop import HELPED_TOKENS_MAX
 
 WAIT_S = 30.0  # only a failing test waits this long
@@ -128,27 +126,6 @@ def test_a_call_that_nobody_woke_for_is_answered_by_the_end() -> None:
 
 
 def test_many_threads_that_help_get_their_own_answers() -> None:
-    failures: list[BaseException] = []
     with Helped() as bench:
-
-        def work(seed: int) -> None:
-            try:
-                rng = np.random.default_rng(seed)
-                k, v = (rng.standard_normal((2, 60, 64)).astype(np.float32) for _ in "kv")
-                name = bench.asked(OpenSession(GEOMETRY, LOOSE, Budget(), 100, worker=f"w{seed}")).result(WAIT_S)
-                bench.asked(Append(name, 0, k[:, :30], v[:, :30], worker=f"w{seed}"))
-                for i in range(30, 60):
-                    q = rng.standard_normal((4, 1, 64)).astype(np.float32)
-                    step = Attend([Row(name, 0, q, k[:, i : i + 1], v[:, i : i + 1])], worker=f"w{seed}")
-                    (row,) = bench.asked(step).result(WAIT_S)
-                    np.testing.assert_array_equal(row.output, attention(k[:, : i + 1], v[:, : i + 1], q, GEOMETRY.scale, "float32"))
-            except BaseException as failure:
-                failures.append(failure)
-
-        workers = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join(WAIT_S)
-        assert not failures, failures
+        decode_on_threads(bench.asked, 4, WAIT_S)
         assert sum(bench.kernels.launches) == 121

@@ -3,13 +3,11 @@
 import threading
 from dataclasses import replace
 
-import numpy as np
 import pytest
-from engine_calls import CONFIG, GEOMETRY, LOOSE, Bench
-from fake_kernels import attention
+from engine_calls import CONFIG, GEOMETRY, LOOSE, Bench, decode_on_threads
 from tierd_kernels.policy import Budget
 
-from tierd.commands import Append, Attend, CloseSession, OpenSession, Row, Status
+from tierd.commands import OpenSession, Status
 from tierd.errors import CertificateUnavailable, Unavailable
 
 WAIT_S = 30.0  # only a failing test waits this long
@@ -48,31 +46,8 @@ def no_threads_left() -> bool:
 def test_workers_on_many_threads_get_their_own_answers() -> None:
     bench = Bench()
     bench.engine.start()
-    failures: list[BaseException] = []
-
-    def work(seed: int) -> None:
-        try:
-            rng = np.random.default_rng(seed)
-            k, v = (rng.standard_normal((2, 60, 64)).astype(np.float32) for _ in "kv")
-            engine, worker = bench.engine, f"w{seed}"
-            name = engine.submit(OpenSession(GEOMETRY, LOOSE, Budget(), 100, worker=worker)).result(WAIT_S)
-            engine.submit(Append(name, 0, k[:, :30], v[:, :30], worker=worker))
-            for i in range(30, 60):
-                q = rng.standard_normal((4, 1, 64)).astype(np.float32)
-                step = Attend([Row(name, 0, q, k[:, i : i + 1], v[:, i : i + 1])], worker=worker)
-                (row,) = engine.submit(step).result(WAIT_S)
-                np.testing.assert_array_equal(row.output, attention(k[:, : i + 1], v[:, : i + 1], q, GEOMETRY.scale, "float32"))
-            engine.submit(CloseSession(name, worker=worker)).result(WAIT_S)
-        except BaseException as failure:
-            failures.append(failure)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(WAIT_S)
+    decode_on_threads(bench.engine.submit, 4, WAIT_S)
     bench.engine.stop(WAIT_S)
-    assert not failures, failures
     assert no_threads_left() and sum(bench.kernels.launches) == 120
     bench.engine.check_integrity()
     assert [pool.used_bytes for pool in bench.engine.residency.arenas.pools] == [0, 0, 0, 0]

@@ -103,7 +103,7 @@ class Job:
 
 
 class Batch:
-    """Runs jobs whose sessions are all different from one another. Owned by the engine's thread."""
+    """Runs jobs whose sessions are all different from one another. Owned by whoever has the engine's turn."""
 
     def __init__(
         self,

@@ -41,7 +41,7 @@ class _Wish:
 
 
 class ScratchCache:
-    """Owned by the engine's thread. `sessions`: those that are open."""
+    """Owned by whoever has the engine's turn. `sessions`: those that are open."""
 
     def __init__(
         self, config: EngineConfig, residency: Residency, migrator: Migrator, counters: Counters, sessions: Mapping[str, Session],

@@ -21,7 +21,8 @@ T = TypeVar("T")
 
 
 class Device:
-    """`kernels`, until one of them raises DeviceLost; from then on Unavailable, naming that fault. Called from one thread, but for `check`.
+    """`kernels`, until one of them raises DeviceLost; from then on Unavailable, naming that fault. Called by whoever has the engine's turn,
+    `check` by anybody.
 
     `lost` is completed with the fault's text, once.
     """

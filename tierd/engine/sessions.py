@@ -14,7 +14,7 @@ from tierd.session import Session
 
 
 class Sessions:
-    """All open sessions, by name. Owned by the engine's thread; every method succeeds or changes nothing."""
+    """All open sessions, by name. Owned by whoever has the engine's turn; every method succeeds or changes nothing."""
 
     def __init__(self, config: EngineConfig, residency: Residency, kernels: Kernels, leases: Leases) -> None:
         self._config = config

@@ -1,4 +1,4 @@
-"""Owner of every block's state. Only the engine's thread may call it.
+"""Owner of every block's state. Only whoever has the engine's turn may call it.
 
 A block:
 

@@ -1,5 +1,5 @@
 """The CUDA backend, as `registry` wants a backend: quantised blocks and scratch on the device, originals in pinned host memory, which
-kernels read by themselves. Called from one thread.
+kernels read by themselves. Called from one thread at a time.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,7 @@ GRAPHS_MAX = 128  # of about ten kernels each, or of one
 
 
 class Graphs:
-    """Owned by the engine's thread. All launches of a shape must find their data at the same addresses."""
+    """Called from one thread at a time. All launches of a shape must find their data at the same addresses."""
 
     def __init__(self, limit: int = GRAPHS_MAX) -> None:
         self._graphs = Recent[Any](limit)
