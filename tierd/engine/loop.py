@@ -146,16 +146,14 @@ class Engine:
         the engine's thread. To hand a call to another thread and its answer back takes 0.1 to 0.3 ms, as much as a short call costs the
         host. What the CPU's kernels take is long, and how many threads they use is set for the engine's."""
         with self._wake:
-            helps = self._hides and not self._stopping and all(map(_is_short, (command for command, _ in self._queue)))
             if not self._queue:
                 return
+            helps = self._hides and not self._stopping and all(_is_short(command) for command, _ in self._queue)
             if not (helps and self._turn.acquire(blocking=False)):
                 self._wake.notify()
                 return
         try:
-            self._take_turn()
-        except Exception:
-            log.exception("a turn of the engine failed")
+            _logged(self._take_turn)
         finally:
             self._turn.release()
         if self._dozes:
@@ -269,10 +267,7 @@ class Engine:
                         return
                     if self._turn.locked() or time.perf_counter() < self._turned_s + LINGER_S:
                         continue  # others have taken the turns meanwhile, and the next may hide what is left to do
-            try:
-                self.run_once()
-            except Exception:
-                log.exception("a turn of the engine failed")
+            _logged(self.run_once)
 
     @property
     def _waiting(self) -> bool:
@@ -371,6 +366,14 @@ class Engine:
         jobs, self._jobs, self._busy, self._num_rows = self._jobs, [], set(), 0
         return jobs
 
+
+
+def _logged(turn: Callable[[], int]) -> None:
+    """A turn whose failure ends no thread: its commands have been told of it."""
+    try:
+        turn()
+    except Exception:
+        log.exception("a turn of the engine failed")
 
 
 def _is_short(command: Command) -> bool:

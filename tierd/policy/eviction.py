@@ -34,10 +34,9 @@ class Shelf:
         self._copies = np.zeros(0, COPY)
         self._numbers: dict[str, int] = {}  # of owners; they are reused. To the heaps an owner is somebody else in each region: see `_at`
         self._used, self._count, self._roots = np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int64)
-        self._length = 0
 
     def __len__(self) -> int:
-        return self._length
+        return int(self._count.sum())
 
     def used_bytes(self, region: int, owner: str) -> int:
         return int(self._used[self._at(region, self._numbers[owner])]) if owner in self._numbers else 0
@@ -52,7 +51,6 @@ class Shelf:
         c["owner"][ids], c["nbytes"][ids], c["worth"][ids] = who, nbytes, worths
         self._used[who] += nbytes * len(ids)
         self._count[who] += len(ids)
-        self._length += len(ids)
 
     def arrive(self, ids: Ids) -> None:
         """From now on these copies may make room for others."""
@@ -71,7 +69,6 @@ class Shelf:
         self._used -= np.bincount(owners, c["nbytes"][ids], len(self._used)).astype(np.int64)  # exact: bytes below 2^53
         self._count -= np.bincount(owners, minlength=len(self._count))
         c["owner"][ids] = NOBODY
-        self._length -= len(ids)
         for name in [name for name, number in self._numbers.items() if not self._count[self._everywhere(number)].any()]:
             del self._numbers[name]
 
