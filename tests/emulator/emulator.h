@@ -309,10 +309,11 @@ inline void barrier_wait(u64 *bar, u32 parity) {
 }
 
 inline float exp2_approx(float x) {
+  if (x == 0.f) return 1.f;
   const float y = (float)(exp2((double)x) * (__float_as_uint(x) * 2654435761u >> 31 ? 1. + 0x1.3p-24 : 1. - 0x1.3p-24));
   return y < 0x1p-126f ? 0.f : y;
 }
-inline float sqrt_approx(float x) { return sqrtf(x); }
+inline float sqrt_approx(float x) { return (float)(sqrt((double)x) * (__float_as_uint(x) * 2654435761u >> 31 ? 1. + 0x1p-22 : 1. - 0x1p-22)); }
 inline u32 either(u32 w, u32 mask, u32 magic) { return (w & mask) | magic; }
 
 inline float truncated(double x) { return fabs(x) < 0x1p-126 ? 0.f : towards(x, x < 0.); }

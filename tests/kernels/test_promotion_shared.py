@@ -21,7 +21,7 @@ from tierd_kernels.quantise.reference import dequantise_values, quantise_block
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 OPEN, CERTIFIED = 0, 1  # of `state` in cuda/common.cuh
-ERROR, STATISTIC_WORDS, FACTS, TOP, LIMIT, SUMMED = 15, 32, 7, 0, 6, 17
+ERROR, SPLIT_TOP, STATISTIC_WORDS, FACTS, LIMIT, SUMMED = 15, 12, 32, 7, 6, 17
 PER, B, D, ROWS = 16, 16, 128, 4  # blocks of a split; rows of a tile
 LOG2E = np.log2(np.e)
 Arrays = dict[str, NDArray[Any]]
@@ -89,9 +89,9 @@ class Promotion:
         self.step.kernels._passes("promote", self.step.at, self.step.grid, self.step.memory.stream)
         return self.read()
 
-    def changes(self, marks: NDArray[np.uint32], facts: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """By how much the marked blocks' originals change the splits' sums, and the absolute sum of what is put in and taken back:
-        [tiles, splits, 4, d], float64."""
+    def changes(self, marks: NDArray[np.uint32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """By how much the marked blocks' originals change the splits' sums, relative to the splits' largest scores of before, and the
+        absolute sum of what is put in and taken back: [tiles, splits, 4, d], float64."""
         change, size = np.zeros((2, self.tiles, self.splits, ROWS, D))
         keys, values = (exact_numbers(x).astype(np.float64) for x in (self.k, self.v))
         q = exact_numbers(self.q).astype(np.float64).reshape(8, self.rows, D)
@@ -104,7 +104,7 @@ class Promotion:
                 index, mark = tile % self.of_head * ROWS + row, int(marks[tile, b]) >> row
                 if not mark & 17:
                     continue
-                top = float(facts[h, index, TOP])
+                top = float(self.first["partials"][tile, b // PER, SPLIT_TOP, row])
                 was = np.exp2(left[64 + row] - top) * left[row * B : (row + 1) * B]
                 scores = keys[h, here] @ q[h, index] * D**-0.5 * LOG2E
                 now = np.exp2(scores - top) if mark & 1 else was
@@ -175,8 +175,10 @@ def check(of: Promotion, open_tiles: frozenset[int], most: int, seed: int) -> Ar
         marks[tile] |= (needs[:, 0].astype(np.uint32) + 16 * needs[:, 1].astype(np.uint32)) << np.uint32(own)
         counts[h, row] = needs.sum(axis=0)
     assert np.array_equal(found["marks"], marks) and np.array_equal(found["counts"], counts)
-    change, size = of.changes(marks, found["facts"])
+    change, size = of.changes(marks)
     before, after = (x["sums"][:, : of.splits].astype(np.float64) for x in (of.first, found))
+    risen = found["partials"][:, : of.splits, SPLIT_TOP].astype(np.float64) - of.first["partials"][:, : of.splits, SPLIT_TOP]
+    after *= np.exp2(risen)[..., None]
     where = size > 0
     assert np.array_equal(after[~where], before[~where], equal_nan=True), "sums of what is not promoted"
     off = np.abs(after - before - change)[where]

@@ -1,4 +1,5 @@
-// Value pass: a split's sum of weights times values, per tile of rows; and, while the first values are on their way, its sums of the bound.
+// Value pass: a split's sum of weights times values, per tile of rows, relative to the split's largest score; and, while the first values are
+// on their way, its sums of the bound.
 //
 // Sixteen channels are the M of mma.m16n8k16 and sixteen tokens its K. A value is code * scale + offset, rounded once to FP16
 // (`E_out` has that rounding); the weights, times 2^14, are the B operand as FP16 high and low parts: columns part * 4 + row.
@@ -20,14 +21,14 @@ __device__ __forceinline__ u32 part(float x, float y, float low) {
   return as_bits(__floats2half2_rn(fmaf(-low, high.x, x), fmaf(-low, high.y, y)));
 }
 
-// What a skipped block may cost each row, in units of its mass: m e^Delta (nu + ||O||) at most this; and ||O||, as long as it is not known.
-struct Limits { float most[ROW_TILE], output[ROW_TILE]; };
+// The row's largest score; what a skipped block may cost it, in units of its mass: m e^Delta (nu + ||O||) at most this; and ||O||, as long as
+// it is not known.
+struct Limits { float top[ROW_TILE], most[ROW_TILE], output[ROW_TILE]; };
 
-// The largest score of each row of the tile and, with `skipping`, the limits: never so much that the heaviest block could go. For a thread
-// block of WARPS warps, all of whose threads come here: a thread a row and every 32nd split. `meanwhile` runs while the first sums are on
-// their way.
+// Of each row of the tile: never so much that the heaviest block could go. For a thread block of WARPS warps, all of whose threads come here:
+// a thread a row and every 32nd split. `meanwhile` runs while the first sums are on their way. Nothing else is done unless `skipping`.
 template <typename Work>
-__device__ __forceinline__ void row_limits(const Call &call, int splits, int base, bool skipping, float (&tops)[ROW_TILE], Limits &limits, Work meanwhile) {
+__device__ __forceinline__ void row_limits(const Call &call, int splits, int base, bool skipping, Limits &limits, Work meanwhile) {
   constexpr int EACH = WARPS * LANES / ROW_TILE, AT_ONCE = 4;  // loads under way together: one after the other took 6 us at 131,072 tokens
   __shared__ float of_warp[3][WARPS][ROW_TILE];
   const int number = splits + (call.tokens > call.full * BLOCK), lane = threadIdx.x % LANES, row = threadIdx.x % ROW_TILE, warp = threadIdx.x / LANES;
@@ -39,56 +40,50 @@ __device__ __forceinline__ void row_limits(const Call &call, int splits, int bas
     for (int k = 0; k < AT_ONCE; k++) {
       const int i = first + k * EACH;
       const float *p = partials + (i64)min(i, number - 1) * PARTIALS * ROW_TILE;
-      its_top[k] = i < number ? p[SPLIT_TOP * ROW_TILE] : -INFINITY;
-      if (!NAIVE) its_mass[k] = p[RUN_MASS * ROW_TILE], its_norm[k] = p[RUN_NORM * ROW_TILE];
+      its_top[k] = i < number ? p[SPLIT_TOP * ROW_TILE] : -INFINITY, its_mass[k] = p[RUN_MASS * ROW_TILE], its_norm[k] = p[RUN_NORM * ROW_TILE];
     }
   };
-  read(threadIdx.x / ROW_TILE);
+  if (skipping) read(threadIdx.x / ROW_TILE);
   meanwhile();
+  if (!skipping) return;
 #pragma unroll 1
   for (int i = 0; i < number; i += AT_ONCE * EACH) {
     if (i) read(i + threadIdx.x / ROW_TILE);
     float largest = top;
 #pragma unroll
     for (int k = 0; k < AT_ONCE; k++) largest = fmaxf(largest, its_top[k]);
-    if (!NAIVE) {
-      const float f = exp2_approx(top - largest);
-      mass *= f, norm *= f;
+    const float f = exp2_approx(top - largest);
+    mass *= f, norm *= f;
 #pragma unroll
-      for (int k = 0; k < AT_ONCE; k++) {
-        const float g = exp2_approx(its_top[k] - largest);
-        mass = fmaf(g, its_mass[k], mass), norm = fmaf(g, its_norm[k], norm);
-      }
+    for (int k = 0; k < AT_ONCE; k++) {
+      const float g = exp2_approx(its_top[k] - largest);
+      mass = fmaf(g, its_mass[k], mass), norm = fmaf(g, its_norm[k], norm);
     }
     top = largest;
   }
   float largest = top;
 #pragma unroll
   for (int bit = ROW_TILE; bit < LANES; bit <<= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
-  if (!NAIVE) {
-    const float f = exp2_approx(top - largest);
-    mass *= f, norm *= f;
+  const float f = exp2_approx(top - largest);
+  mass *= f, norm *= f;
 #pragma unroll
-    for (int bit = ROW_TILE; bit < LANES; bit <<= 1) mass += __shfl_xor_sync(~0u, mass, bit), norm += __shfl_xor_sync(~0u, norm, bit);
-  }
+  for (int bit = ROW_TILE; bit < LANES; bit <<= 1) mass += __shfl_xor_sync(~0u, mass, bit), norm += __shfl_xor_sync(~0u, norm, bit);
   if (lane < ROW_TILE) of_warp[0][warp][row] = largest, of_warp[1][warp][row] = mass, of_warp[2][warp][row] = norm;
   __syncthreads();
   if (threadIdx.x < ROW_TILE) {
 #pragma unroll
     for (int w = 0; w < WARPS; w++) largest = fmaxf(largest, of_warp[0][w][row]);
-    tops[row] = largest;
-    if (!NAIVE && skipping) {
-      mass = norm = 0.f;
+    mass = norm = 0.f;
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) {
-        const float f = exp2_approx(of_warp[0][w][row] - largest);
-        mass = fmaf(f, of_warp[1][w][row], mass), norm = fmaf(f, of_warp[2][w][row], norm);
-      }
-      const float vbar = norm / mass, budget = (float)fmin(call.atol * power_of_two(-call.unit) + call.rtol * vbar, (double)vbar);
-      // A tenth is held back, as in step.py; and more than half of the mass is kept, so that the difference of two sums is still within
-      // THETA.
-      limits.most[row] = fminf(0.9f * (float)call.skip_share, 0.45f) * budget * mass / (call.full + 1), limits.output[row] = vbar;
+    for (int w = 0; w < WARPS; w++) {
+      const float f = exp2_approx(of_warp[0][w][row] - largest);
+      mass = fmaf(f, of_warp[1][w][row], mass), norm = fmaf(f, of_warp[2][w][row], norm);
     }
+    const float vbar = norm / mass, budget = (float)fmin(call.atol * power_of_two(-call.unit) + call.rtol * vbar, (double)vbar);
+    // A tenth is held back, as in step.py; and more than half of the mass is kept, so that the difference of two sums is still within
+    // THETA.
+    limits.top[row] = largest, limits.most[row] = fminf(0.9f * (float)call.skip_share, 0.45f) * budget * mass / (call.full + 1);
+    limits.output[row] = vbar;
   }
   __syncthreads();
 }
@@ -108,7 +103,6 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   const int tiles = (group * n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
   if (blockIdx.x >= heads * tiles || split > splits || exact_only) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x - h * tiles, base = h * tiles + tile;
-  __shared__ float tops[ROW_TILE];
   constexpr int STAGE_BYTES = VALUE_BYTES + WEIGHT_FLOATS * 4;  // a tile of tokens
   // Where codes can keep their lines, all of them come first, then all weights.
   constexpr int CODES_EACH = LINED ? VALUE_BYTES : STAGE_BYTES, WEIGHTS_EACH = LINED ? WEIGHT_FLOATS * 4 : STAGE_BYTES;
@@ -125,6 +119,9 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   barriers_ready();
   const float *weights = call.weights + ((i64)base * (full + 1) + first) * TILES * WEIGHT_FLOATS;
   const unsigned char *pool = call.pool + (i64)h * RECORD_BYTES + SCORE_BYTES;
+  // Here, before what is waited for: the first look at a line of the call takes as long as one at what it waits for.
+  float *sums = call.sums + ((i64)base * (splits + 1) + split) * ROW_TILE * D;
+  float *skips = call.skips + ((i64)base * (splits + 1) + split) * SKIPS * ROW_TILE;
   const u64 policy = stream_policy();
   auto issue_codes = [&](int i, int s) {  // and what the barrier waits for: their weights too
     i64 at = __shfl_sync(~0u, offset, i / TILES) + i % TILES * VALUE_BYTES;
@@ -140,54 +137,50 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   constexpr int BLOCKS_AHEAD = (VALUE_STAGES + TILES - 1) / TILES;
   int items = count * TILES;
   for (int i = 0; i < min(items, VALUE_STAGES); i++) issue_codes(i, i);
+  __syncthreads();      // all warps wait on `statistics_here`
   wait_for_previous();  // codes are no kernel's of the step
-  const bool skipping = may_skip && each > BLOCKS_AHEAD;
-  __shared__ Limits limits;
-  __shared__ float lightest[ROW_TILE];  // mass of the split's lightest block, relative to the split's largest score
-  row_limits(call, splits, base, skipping, tops, limits, [&] {
-    const u32 bytes = min(per, full - split * per) * STATISTIC_WORDS * 4;
-    if (!NAIVE && !tail && threadIdx.x == 0) {
-      barrier_expect(&statistics_here, bytes);
-      bulk_copy(statistics, call.statistics + ((i64)base * (full + 1) + split * per) * STATISTIC_WORDS, bytes, &statistics_here);
-    }
-    for (int i = 0; i < min(items, VALUE_STAGES); i++) issue_weights(i, i);
-  });
-  if (!NAIVE && !tail) {
-    barrier_wait(&statistics_here, 0);
-    const float least = split_sums<false>(call, statistics, base, split, split_top(call, splits, base, split));
-    if (threadIdx.x < ROW_TILE) lightest[threadIdx.x] = least;
-    __syncthreads();
-  }
-  const int row = r & 3;
-  const float top = tops[row];
-  float *sums = call.sums + ((i64)base * (splits + 1) + split) * ROW_TILE * D;
-  float *skips = call.skips + ((i64)base * (splits + 1) + split) * SKIPS * ROW_TILE;
-  __shared__ float skipped[WARPS][SKIPS][ROW_TILE];
-  if (lane < SKIPS * ROW_TILE) skipped[warp][lane / ROW_TILE][lane % ROW_TILE] = 0.f;
-
   if (tail) {
     const int count = call.tokens - full * BLOCK;
     if (!count) return;
     if (threadIdx.x < SKIPS * ROW_TILE) skips[threadIdx.x] = 0.f;
     const unsigned char *values = call.originals + call.original[full] + (i64)(heads + h) * ORIGINAL_BYTES;
-    const float top = tops[warp];
-    const float *w = call.weights + ((i64)base * (full + 1) + full) * TILES * WEIGHT_FLOATS;
-    float factor = exp2_approx(w[TOPS_AT + warp] - top);
+    const float *w = call.weights + ((i64)base * (full + 1) + full) * TILES * WEIGHT_FLOATS;  // relative to the split's largest score already
     for (int i = lane; i < D; i += LANES) {
       float sum = 0.f;
-      for (int t = 0; t < count; t++) sum = fmaf(w[t / TILE * WEIGHT_FLOATS + warp * TILE + t % TILE] * factor, as_float(values, t * D + i), sum);
+      for (int t = 0; t < count; t++) sum = fmaf(w[t / TILE * WEIGHT_FLOATS + warp * TILE + t % TILE], as_float(values, t * D + i), sum);
       sums[warp * D + i] = sum;
     }
     return;
   }
+  const bool skipping = may_skip && each > BLOCKS_AHEAD;  // not at 8,192 tokens: a split has no more than what is read anyhow
+  __shared__ Limits limits;
+  __shared__ float lightest[ROW_TILE];  // mass of the split's lightest block, relative to the split's largest score
+  const float own_top = split_top(call, splits, base, split);
+  row_limits(call, splits, base, skipping, limits, [&] {
+    const u32 bytes = min(per, full - split * per) * STATISTIC_WORDS * 4;
+    if (!NAIVE && threadIdx.x == 0) {
+      barrier_expect(&statistics_here, bytes);
+      bulk_copy(statistics, call.statistics + ((i64)base * (full + 1) + split * per) * STATISTIC_WORDS, bytes, &statistics_here);
+    }
+    for (int i = 0; i < min(items, VALUE_STAGES); i++) issue_weights(i, i);
+  });
+  if (!NAIVE) {
+    barrier_wait(&statistics_here, 0);
+    const float least = split_sums<false>(call, statistics, base, split, own_top);
+    if (threadIdx.x < ROW_TILE) lightest[threadIdx.x] = least;
+    __syncthreads();
+  }
+  const int row = r & 3;
+  const float top = __shfl_sync(~0u, own_top, row);
+  __shared__ float skipped[WARPS][SKIPS][ROW_TILE];
+  if (lane < SKIPS * ROW_TILE) skipped[warp][lane / ROW_TILE][lane % ROW_TILE] = 0.f;
 
   if (skipping) {
     __shared__ unsigned char order[WARPS][LANES];
-    const float own_top = split_top(call, splits, base, split);
     bool any = count > BLOCKS_AHEAD;  // and each row has a block that it could do without
 #pragma unroll
     for (int k = 0; k < ROW_TILE; k++) {
-      const float least = exp2_approx(__shfl_sync(~0u, own_top, k) - tops[k]) * lightest[k];
+      const float least = exp2_approx(__shfl_sync(~0u, own_top, k) - limits.top[k]) * lightest[k];
       any = any && !(least * limits.output[k] > limits.most[k]);
     }
     if (any) {
@@ -198,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
 #pragma unroll
       for (int k = 0; k < ROW_TILE; k++) {
         const float sum = statistic(x, own, k, SUM);
-        mass[k] = sum > 0.f ? exp2_approx(statistic(x, own, k, TOP) - tops[k]) * sum : 0.f;
+        mass[k] = sum > 0.f ? exp2_approx(statistic(x, own, k, TOP) - limits.top[k]) * sum : 0.f;
         grown[k] = mass[k] > 0.f ? mass[k] * expf(statistic(x, own, k, DELTA)) * (1.f + 1e-6f) : 0.f;
         skip = skip && (mass[k] == 0.f || grown[k] * (nu + limits.output[k]) <= limits.most[k]);
       }

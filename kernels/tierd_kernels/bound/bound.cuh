@@ -1,6 +1,6 @@
 // From a block's statistics to its part of the bound, for one row: what the score pass sums over a split, what selection weighs, and how
 // a group's sums become its key and value terms (CERTIFICATE.md, sections 4 to 6).
-constexpr float ROOM = 1.f + 1e-5f;  // FP32 sums of at most a thousand positive terms
+constexpr float ROOM = 1.f + 1e-5f;  // FP32 sums of at most a thousand positive terms, and roots, which are off by 2^-22
 constexpr float LEAST = 0x1p-40f;    // in units: over FP32 sums that underflow
 constexpr float SAFETY = 1.f + 1.f / 1024, THETA = 3e-5f, LOW_ROUNDING = 1.f + 1.f / 16384;
 // One MMA over 17 aligned and truncated addends loses at most 34 u of their absolute sum (an assumption: 6.5 u is the worst that was
@@ -151,12 +151,7 @@ __device__ __forceinline__ void add_split(Group &x, float f, Part part) {
   x.rho += f * part(MASS);
 }
 
-// `rough`: for what opens no gate; a rounded root is a subroutine.
-template <bool rough>
-__device__ __forceinline__ float root(float x) { return rough ? sqrt_approx(x) : sqrtf(x); }
-
 // Spectral norms of group k's values and of their errors, in units; infinite where the group is not complete.
-template <bool rough = false>
 __device__ __forceinline__ float2 group_norms(const Call &call, const Groups &groups, int k, int heads, int h) {
   const float unit = unit_factor(call.unit);
   const bool complete = k * groups.together < call.splits && (k + 1) * groups.spanned * GROUP_TOKENS <= call.groups * GROUP_TOKENS;
@@ -166,23 +161,21 @@ __device__ __forceinline__ float2 group_norms(const Call &call, const Groups &gr
     const float x = call.group_values[i * heads + h] * unit, y = call.group_errors[i * heads + h] * unit;
     value += x * x, error += y * y;
   }
-  return make_float2(root<rough>(value) * ROOM + LEAST, root<rough>(error) * ROOM + LEAST);
+  return make_float2(sqrt_approx(value) * ROOM + LEAST, sqrt_approx(error) * ROOM + LEAST);
 }
 
 // What the second bound of a group's key error multiplies the root of its `spread` by; o: the norm of the output.
-template <bool rough>
 __device__ __forceinline__ float spread_factor(const Group &x, float o) {
   const float slack = 4.f * (VALUE_ROUNDING + THETA) * (x.used + x.rho * o * o + 2.f * o * x.amplitude) + LEAST;
-  return root<rough>(fmaxf(x.used - 2.f * x.dot + x.rho * o * o, 0.f) + slack) + root<rough>(x.error);
+  return sqrt_approx(fmaxf(x.used - 2.f * x.dot + x.rho * o * o, 0.f) + slack) + sqrt_approx(x.error);
 }
 
 // E_key and E_val of a group, `factor` being its spread's.
-template <bool rough>
 __device__ __forceinline__ float2 group_terms(const Group &x, float factor, float2 norms, float o) {
-  float best = x.t1 + x.g * o, other = factor * root<rough>(x.spread);
+  float best = x.t1 + x.g * o, other = factor * sqrt_approx(x.spread);
   best = other < best ? other : best;
-  other = norms.x * root<rough>(x.squares) + o * x.g;
+  other = norms.x * sqrt_approx(x.squares) + o * x.g;
   best = other < best ? other : best;
-  other = norms.y * root<rough>(x.a2);
+  other = norms.y * sqrt_approx(x.a2);
   return make_float2(best, other < x.coded ? other : x.coded);
 }

@@ -2,15 +2,21 @@
 // One thread block a row.
 constexpr float NORM_RETURN = 1.f / (1.f + 1.f / 128) - 1.f / 16384;
 
-constexpr int SUMMED = RUN_MASS;  // of the partials, what is put together here
+constexpr int SUMMED = RUN_MASS, NUMBERS = SUMMED + SKIPS;  // of a split: of the partials what is put together here, then the skips
 constexpr int FINISH_WARPS = 16, THREADS = FINISH_WARPS * LANES;
-constexpr int PER_LANE = (D + LANES - 1) / LANES;  // channels of a lane: its own and every 32nd from it on
+constexpr int PER_LANE = D > 128 ? 8 : D > 64 ? 4 : 2, LANES_USED = D / PER_LANE;  // neighbouring channels of a lane, and lanes that have some
+static_assert(D % PER_LANE == 0 && LANES_USED <= LANES && NUMBERS <= LANES, "a lane has whole loads");
+struct __align__(PER_LANE > 2 ? 16 : 8) Channels { float x[PER_LANE]; };
+// What a row needs of its groups: sums, and the largest from LARGEST_DELTA on.
+enum { OF_KEYS, OF_VALUES, OF_LOW, OF_NORM, OF_FAILED, LARGEST_DELTA, LARGEST_NORM, LARGEST_AMPLITUDE, COLLECTED };
+static_assert(COLLECTED * 4 == LANES, "four lanes a number");
+constexpr int COLLECTED_BYTES = 4 * COLLECTED * LANES, CHANNELS_ROOM = D > COLLECTED_BYTES / 8 ? D : COLLECTED_BYTES / 8;
 constexpr int AHEAD = 4, AT_ONCE = AHEAD * FINISH_WARPS;  // splits of a warp, every 16th, and of the thread block, under way together
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *calls, int heads, int group, int again) {
   let_next_begin();
   const Call &call = calls[blockIdx.z];
-  const int n = call.n, full = call.full, per = call.per, tokens = call.tokens, unit = call.unit, own_splits = call.splits, exact_only = call.exact_only;
+  const int n = call.n, full = call.full, tokens = call.tokens, unit = call.unit, own_splits = call.splits, exact_only = call.exact_only;
   const int rows = group * n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   const int h = blockIdx.y, index = blockIdx.x, tile = index / ROW_TILE, row = index % ROW_TILE;
   if (index >= rows) return;
@@ -35,68 +41,81 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
     if (threadIdx.x == 0) *state = DUE;
     return;
   }
+  const bool ranked = !require_rank || out[RANKED * ((i64)heads * rows)] > 0.;
   float top_before = 0.f;
   int promoted_keys = 0, promoted_values = 0;
   if (again) {
     top_before = facts[ROW_TOP], promoted_keys = counts[0], promoted_values = counts[1];
     if (*state != OPEN) return;
   }
-  __shared__ double wide_of[FINISH_WARPS][D];
-  __shared__ float stored[D], norms[2][FINISH_WARPS], dots[SPLITS_MAX], found[8][FINISH_WARPS], of_row[2], left[SKIPS];
-  extern __shared__ float own[];  // the row's partials, [splits][SUMMED], and skips, [splits][SKIPS]
-  float held[AHEAD][PER_LANE];  // of the sums, from split `first` on
+  __shared__ __align__(16) double wide_of[FINISH_WARPS][CHANNELS_ROOM];  // then what a warp collects
+  __shared__ __align__(16) float found[COLLECTED][FINISH_WARPS];
+  __shared__ __align__(16) float stored[D];
+  __shared__ float norms[2][FINISH_WARPS], dots[SPLITS_MAX], mass_of_row, left[SKIPS];
+  extern __shared__ float own[];  // the row's numbers, [splits][NUMBERS]
+  // Of splits from `first` on, a warp's: sums, relative to the split's largest score, and a lane a number. All loads are under way together (at
+  // 8,192 tokens this kernel takes 4.6 us; 5.1 where the loop that unrolling leaves over for the last few waited for each).
+  Channels held[AHEAD];
+  float numbers[AHEAD];
+  const bool of_partials = lane < SUMMED;
   auto hold = [&](int first) {
+    const int s = first + warp;
+    const Channels *its_sums = (const Channels *)(sums + (i64)s * ROW_TILE * D) + lane;
+    const float *its_numbers = of_partials ? partials + (s * PARTIALS + lane) * ROW_TILE : skips + (s * SKIPS + lane - SUMMED) * ROW_TILE;
 #pragma unroll
-    for (int k = 0; k < AHEAD; k++) {
-      const int s = first + k * FINISH_WARPS + warp;
-#pragma unroll
-      for (int i = 0; i < PER_LANE; i++) held[k][i] = s < splits && (D % LANES == 0 || i * LANES + lane < D) ? sums[(i64)s * ROW_TILE * D + i * LANES + lane] : 0.f;
+    for (int k = 0; k < AHEAD; k++, its_numbers += (of_partials ? PARTIALS : SKIPS) * ROW_TILE * FINISH_WARPS) {
+      const bool here = s + k * FINISH_WARPS < splits;
+      numbers[k] = lane == SPLIT_TOP ? LOWEST : 0.f, held[k] = {};
+      if (here && lane < (NAIVE ? SUMMED : NUMBERS)) numbers[k] = *its_numbers;
+      if (here && lane < LANES_USED) held[k] = its_sums[k * FINISH_WARPS * ROW_TILE * LANES_USED];
     }
   };
   const int last_held = (splits - 1) / AT_ONCE * AT_ONCE;
   hold(last_held);
-  const int skip_floats = NAIVE ? 0 : splits * SKIPS;
-  const float first_skip = threadIdx.x < skip_floats ? skips[threadIdx.x * ROW_TILE] : 0.f;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < splits * SUMMED; i += THREADS) own[i] = partials[(i / SUMMED * PARTIALS + i % SUMMED) * ROW_TILE];
-  if (threadIdx.x < skip_floats) own[splits * SUMMED + threadIdx.x] = first_skip;
+  float top = LOWEST;  // each warp finds the row's largest score for itself
+  const float *its_top = partials + (lane * PARTIALS + SPLIT_TOP) * ROW_TILE;
 #pragma unroll 1
-  for (int i = threadIdx.x + THREADS; i < skip_floats; i += THREADS) own[splits * SUMMED + i] = skips[i * ROW_TILE];
-  auto part = [&](int i, int k) { return own[i * SUMMED + k]; };
+  for (int i = lane; i < splits; i += AHEAD * LANES, its_top += AHEAD * LANES * PARTIALS * ROW_TILE) {
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++) top = fmaxf(top, i + k * LANES < splits ? its_top[k * LANES * PARTIALS * ROW_TILE] : LOWEST);
+  }
+  top = again ? top_before : warp_max(top);  // what was skipped is relative to it
+  auto part = [&](int i, int k) { return own[i * NUMBERS + k]; };
   double wide[PER_LANE] = {0.};
 #pragma unroll 1
   for (int first = last_held;; first -= AT_ONCE) {
 #pragma unroll
-    for (int k = 0; k < AHEAD; k++)
+    for (int k = 0; k < AHEAD; k++) {
+      const int s = first + k * FINISH_WARPS + warp;
+      if (s < splits && lane < NUMBERS) own[s * NUMBERS + lane] = numbers[k];
+      const double f = exp2_approx(__shfl_sync(~0u, numbers[k], SPLIT_TOP) - top);
 #pragma unroll
-      for (int i = 0; i < PER_LANE; i++) wide[i] += held[k][i];
+      for (int i = 0; i < PER_LANE; i++) wide[i] = fma(f, (double)held[k].x[i], wide[i]);
+    }
     if (first == 0) break;
     hold(first - AT_ONCE);
   }
+  if (lane < LANES_USED)
 #pragma unroll
-  for (int i = 0; i < PER_LANE; i++)
-    if (D % LANES == 0 || i * LANES + lane < D) wide_of[warp][i * LANES + lane] = wide[i];
+    for (int i = 0; i < PER_LANE; i++) wide_of[warp][lane * PER_LANE + i] = wide[i];
   __syncthreads();
 
-  // One warp finds the row's largest score and its mass, another what was skipped; others add up the channels meanwhile.
-  constexpr int CHANNELS_FROM = THREADS - 256;  // the threads that have a channel each
+  // One warp finds the row's mass, another what was skipped; others add up the channels meanwhile.
+  constexpr int CHANNELS_FROM = THREADS - 256, CHANNEL_WARPS = (D + LANES - 1) / LANES;  // the threads that have a channel each, and their warps
   const int channel = threadIdx.x - CHANNELS_FROM;
   double sum = 0.;
   if (warp == 0) {
-    float top = LOWEST, mass = 0.f;
-#pragma unroll 1
-    for (int i = lane; i < splits; i += LANES) top = fmaxf(top, part(i, SPLIT_TOP));
-    top = again ? top_before : warp_max(top);  // to which the value pass has weighed
+    float mass = 0.f;
 #pragma unroll 1
     for (int i = lane; i < splits; i += LANES) mass += exp2_approx(part(i, SPLIT_TOP) - top) * part(i, MASS);
     mass = warp_sum(mass);
-    if (lane == 0) of_row[0] = top, of_row[1] = mass;
+    if (lane == 0) mass_of_row = mass;
   } else if (warp == 1 && !NAIVE) {
     float x[SKIPS] = {0.f};
 #pragma unroll 1
     for (int i = lane; i < splits; i += LANES)
 #pragma unroll
-      for (int k = 0; k < SKIPS; k++) x[k] += own[splits * SUMMED + i * SKIPS + k];
+      for (int k = 0; k < SKIPS; k++) x[k] += part(i, SUMMED + k);
 #pragma unroll
     for (int k = 0; k < SKIPS; k++) x[k] = warp_sum(x[k]);
     if (lane < SKIPS) left[lane] = lane == SKIP_MASS ? x[SKIP_MASS] : lane == SKIP_GROWN ? x[SKIP_GROWN] : lane == SKIP_NORM ? x[SKIP_NORM] : x[SKIP_COUNT];
@@ -106,27 +125,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   }
   __syncthreads();
   // Of what was kept: sums over all blocks, divided by it, only grow.
-  const float top = of_row[0], mass = of_row[1] - (NAIVE ? 0.f : left[SKIP_MASS]), inverse = __fdividef(1.f, mass);
+  const float mass = mass_of_row - (NAIVE ? 0.f : left[SKIP_MASS]), inverse = __fdividef(1.f, mass);
 
   float norm2 = 0.f, error2 = 0.f;
   if (channel >= 0 && channel < D) {
     const i64 at = ((i64)(h * group + index / n) * n + index % n) * D;
-    sum /= mass;
+    // A quotient in double is a subroutine; one step of Newton's takes the inverse from 2^-22 to 2^-44.
+    sum *= fma(-(double)mass, (double)inverse, 2.) * inverse;
     const double y = store(output, at + channel, sum);
     const float scaled = (float)(y * unit_factor(unit)), off = (float)((y - sum) * unit_factor(unit));
     stored[channel] = scaled;
     norm2 = scaled * scaled, error2 = off * off;
   }
   if (NAIVE) return;
-  if (channel >= 0 && warp - CHANNELS_FROM / LANES < PER_LANE) {
+  if (channel >= 0 && warp - CHANNELS_FROM / LANES < CHANNEL_WARPS) {
     norm2 = warp_sum(norm2), error2 = warp_sum(error2);
     if (lane == 0) norms[0][channel / LANES] = norm2, norms[1][channel / LANES] = error2;
   }
   __syncthreads();
   norm2 = error2 = 0.f;
 #pragma unroll
-  for (int w = 0; w < PER_LANE; w++) norm2 += norms[0][w], error2 += norms[1][w];
-  const float o = sqrtf(norm2) * ROOM + LEAST, rounding = sqrtf(error2) * ROOM + LEAST;
+  for (int w = 0; w < CHANNEL_WARPS; w++) norm2 += norms[0][w], error2 += norms[1][w];
+  const float o = sqrt_approx(norm2) * ROOM + LEAST, rounding = sqrt_approx(error2) * ROOM + LEAST;
+  const Channels own_output = lane < LANES_USED ? ((const Channels *)stored)[lane] : Channels{};
 #pragma unroll 1
   for (int first = 0; first < splits; first += AT_ONCE) {
     if (first) hold(first);
@@ -135,23 +156,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
     for (int k = 0; k < AHEAD; k++) {
       dot[k] = 0.f;
 #pragma unroll
-      for (int i = 0; i < PER_LANE; i++)
-        if (D % LANES == 0 || i * LANES + lane < D) dot[k] = fmaf(held[k][i], stored[i * LANES + lane], dot[k]);
+      for (int i = 0; i < PER_LANE; i++) dot[k] = fmaf(held[k].x[i], own_output.x[i], dot[k]);
     }
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) dot[k] = warp_sum(dot[k]);
     const int s = first + lane * FINISH_WARPS + warp;
 #pragma unroll
     for (int k = 1; k < AHEAD; k++) dot[0] = lane == k ? dot[k] : dot[0];
-    if (lane < AHEAD && s < splits) dots[s] = out_dots[s] = dot[0] * (unit_factor(unit) * inverse);
+    if (lane < AHEAD && s < splits) dots[s] = out_dots[s] = dot[0] * (exp2_approx(part(s, SPLIT_TOP) - top) * unit_factor(unit) * inverse);
   }
   __syncthreads();
 
-  // The lanes that share a group each take splits of it; sums of a warp's groups go to `found`, and the first warp puts the row together.
-  float key = 0.f, value = 0.f, low = 0.f, norm = 0.f, failed = 0.f, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
+  // The lanes that share a group each take splits of it. What a row needs is added up, or the largest found, by lanes, a warp's and then all
+  // warps', and the first warp puts the row together.
+  float own_sums[COLLECTED] = {0.f};
 #pragma unroll 1
-  for (int k = warp * (LANES / share) + lane / share; k - lane / share < groups.count; k += FINISH_WARPS * (LANES / share)) {
-    const int first = min(k * groups.together, own_splits);
+  for (int of_warp = warp * (LANES / share); of_warp < groups.count; of_warp += FINISH_WARPS * (LANES / share)) {
+    const int k = of_warp + lane / share, first = min(k * groups.together, own_splits);
     const int last = k >= groups.count ? first : first == own_splits ? splits : min(first + groups.together, own_splits);
     Group x = {};
 #pragma unroll 1
@@ -159,37 +180,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
       const float f = exp2_approx(part(i, SPLIT_TOP) - top) * inverse;
       add_split(x, f, [&](int k) { return part(i, k); });
       x.dot += dots[i];
-      low += f * part(i, LOW), norm += f * part(i, NORM), failed += f * part(i, ERROR);
-      delta_max = fmaxf(delta_max, part(i, DELTA_MAX)), norm_top = fmaxf(norm_top, part(i, NORM_TOP));
-      amplitude_top = fmaxf(amplitude_top, part(i, AMPLITUDE_TOP));
+      own_sums[OF_LOW] += f * part(i, LOW), own_sums[OF_NORM] += f * part(i, NORM), own_sums[OF_FAILED] += f * part(i, ERROR);
+      own_sums[LARGEST_DELTA] = fmaxf(own_sums[LARGEST_DELTA], part(i, DELTA_MAX));
+      own_sums[LARGEST_NORM] = fmaxf(own_sums[LARGEST_NORM], part(i, NORM_TOP));
+      own_sums[LARGEST_AMPLITUDE] = fmaxf(own_sums[LARGEST_AMPLITUDE], part(i, AMPLITUDE_TOP));
     }
 #pragma unroll 1
     for (int bit = 1; bit < share; bit <<= 1) x.join(bit);
-    if (k >= groups.count || lane % share) continue;
-    const float2 of_group = k < FINISH_WARPS * (LANES / share) ? ahead : group_norms(call, groups, k, heads, h);
-    const float2 terms = group_terms<false>(x, spread_factor<false>(x, o), of_group, o);
-    key += terms.x, value += terms.y;
+    const float2 of_group = of_warp < FINISH_WARPS * (LANES / share) ? ahead : group_norms(call, groups, k, heads, h);
+    const float2 terms = group_terms(x, spread_factor(x, o), of_group, o);
+    const bool counts = k < groups.count && lane % share == 0;  // once for the lanes that share it
+    own_sums[OF_KEYS] += counts ? terms.x : 0.f, own_sums[OF_VALUES] += counts ? terms.y : 0.f;
   }
-  key = warp_sum(key), value = warp_sum(value), low = warp_sum(low), norm = warp_sum(norm), failed = warp_sum(failed);
-  delta_max = warp_max(delta_max), norm_top = warp_max(norm_top), amplitude_top = warp_max(amplitude_top);
-  if (lane == 0) {
-    const float mine[8] = {key, value, low, norm, failed, delta_max, norm_top, amplitude_top};
+  // Four lanes a number, each a quarter of the lanes; then of the warps.
+  float(&by_lane)[COLLECTED][LANES] = *(float(*)[COLLECTED][LANES])&wide_of[warp][0];
 #pragma unroll
-    for (int i = 0; i < 8; i++) found[i][warp] = mine[i];
-  }
+  for (int i = 0; i < COLLECTED; i++) by_lane[i][lane] = own_sums[i];
+  __syncwarp();
+  const int which = lane / 4, quarter = lane % 4;
+  auto collected = [&](const float *from, int count) {
+    float sum = 0.f, largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < count; i++) sum += from[i], largest = fmaxf(largest, from[i]);
+#pragma unroll
+    for (int bit = 1; bit < 4; bit <<= 1) sum += __shfl_xor_sync(~0u, sum, bit), largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, bit));
+    return which >= LARGEST_DELTA ? largest : sum;
+  };
+  const float of_warp = collected(&by_lane[which][quarter * (LANES / 4)], LANES / 4);
+  if (quarter == 0) found[which][warp] = of_warp;
   __syncthreads();
   if (warp) return;
-  auto gathered = [&](int i) { return lane < FINISH_WARPS ? found[i][lane] : 0.f; };
-  key = warp_sum(gathered(0)) * ROOM, value = warp_sum(gathered(1)) * ROOM, low = warp_sum(gathered(2)), norm = warp_sum(gathered(3));
-  failed = warp_sum(gathered(4)) * ROOM, delta_max = warp_max(gathered(5)), norm_top = warp_max(gathered(6)), amplitude_top = warp_max(gathered(7));
+  const float of_row = collected(&found[which][quarter * (FINISH_WARPS / 4)], FINISH_WARPS / 4);
+  auto gathered = [&](int i) { return __shfl_sync(~0u, of_row, 4 * i); };
+  const float low = gathered(OF_LOW), norm = gathered(OF_NORM), failed = gathered(OF_FAILED) * ROOM;
+  const float delta_max = gathered(LARGEST_DELTA), norm_top = gathered(LARGEST_NORM), amplitude_top = gathered(LARGEST_AMPLITUDE);
+  float key = gathered(OF_KEYS) * ROOM, value = gathered(OF_VALUES) * ROOM;
   const float left_norm = left[SKIP_NORM] * inverse * ROOM, left_grown = left[SKIP_GROWN] * inverse * ROOM, left_count = left[SKIP_COUNT];
-  if (lane) return;
   // Weights that counted as zero; low parts of weights, off by 2^-25 in units of 2^-14: of a mass that was 1 or more before promotion.
-  const float each = tokens / fminf(mass, 1.f), lost = each * 0x1p-123f * (norm_top + o);
+  const float each = __fdividef(tokens, fminf(mass, 1.f)) * ROOM, lost = each * 0x1p-123f * (norm_top + o);
   float arithmetic = VALUE_ROUNDING * (norm * ROOM + failed) + THETA * o + rounding + LEAST + each * (0x1p-39f * amplitude_top);
   const float flushed = lost * expf(delta_max), denominator = 1.f - low * LOW_ROUNDING;
   float skip = flushed + left_norm + left_grown * o;
-  float stretch = denominator > 1e-4f ? (1.f + THETA) * SAFETY / denominator : INFINITY, total = (key + value + skip + arithmetic) * stretch;
+  float stretch = denominator > 1e-4f ? __fdividef((1.f + THETA) * SAFETY * ROOM, denominator) : INFINITY, total = (key + value + skip + arithmetic) * stretch;
   const float tilt = tanhf(delta_max) * ROOM * (norm_top + o + value + arithmetic);
   const float capped = (tilt + value + 2.f * lost + arithmetic) * ((1.f + THETA) * SAFETY);
   if (!(left_grown > 0.f) && !(total <= capped)) total = capped, key = tilt, skip = 2.f * lost, stretch = (1.f + THETA) * SAFETY;
@@ -197,30 +229,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   if (!(failed < INFINITY) || !(total < INFINITY) || !(mass > 0.f)) total = INFINITY;
   // The budget, rounded down; in double, as the fields: tolerances and values may lie where units do not.
   const float vbar = fmaxf((norm - left_norm) * NORM_RETURN - 2.f * NORM_FLOOR, 0.f);
-  const double size = power_of_two(unit), reference = relative_to_output ? sqrtf(norm2) * (1.f - 1e-5f) : vbar;
+  const double size = power_of_two(unit), reference = relative_to_output ? sqrt_approx(norm2) * (1.f - 1e-5f) : vbar;
   const double asked = atol * power_of_two(-unit) + rtol * reference, budget = asked < 1e-250 ? 0. : fmin(asked * (1. - 2e-5), BUDGET_MAX);
   const bool good = total <= budget && o < INFINITY;
-  const i64 stride = (i64)heads * rows;
-  if (!again) {
-    const bool unranked = require_rank && !(out[RANKED * stride] > 0.);
-    *state = unranked ? DUE : good && !coverage ? CERTIFIED : OPEN;
-  } else {
+  // Blocks that stay original make it infinite, until they are promoted.
+  const float fixed = skip + arithmetic < INFINITY ? skip + arithmetic : left_norm + left_grown * o + 2.f * VALUE_ROUNDING * norm + THETA * o + rounding;
+  // A lane a field, and behind them a lane a fact: one after the other they took a third of what is done here.
+  const float in_units[FIELDS] = {total, 0.f, key * stretch, value * stretch, skip * stretch, arithmetic * stretch, vbar, o, 0.f, total};
+  const float plain[FIELDS + ROW_FACTS] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, left_count, 0.f, (float)promoted_keys, (float)promoted_values, 0.f, 0.f, NAN,
+                                           top, mass, o, (float)fmin(budget, 1e30), fixed, 0.f};
+  float of_lane = 0.f, as_it_is = 0.f;
+#pragma unroll
+  for (int k = 0; k < FIELDS + ROW_FACTS; k++) {
+    if (k <= CANDIDATE && k != BUDGET && k != SKIPPED) of_lane = lane == k ? in_units[k] : of_lane;
+    else if (k != SCORE_TOP && k != RANKED) as_it_is = lane == k ? plain[k] : as_it_is;
+  }
+  const bool of_first = lane == CANDIDATE || lane == SCORE_TOP || lane == PAPER_KEY_BOUND || (lane == RANKED && !require_rank);
+  if (lane < CANDIDATE || lane == KEYS || lane == VALUES || (of_first && !again))
+    out[lane * ((i64)heads * rows)] = lane == BUDGET ? fmin(budget * size, BUDGET_MAX) : of_lane * size + as_it_is;
+  if (!again && lane >= FIELDS && lane < FIELDS + ROW_LIMIT) facts[lane - FIELDS] = as_it_is;
+  if (lane) return;
+  if (again) {
     *state = good ? CERTIFIED : DUE;
+    return;
   }
-  if (!again) {
-    // Blocks that stay original make it infinite, until they are promoted.
-    const float fixed = skip + arithmetic < INFINITY ? skip + arithmetic
-                                                     : left_norm + left_grown * o + 2.f * VALUE_ROUNDING * norm + THETA * o + rounding;
-    const float found[ROW_FACTS] = {top, mass, o, (float)fmin(budget, 1e30), fixed, 0.f};
-    for (int k = 0; k < ROW_FACTS; k++) facts[k] = found[k];
-    counts[0] = counts[1] = 0;
-  }
-  const double fields[CANDIDATE] = {total * size, fmin(budget * size, BUDGET_MAX), key * stretch * size, value * stretch * size,
-                                    skip * stretch * size, arithmetic * stretch * size, vbar * size, o * size, left_count};
-  for (int k = 0; k < CANDIDATE; k++) out[k * stride] = fields[k];
-  out[KEYS * stride] = promoted_keys, out[VALUES * stride] = promoted_values;
-  if (again) return;
-  out[CANDIDATE * stride] = total * size, out[SCORE_TOP * stride] = 0.;
-  out[PAPER_KEY_BOUND * stride] = NAN;
-  if (!require_rank) out[RANKED * stride] = 0.;
+  *state = !ranked ? DUE : good && !coverage ? CERTIFIED : OPEN;
+  counts[0] = counts[1] = 0;
 }

@@ -18,12 +18,12 @@ struct Place { const unsigned char *record, *keys, *values; const float *weights
 struct __align__(16) Scratch {
   float q[ROW_TILE][D], scale[ROW_TILE], size[ROW_TILE], q_norm[ROW_TILE];
   int seen[ROW_TILE];  // tokens
-  float top[ROW_TILE];  // of the first pass
+  float top[ROW_TILE];  // of the split, in the first pass
   float weight[BLOCK][2 * ROW_TILE];  // of a token and row: by how much that of the coded value changes; that of the original
   u64 bars[STAGES];
   u32 marks[SPLIT_BLOCKS];
   int list[SPLIT_BLOCKS], found[ROUNDS][WARPS];
-  Place places[SPLIT_BLOCKS];  // in the list's order
+  Place places[SPLIT_BLOCKS];
 };
 
 constexpr int PER_LANE = (D + LANES - 1) / LANES;

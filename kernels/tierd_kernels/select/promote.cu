@@ -3,10 +3,11 @@
 // split, which may have a part of another tile's blocks (select/sharing.cuh): a warp weighs the tokens of a block for a row, then a thread has
 // a channel of the values.
 //
-// Weights stay relative to the row's largest score of the first pass. Scores of originals are sums in FP32 of exact or once rounded
+// Weights stay relative to the split's largest score of the first pass, until the sums are written. Scores of originals are sums in FP32 of exact or once rounded
 // products; what was taken back has been rounded once already, which the split's ERROR remembers (CERTIFICATE.md, "Promotion").
 
 static_assert(WARPS == ROW_TILE, "a warp a row");
+static_assert(SPLIT_BLOCKS <= THREADS, "a thread a block");
 constexpr int OWN_STATISTICS = (SPLIT_BLOCKS * STATISTIC_WORDS / 4 + THREADS - 1) / THREADS;  // of a thread, four at a time
 
 // Which blocks of the split are promoted in which rows, to `marks` (the row's own are decided here, those of the coverage policy were
@@ -154,7 +155,7 @@ __device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark,
 extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promote(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];  // staged blocks; then the split's statistics
   __shared__ Scratch room;
-  __shared__ float after[ROW_TILE], errors[ROW_TILE];
+  __shared__ float after[ROW_TILE], factors[ROW_TILE], errors[ROW_TILE];
   let_next_begin();
   const Call &call = calls[blockIdx.z];
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
@@ -170,7 +171,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   float q[PER_LANE];
   const int seen = read_query(call, h, group, tile * ROW_TILE + warp, q);
   const float2 *of_rows = call.row_weights + ((i64)base * call.full + first) * ROW_TILE;
-  const float *facts = call.facts + (i64)at_row * ROW_FACTS, top = facts[ROW_TOP], chosen = facts[ROW_LIMIT];
+  const float chosen = call.facts[(i64)at_row * ROW_FACTS + ROW_LIMIT];
+  const float top = call.partials[(((i64)base * (call.splits + 1) + split) * PARTIALS + SPLIT_TOP) * ROW_TILE + lane % ROW_TILE];
   const bool open = index < rows && call.state[at_row] == OPEN;
   float2 weights[ROUNDS];
 #pragma unroll
@@ -178,25 +180,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
     const int at = threadIdx.x + i * THREADS;  // of a row that nothing has chosen for, whatever lies there
     weights[i] = at < count * ROW_TILE ? of_rows[at] : make_float2(0.f, 0.f);
   }
+  const i64 before = (i64)base * (call.full + 1) + first;
+  if (threadIdx.x < count) {  // of all blocks, while their weights are on their way: asked for once the list is there they took another 1 us
+    const int block = first + threadIdx.x;
+    room.places[threadIdx.x] = {call.pool + call.hot[block] + (i64)h * RECORD_BYTES, located(call, 0, heads, h, block), located(call, 1, heads, h, block),
+                                call.weights + (before + threadIdx.x) * TILES * WEIGHT_FLOATS};
+  }
   const float limit = open && !coverage ? chosen : INFINITY;  // of a row that is not open nothing has chosen it
   const int listed = decide(call, h, rows, tile, base, first, count, limit, coverage, share.part == 0, weights, room);
   const int parts = max(1, min(share.parts, listed / PART_LEAST)), number = share.part < parts ? (listed - share.part + parts - 1) / parts : 0;
   if (!number) return;
-  const i64 before = (i64)base * (call.full + 1) + first;
   auto listed_at = [&](int i) { return room.list[share.part + i * parts]; };
-  for (int i = threadIdx.x; i < number; i += THREADS) {
-    const int block = first + listed_at(i);
-    room.places[i] = {call.pool + call.hot[block] + (i64)h * RECORD_BYTES, located(call, 0, heads, h, block), located(call, 1, heads, h, block),
-                      call.weights + (before + listed_at(i)) * TILES * WEIGHT_FLOATS};
-  }
-  if (threadIdx.x < ROW_TILE) room.top[threadIdx.x] = index < rows ? top : 0.f;
+  if (threadIdx.x < ROW_TILE) room.top[threadIdx.x] = top;
   if (threadIdx.x < STAGES) barrier_init(&room.bars[threadIdx.x]);
   barriers_ready();
   __syncthreads();
   auto stage_of = [&](int i) { return shared + i % STAGES * STAGED_BYTES; };
   auto stage_blocks = [&](int from, int to) {  // a warp's
 #pragma unroll 1
-    for (int k = from; k < min(to, number); k++) stage_block(stage_of(k), room.places[k], room.marks[listed_at(k)], &room.bars[k % STAGES]);
+    for (int k = from; k < min(to, number); k++) stage_block(stage_of(k), room.places[listed_at(k)], room.marks[listed_at(k)], &room.bars[k % STAGES]);
   };
   if (warp == 0) stage_blocks(0, STAGES);
   float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
@@ -234,23 +236,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   for (int k = 0; k < OWN_STATISTICS; k++)
     if (threadIdx.x + k * THREADS < count * (STATISTIC_WORDS / 4)) held[k] = __ldcg(written + threadIdx.x + k * THREADS);  // other parts', too
 #pragma unroll
-  for (int step = 0; step < STEPS; step++)
-#pragma unroll
-    for (int row = 0; row < ROW_TILE; row++) {
-      const int channel = step * THREADS + threadIdx.x;
-      if (channel < D) sums[row * D + channel] = were[step][row] + change[step][row];
-    }
-#pragma unroll
   for (int k = 0; k < OWN_STATISTICS; k++)
     if (threadIdx.x + k * THREADS < count * (STATISTIC_WORDS / 4)) ((float4 *)shared)[threadIdx.x + k * THREADS] = held[k];
   __syncthreads();
   const float *of_split = (const float *)shared;
-  float largest = -INFINITY;
+  float largest = LOWEST;
   for (int b = lane; b < count; b += LANES) largest = fmaxf(largest, statistic(of_split + b * STATISTIC_WORDS, first + b, warp, TOP));
   largest = warp_max(largest);
   // A quarter more: the change itself was rounded too.
-  if (lane == TOP) after[warp] = largest, errors[warp] = back > 0.f ? 1.25f * back * exp2_approx(room.top[warp] - largest) : 0.f;
+  const float to_largest = exp2_approx(room.top[warp] - largest);
+  if (lane == TOP) after[warp] = largest, factors[warp] = to_largest, errors[warp] = back > 0.f ? 1.25f * back * to_largest : 0.f;
   __syncthreads();
+#pragma unroll
+  for (int step = 0; step < STEPS; step++)
+#pragma unroll
+    for (int row = 0; row < ROW_TILE; row++) {
+      const int channel = step * THREADS + threadIdx.x;
+      if (channel < D) sums[row * D + channel] = (were[step][row] + change[step][row]) * factors[row];
+    }
   const float error = threadIdx.x < ROW_TILE ? errors[threadIdx.x] : 0.f;
   split_sums<true>(call, of_split, base, split, after[threadIdx.x % ROW_TILE], room.marks, error);
 }
