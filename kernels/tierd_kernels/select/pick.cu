@@ -22,7 +22,7 @@ constexpr float NEAR = 1.04f;
 struct __align__(16) Room {
   u32 bins[SIDE_BY_SIDE][ROW_TILE][SORTED][BINS];  // the first: of blocks above all thresholds, for those below them are not sorted
   float to_units[SIDE_BY_SIDE][ROW_TILE][SORTED];
-  float beside[2][ROW_TILE][BINS], ratio[ROW_TILE][BINS];
+  float beside[2][ROW_TILE][BINS], ratio[ROW_TILE][BINS], target[ROW_TILE], fixed[ROW_TILE];
 };
 // What is foreseen of a group and row. Of sums whose total is known (`keys`, `values`) what stays below a threshold is `rest` less what is
 // sorted above, in parts of `unit`; else `rest` and what is sorted below.
@@ -59,8 +59,8 @@ __device__ __forceinline__ void sort_blocks(const Call &call, int base, int firs
 }
 
 // Of group k, whose blocks are `count`. A warp's.
-__device__ __forceinline__ Foreseen foresee(const Call &call, const Groups &groups, int k, bool trailing, int count, int heads, int h, int rows, int index, int base,
-                                            const RowState &own, const Bins &scale, float (&to_units)[SORTED]) {
+__device__ __forceinline__ Foreseen foresee(const Call &call, const Groups &groups, int k, bool trailing, int count, int h, int rows, int index, int base,
+                                            const RowState &own, const Bins &scale, float2 norms, float (&to_units)[SORTED]) {
   const int row = index % ROW_TILE, lane = threadIdx.x % LANES;
   const int first = min(k * groups.together, call.splits), end = trailing ? first + 1 : min(first + groups.together, call.splits);
   Group all = {};
@@ -76,7 +76,7 @@ __device__ __forceinline__ Foreseen foresee(const Call &call, const Groups &grou
     low += f * part(LOW), all.dot += call.dots[(i64)(h * rows + index) * (call.splits + 1) + i];
   }
   Foreseen to;
-  to.norms = group_norms<true>(call, groups, k, heads, h);
+  to.norms = norms;
 #pragma unroll 1
   for (int bit = 1; bit < share; bit <<= 1) {
     all.join(bit);
@@ -86,7 +86,7 @@ __device__ __forceinline__ Foreseen foresee(const Call &call, const Groups &grou
   const float most = TOTAL_MAX * own.target;
   to.keys = trailing || (all.t1 + own.output * all.g < most && all.squares + all.spread < INFINITY);
   to.values = trailing || (all.coded < most && all.a2 < INFINITY);
-  to.spread_factor = spread_factor<true>(all, own.output);
+  to.spread_factor = spread_factor(all, own.output);
   to.low_share = to.keys && all.g > 0.f ? __fdividef(low, all.g) : 1.f;
   const float totals[SORTED] = {all.t1, all.g, all.spread, all.squares, all.coded, all.a2};
   const float below = (float)count * scale.edge(0) * own.target;  // all that lies below the lowest threshold, at most
@@ -130,36 +130,34 @@ __device__ __forceinline__ void add_group(const Foreseen &of, const RowState &ow
     Group x = {};
     x.t1 = stays[OF_T1][i], x.g = stays[OF_G][i], x.spread = stays[OF_SPREAD][i], x.squares = stays[OF_SQUARES][i];
     x.coded = stays[OF_VALUE][i], x.a2 = stays[OF_CODED][i];
-    const float2 found = group_terms<true>(x, of.spread_factor, of.norms, own.output);
+    const float2 found = group_terms(x, of.spread_factor, of.norms, own.output);
     bound[i] += found.x + found.y, lost[i] += of.low_share * x.g;
   }
 }
 
 // Of each row the largest threshold with which it is within, from all parts, to its facts; infinite where none does. For all threads: one a
-// row and bin.
-__device__ __forceinline__ void choose(const Call &call, int h, int rows, int tile, const float2 *picks, int parts, const Bins &scale, Room &room) {
+// row and bin. `own`: of row threadIdx.x, of the tile's first threads.
+__device__ __forceinline__ void choose(const Call &call, int h, int rows, int index, const RowState &own, const float2 *picks, int parts, const Bins &scale,
+                                       Room &room) {
   static_assert(THREADS == ROW_TILE * BINS, "a thread a row and bin");
   const int row = threadIdx.x / BINS, bin = threadIdx.x % BINS;
-  const RowState own(call, h, rows, tile * ROW_TILE + row);
+  float2 of[PICK_PARTS];  // all on their way at once, however few there are
+#pragma unroll
+  for (int part = 0; part < PICK_PARTS; part++) of[part] = part < parts ? __ldcg(picks + part * THREADS + threadIdx.x) : make_float2(0.f, 0.f);
   float terms = 0.f, low = 0.f;
-#pragma unroll 32
-  for (int part = 0; part < parts; part++) {
-    const float2 of = __ldcg(picks + part * THREADS + threadIdx.x);
-    terms += of.x, low += of.y;
-  }
-  const float denominator = 1.f - low * LOW_ROUNDING, bound = (terms + own.fixed) * ((1.f + THETA) * SAFETY) / denominator;
-  room.ratio[row][bin] = denominator > 1e-4f && bound < INFINITY ? bound / own.target : INFINITY;
+#pragma unroll
+  for (int part = 0; part < PICK_PARTS; part++) terms += of[part].x, low += of[part].y;
+  const float denominator = 1.f - low * LOW_ROUNDING, bound = __fdividef((terms + room.fixed[row]) * ((1.f + THETA) * SAFETY), denominator);
+  room.ratio[row][bin] = denominator > 1e-4f ? weight(bound, room.target[row]) : INFINITY;
   __syncthreads();
-  const int index = tile * ROW_TILE + threadIdx.x;
   if (threadIdx.x < ROW_TILE && index < rows) {
-    const RowState mine(call, h, rows, index);
     const float *ratio = room.ratio[threadIdx.x];
     int fits = 0;  // how many do: the lowest ones
     for (int step = BINS / 2; step; step >>= 1)
       if (fits + step <= BINS && ratio[fits + step - 1] <= 1.f) fits += step;
     if (fits == BINS - 1 && ratio[BINS - 1] <= 1.f) fits = BINS;
     float limit = INFINITY;
-    if (mine.joins && fits) {
+    if (own.joins && fits) {
       limit = scale.edge(fits - 1);
       if (fits < FINE && ratio[fits] <= NEAR) limit += (scale.edge(fits) - limit) * (1.f - ratio[fits - 1]) / (ratio[fits] - ratio[fits - 1]);
     }
@@ -181,10 +179,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
   const bool tail = call.tokens > call.full * BLOCK;
   auto trailing = [&](int k) { return tail && k == groups.count - 1; };
   auto end_of = [&](int k) { return k >= groups.count || trailing(k) ? k * per_group : min((k + 1) * per_group, call.full); };
+  const float2 ahead = group_norms(call, groups, blockIdx.y + side * PICK_PARTS, heads, h);  // which no kernel of the step writes
   wait_for_previous();
   const RowState own(call, h, rows, tile * ROW_TILE + threadIdx.x % ROW_TILE), summed(call, h, rows, index);
   if (!__ballot_sync(~0u, own.open)) return;
   __shared__ Room room;
+  if (threadIdx.x < ROW_TILE) room.target[threadIdx.x] = own.target, room.fixed[threadIdx.x] = own.fixed;
   const Bins scale(call.full);
   float bound[EACH] = {0.f}, lost[EACH] = {0.f};
   for (int begin = blockIdx.y; begin < groups.count; begin += SIDE_BY_SIDE * PICK_PARTS) {
@@ -194,7 +194,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
     const int mine = begin + side * PICK_PARTS;
     const bool sums = mine < groups.count && index < rows;
     Foreseen foreseen;  // while the blocks are on their way
-    if (sums) foreseen = foresee(call, groups, mine, trailing(mine), end_of(mine) - mine * per_group, heads, h, rows, index, base, summed, scale, room.to_units[side][row]);
+    if (sums) {
+      const float2 norms = begin == blockIdx.y ? ahead : group_norms(call, groups, mine, heads, h);
+      foreseen = foresee(call, groups, mine, trailing(mine), end_of(mine) - mine * per_group, h, rows, index, base, summed, scale, norms, room.to_units[side][row]);
+    }
     __syncthreads();
 #pragma unroll 1
     for (int i = 0; i < SIDE_BY_SIDE; i++) {
@@ -219,5 +222,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
       picks[(blockIdx.y * ROW_TILE + row) * BINS + at] = make_float2(bound[i] + room.beside[0][row][at], lost[i] + room.beside[1][row][at]);
     }
   if (!ends_last(call.tickets + heads + base, parts)) return;
-  choose(call, h, rows, tile, picks, parts, scale, room);
+  choose(call, h, rows, tile * ROW_TILE + threadIdx.x, own, picks, parts, scale, room);
 }
