@@ -1,7 +1,8 @@
 // A CUDA device for tests, on one x86-64 core: what ptx.cuh and CUDA's own headers give the kernels, in plain C++.
 //
 // A thread block's threads are fibers that run in turn until they wait for one another: lanes of a warp at shuffles and MMAs, all threads at
-// barriers. Where none can go on the launch ends with an error: a barrier that some threads never reach is found here. What is faithful:
+// barriers. Where none can go on the launch ends with an error: a barrier that some threads never reach is found here, and a wait on one of
+// copies that the thread's warp has not initialised, unless all threads have met since. What is faithful:
 // the order of operations, flushing of FP32 subnormals, FP16 rounding, copies that arrive no earlier than the wait for them (their target
 // holds NaN before), alignment of vectors (a trap), memory of exited lanes. What is not: speed, memory consistency between threads,
 // `ex2.approx`'s own bits (it errs here by nearly as much as the bounds allow, in a direction that depends on the argument) and the order of an
@@ -50,10 +51,13 @@ struct Group {
 };
 struct Fiber { void *stack, *at; dim3 index; bool done; };
 struct Copy { void *to; const void *from; u32 bytes; u64 *bar; };
+struct Initialised { u64 *bar; int warp; u32 turn; };  // by a thread of that warp, at that turn of the block's barrier
 
 static Fiber fibers[THREADS_MAX];
 static Group warps[THREADS_MAX / LANES], block;
 static std::vector<Copy> copies;
+static std::vector<Initialised> initialised;
+static const char *fault;  // of the block that runs, if it has one
 static Fiber *current;
 static void *scheduler;
 static dim3 block_index;
@@ -89,7 +93,8 @@ static void leave(Group &group) {
   progress++;
   if (--group.live == group.arrived && group.live) group.arrived = 0, group.turn++, group.any[group.turn & 1] = 0;
 }
-static Group &warp() { return warps[(current - fibers) / LANES]; }
+static int warp_index() { return (current - fibers) / LANES; }
+static Group &warp() { return warps[warp_index()]; }
 static int lane() { return (current - fibers) % LANES; }
 
 // Waits until all live threads of the group are here; returns which buffer they exchanged.
@@ -129,7 +134,7 @@ static T shuffle(T x, int source) {
 
 static bool run_block(int threads) {
   memset(dynamic, 0xff, sizeof dynamic);
-  copies.clear();
+  copies.clear(), initialised.clear(), fault = nullptr;
   memset(&block, 0, sizeof block);
   block.live = threads;
   for (int t = 0; t < threads; t++) {
@@ -147,9 +152,16 @@ static bool run_block(int threads) {
       current = &fibers[t];
       if (!current->done) emulator_switch(&scheduler, current->at), left += !current->done;
     }
-    if (left && progress == before) return false;
+    if (!fault && left && progress == before) fault = "wait for others that never come";
+    if (fault) return false;
   }
   return true;
+}
+// Whether the warp can know that the barrier is there.
+static bool is_ready(u64 *bar) {
+  for (size_t i = initialised.size(); i--;)
+    if (initialised[i].bar == bar) return initialised[i].warp == warp_index() || initialised[i].turn != block.turn;
+  return false;
 }
 
 // The least step from x on that leads to all of so many.
@@ -176,7 +188,7 @@ extern "C" __global__ const char *emulator_launch(void *kernel, u32 gx, u32 gy, 
   }
   _mm_setcsr(mode);
   if (good) return nullptr;
-  snprintf(text, sizeof text, "threads of block (%u, %u, %u) wait for others that never come", block_index.x, block_index.y, block_index.z);
+  snprintf(text, sizeof text, "threads of block (%u, %u, %u) %s", block_index.x, block_index.y, block_index.z, fault);
   return text;
 }
 
@@ -270,7 +282,10 @@ inline uint2 shared64(u32 at) { uint2 x; memcpy(&x, from_shared(at), sizeof x); 
 inline uint4 shared128(u32 at) { uint4 x; memcpy(&x, from_shared(at), sizeof x); return x; }
 
 // A barrier: the phase in its last bit, arrivals that are missing in the next, bytes that are missing above.
-inline void barrier_init(u64 *bar) { *bar = 2; }
+inline void barrier_init(u64 *bar) {
+  *bar = 2;
+  emulator::initialised.push_back({bar, emulator::warp_index(), emulator::block.turn});
+}
 inline void barriers_ready() { __syncwarp(); }
 inline void barrier_expect(u64 *bar, u32 bytes) { *bar = (*bar & ~2ull) + ((u64)bytes << 8); }
 inline void bulk_copy(void *to, const void *from, u32 bytes, u64 *bar) {
@@ -296,6 +311,7 @@ inline void let_next_begin() {}
 inline void wait_for_previous() {}
 inline void bulk_stream(void *to, const void *from, u32 bytes, u64 *bar, u64) { bulk_copy(to, from, bytes, bar); }
 inline void barrier_wait(u64 *bar, u32 parity) {
+  if (!emulator::is_ready(bar)) emulator::fault = "wait on a barrier that may not be initialised yet", emulator::pause();
   for (size_t i = 0; i < emulator::copies.size();) {
     const emulator::Copy copy = emulator::copies[i];
     if (copy.bar != bar) { i++; continue; }

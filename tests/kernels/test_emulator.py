@@ -35,6 +35,16 @@ extern "C" __global__ void reverse(const float *x, float *out, int wait) {  // t
   if (wait) barrier_wait(&bar, 0);
   out[threadIdx.x] = stage[127 - threadIdx.x];
 }
+extern "C" __global__ void unready(const float *x, float *out, int meet) {  // a barrier of the first warp's, on which all wait
+  extern __shared__ __align__(128) float stage[];
+  __shared__ u64 bar;
+  if (threadIdx.x == 0) barrier_init(&bar);
+  barriers_ready();
+  if (meet) __syncthreads();
+  if (threadIdx.x == 0) barrier_expect(&bar, 512), bulk_copy(stage, x, 512, &bar);
+  barrier_wait(&bar, 0);
+  out[threadIdx.x] = stage[threadIdx.x];
+}
 extern "C" __global__ void sum(const int *x, int *out) {  // whose last warp has left by the second barrier
   __shared__ int parts[4];
   int own = x[threadIdx.x];
@@ -111,6 +121,14 @@ def test_a_copy_has_arrived_only_after_the_wait(launch: Launch) -> None:
     assert np.array_equal(out, np.arange(128)[::-1])
     launch("reverse", 128, x, out, np.int32(0))
     assert np.isnan(out).all()
+
+
+def test_a_wait_on_a_barrier_that_may_not_be_there_is_an_error(launch: Launch) -> None:
+    x, out = on_device(np.arange(128, dtype=np.float32)), on_device(np.zeros(128, np.float32))
+    launch("unready", 128, x, out, np.int32(1))
+    assert np.array_equal(out, x)
+    with pytest.raises(RuntimeError, match="may not be initialised yet"):
+        launch("unready", 128, x, out, np.int32(0))
 
 
 def test_threads_that_left_are_not_waited_for(launch: Launch) -> None:
