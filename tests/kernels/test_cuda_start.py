@@ -95,6 +95,20 @@ def test_a_sound_device_starts_and_a_kernel_has_run(monkeypatch: pytest.MonkeyPa
     assert probed == [True]
 
 
+def test_part_of_the_l2_is_set_aside_where_it_is_to_be_had(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    import cupy
+    from tierd_kernels.cuda import backend
+
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(cupy.cuda.runtime, "deviceSetLimit", lambda *limit: asked.append(limit))
+    backend.reserve(*SIZES)
+    assert asked == [(6, 25 << 20)]
+    monkeypatch.setattr(cupy.cuda.runtime, "deviceSetLimit", raising(fault("cudaErrorUnsupportedLimit: limit is not supported")))
+    with caplog.at_level("INFO"):
+        backend.reserve(*SIZES)
+    assert "no 26214400 bytes of its L2" in caplog.text and "cudaErrorUnsupportedLimit" in caplog.text
+
+
 def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     import cupy
 

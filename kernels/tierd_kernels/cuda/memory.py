@@ -13,7 +13,7 @@ from tierd_kernels.cuda.launch import ANY, kernel
 from tierd_kernels.cuda.recent import Recent
 from tierd_kernels.cuda.self_test import verify
 from tierd_kernels.cuda.staging import ALIGNMENT, Staging
-from tierd_kernels.cuda.start import FAULTS, empty_pools, one_line, pinned, probe, usable_device
+from tierd_kernels.cuda.start import FAULTS, empty_pools, one_line, pinned, probe, set_l2_aside, usable_device
 from tierd_kernels.errors import DeviceUnavailable
 from tierd_kernels.layout import Memory
 
@@ -68,6 +68,7 @@ def reserve(hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> DeviceM
     try:
         probe()
         verify()
+        set_l2_aside()
         kernel(ANY, "gather")  # compiled now, not while a copy waits
         return _reserved(device, hot_bytes, scratch_bytes, originals_bytes)
     except DeviceUnavailable as error:

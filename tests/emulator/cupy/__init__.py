@@ -216,7 +216,7 @@ cuda = SimpleNamespace(
     runtime=SimpleNamespace(
         CUDARuntimeError=CUDARuntimeError, memcpyAsync=_copy, memcpy=_copy, memsetAsync=_fill, memcpyHostToDevice=1,
         memcpyDeviceToHost=2, memcpyDeviceToDevice=3, eventQuery=lambda event: 0, driverGetVersion=lambda: 12080,
-        runtimeGetVersion=lambda: 12090,
+        runtimeGetVersion=lambda: 12090, deviceSetLimit=lambda limit, size: None,
     ),
 )  # fmt: skip
 
