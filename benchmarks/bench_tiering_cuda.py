@@ -128,7 +128,7 @@ def stages_us(run: Driven, numbers: range, backend: str) -> dict[str, float]:
     """Microseconds of a step by stage of the thread that has the turn."""
     watch, whole_us = Stopwatch(thread_of(backend)), 0.0
     tiering = [
-        ("candidates", ScratchCache, "_snapshot"), ("begin", ScratchCache, "_start"), ("take in", ScratchCache, "collect"),
+        ("candidates", ScratchCache, "_snapshot"), ("begin", ScratchCache, "_begin"), ("take in", ScratchCache, "collect"),
         *(("choose", type(policy()), "choose") for policy in POLICIES.values()),
     ]  # fmt: skip
     with watch.over([*(stages() if backend == "cuda" else ()), *tiering]):

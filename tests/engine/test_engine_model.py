@@ -1,5 +1,6 @@
 """The engine beside a trivial model: random commands, faults, corruption and silence, compared after every turn."""
 
+import threading
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,8 @@ class Machine:
         self.mixed = seed % 2 == 1
         self.kernels.has_device = seed % 5 > 1
         self.engine = Engine(CONFIG, self.clock, self.kernels)
+        if seed % 5 > 2:
+            self.engine._thread = threading.current_thread()  # which leaves to the next call what tiering has not begun
         self.fuzz = CommandFuzz(seed, self.model, self.mixed)
         self.repaired = self.faults = 0
         self.seen: Counter[str] = Counter()  # what happened, so that a test can tell that it tested something
@@ -91,6 +94,7 @@ class Machine:
         if not self.fuzz.one_in(3):
             command = Attend([self.fuzz.row(name, layer, self.fuzz.random.choice([EXACT, LOOSE]))], worker=session.worker)
         at = record + draw(layout.original_record_bytes)
+        self.run()  # what tiering has put off would copy the change
         self.engine.residency.arenas.memory.originals[at] ^= 0x11
         (outcome,) = self.run(command)
         self.engine.residency.arenas.memory.originals[at] ^= 0x11
@@ -136,6 +140,7 @@ class Machine:
                     self.do(Attend([Row(name, layer, q, tolerance=tolerance)], worker=session.worker))
         for worker in WORKERS:
             self.do(CloseWorker(worker=worker))
+        self.run()
         assert [pool.used_bytes for pool in self.engine.residency.arenas.pools] == [0, 0, 0, 0]
 
     # How

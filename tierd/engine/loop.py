@@ -345,18 +345,18 @@ class Engine:
 
             def meanwhile() -> None:
                 self._hides = True
-                self._tier()
+                self._tier(hidden=True)
 
             self._cache.answered(self._batch.run(jobs, self._cache.wait(jobs), meanwhile))
             if not self._hides:
                 self._tier(collect=False)
 
-    def _tier(self, collect: bool = True) -> None:
-        """What tiering does for calls that have their answers; with `collect`, finished copies are taken in."""
+    def _tier(self, collect: bool = True, hidden: bool = False) -> None:
+        """What tiering does for calls that have their answers; with `collect`, finished copies are taken in. `hidden`: see `update`."""
         try:
             with suppress(Unavailable):  # the device was lost behind its answers, as `lost` says: they are given, and no more will be
-                self._cache.update()
-            if collect:
+                self._cache.update(hidden)
+            if collect and not hidden:
                 self._cache.collect()
         except Exception:  # a call may be under way, whose answer does not depend on it
             log.exception("a turn of tiering failed")

@@ -1,0 +1,93 @@
+"""What looks at calls still want copied: a part of it begins in each turn of tiering that hides behind a call's kernels."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tierd.engine.scratch import Asker
+from tierd.policy import Choice
+from tierd.residency import BlockTable
+
+PART, PART_MIN = 4, 32  # one in so many records that are wanted, and so many at least, are a part
+
+
+@dataclass(eq=False)
+class Wish:
+    """What a row wants copied: `choice` from record `at` on, but for kinds that are `full`, of which scratch had no room for a better one.
+    The blocks are of `table`."""
+
+    asker: Asker
+    table: BlockTable
+    choice: Choice
+    at: int = 0
+    full: set[int] = field(default_factory=set)
+
+    @property
+    def left(self) -> int:
+        """Records."""
+        return len(self.choice.records) - self.at
+
+    def next(self, most: int) -> slice:
+        """The best of them, which are left no more."""
+        some = slice(self.at, self.at + min(most, self.left))
+        self.at = some.stop
+        return some
+
+    def end(self) -> None:
+        """Nothing more is copied."""
+        self.at = len(self.choice.records)
+
+
+class Wanted:
+    """At most one wish of each layer of a session: a later look at the layer names all that is worth a copy then, at its worth of then. So
+    what waits is bounded, however often is looked. None may outlive the blocks that it names, nor its session."""
+
+    def __init__(self) -> None:
+        self._wishes: list[Wish] = []  # in the order of their turns
+
+    def __len__(self) -> int:
+        """Records."""
+        return sum(wish.left for wish in self._wishes)
+
+    @property
+    def part(self) -> int:
+        """How many records may begin behind a call's kernels. A quarter of them, so that what waits stays bounded by four times what a look
+        wants; but not a few of them only, since a turn that begins any takes 0.15 ms besides what each takes."""
+        return max(PART_MIN, -(-len(self) // PART))
+
+    def add(self, wish: Wish) -> None:
+        """In place of what the same layer has wanted."""
+        row = wish.asker.session_id, wish.asker.layer
+        self._wishes = [other for other in self._wishes if (other.asker.session_id, other.asker.layer) != row] + [wish]
+
+    def rescale(self, factor: float) -> None:
+        """All worths have been multiplied by `factor`."""
+        for wish in self._wishes:
+            wish.choice.worths[...] *= factor
+
+    def fill(self, session_id: str, kind: int) -> None:
+        """Scratch has no room for what this session wants most of a kind: all that it wants is worth less."""
+        for wish in self._wishes:
+            if wish.asker.session_id == session_id:
+                wish.full.add(kind)
+
+    def clear(self) -> None:
+        """Nothing is wanted any more."""
+        self._wishes = []
+
+    def serve(self, most: int, room: Callable[[Wish], int], begin: Callable[[Wish, slice], None]) -> None:
+        """Has copies of `most` records begun, the best of each wish in turn: as many as it has `room` for, no more than its part of that
+        while others wait. One that has no room ends. Where `most` are done before all have had their turn, the next time goes on there: a
+        little of each row every time would take longer than all of one."""
+        while most and len(self):
+            self._wishes = wishes = [wish for wish in self._wishes if wish.left]
+            for number, wish in enumerate(wishes):
+                if not (free := room(wish)):
+                    wish.end()
+                    continue
+                some = wish.next(min(most, -(-free // (len(wishes) - number))))
+                begin(wish, some)
+                most -= some.stop - some.start
+                if not most:
+                    self._wishes = [*wishes[number + 1 :], *wishes[: number + 1]]
+                    break
+        self._wishes = [wish for wish in self._wishes if wish.left]
