@@ -14,7 +14,7 @@ from tierd_kernels.policy import Budget
 from tierd.commands import EXACT, Append, Attend, Geometry, OpenSession, Row, Tolerance
 from tierd.engine import Engine, EngineConfig, counters
 from tierd.policy import eviction, weighing
-from tierd.residency import counting, digests, moving, reading
+from tierd.residency import counting, digests, moving, reading, stored
 
 log = logging.getLogger(__name__)
 MIB = 1 << 20
@@ -33,6 +33,7 @@ def warm_policy() -> None:
     digests.prepare()
     moving.prepare()
     reading.prepare()
+    stored.prepare()
 
 
 def warm_up() -> None:

@@ -42,23 +42,42 @@ def copies_before(words: Ints, record: int) -> int:
 
 
 @compiled()
-def add_copy(words: Ints, record: int) -> None:
-    """Notes that the record has a copy. `count_copies` must follow."""
+def say(words: Ints, places: Places, count: int, record: int, at: int) -> int:
+    """Says of a record, all of lower numbers having been told, whether it has a copy, at byte offset `at` >= 0 in scratch. So far there are
+    `count` places; returns how many then."""
+    if record % RECORDS == 0:
+        words[record // RECORDS] = count << 32
+    if at < 0:
+        return count
     words[record // RECORDS] |= 1 << record % RECORDS
+    places[count] = at // UNIT
+    return count + 1
 
 
 @compiled()
 def take_over(old: Ints, old_places: Places, start: int, stop: int, words: Ints, places: Places, count: int) -> int:
-    """Adds to `words`, and to the `count` first `places`, what `old` says of records [start, stop); returns how many places there are
-    then. `count_copies` must follow."""
+    """Says of records [start, stop), all of lower numbers having been told, what `old` says of them; `count` and what is returned as with
+    `say`. Whole words go as they are, but for what they count: masked and counted anew, those of 131,072 records took 12 us, and here 4."""
     if start >= stop:
         return count
     first, last = copies_before(old, start), copies_before(old, stop)
     places[count : count + last - first] = old_places[first:last]
-    for i in range(start // RECORDS, (stop - 1) // RECORDS + 1):
-        from_bit, to_bit = max(0, start - i * RECORDS), min(RECORDS, stop - i * RECORDS)
-        words[i] |= old[i] & (1 << to_bit) - (1 << from_bit)
+    more, whole, end = count - first << 32, -(-start // RECORDS), stop // RECORDS
+    if start < whole * RECORDS:
+        words[whole - 1] |= old[whole - 1] & (1 << min(RECORDS, stop - (whole - 1) * RECORDS)) - (1 << start % RECORDS)
+    ours, theirs = words[whole:end], old[whole:end]  # from 0 on, or the loop is not made one of vectors
+    for i in range(len(ours)):
+        ours[i] = theirs[i] + more
+    if whole <= end and stop % RECORDS:
+        words[end] = (old[end] & ((1 << stop % RECORDS) - 1 | ~LOW)) + more
     return count + last - first
+
+
+@compiled()
+def close(words: Ints, records: int, count: int) -> None:
+    """All `records` have been told, and there are `count` places."""
+    if records % RECORDS == 0:
+        words[records // RECORDS] = count << 32
 
 
 @compiled()

@@ -103,6 +103,19 @@ def test_blocks_that_take_the_places_of_others_are_noticed(asks: bool) -> None:
     says(places.of(table, ids), table, ids)
 
 
+@pytest.mark.parametrize("at", [0, 7, 8, 20, 39])
+def test_the_first_copy_of_many_blocks_is_told_from_those_that_have_none(at: int) -> None:
+    owner, places = residency(), Places()
+    table = owner.table(LAYOUT)
+    ids = filled(table, table.add_tails(40))
+    assert places.of(table, ids) is None
+    copied(owner, table, int(ids[at]), kind=1, head=1)
+    says(places.of(table, ids), table, ids)
+    ids = np.concatenate([ids, filled(table, table.add_tails(9))])
+    copied(owner, table, int(ids[-1]))
+    says(places.of(table, ids), table, ids)
+
+
 def test_blocks_that_another_session_keeps_are_forgotten_with_their_copies() -> None:
     owner, places = residency(), Places()
     table = owner.table(LAYOUT)

@@ -332,10 +332,11 @@ def test_a_corrupt_record_is_named() -> None:
     residency.arenas.memory.originals[table.offsets_of(1, block, 1) + 5] ^= 0x20
     with pytest.raises(CertificateUnavailable, match=f"values of block {block}, KV head 1"):
         table.require_sound(block)
-    both, heads = np.array([block, block]), np.array([0, 1])
-    assert table.corrupt_records(np.array([1, 1]), both, heads) == [(1, block, 1)]
-    assert table.corrupt_records(np.array([1]), ids(block), heads[:1]) == []
-    assert table.corrupt_records(np.array([0, 0]), both, heads) == []
+    records = np.array([[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]])
+    for which, bad in (([0, 0, 1, 1], [(1, block, 1)]), ([0, 0, 1, 0], []), ([1, 1, 0, 0], []), ([0, 0, 0, 0], [])):
+        some = table.stored(records, np.array(which, np.bool_), np.array([block]))
+        assert table.corrupt(some) == bad and some.shape == (5, sum(which))
+        assert np.array_equal(some[3], table.offsets_of(*some[:3]))
 
 
 def test_a_pin_that_is_released_early_leaves_the_others() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from tierd_kernels.in_scratch import UNIT, InScratch, add_copy, count_copies, empty_words, holds, take_over
+from tierd_kernels.in_scratch import UNIT, InScratch, close, empty_words, holds, say, take_over
 from tierd_kernels.layout import ALIGNMENT, Layout
 
 Model = dict[tuple[int, int, int], int]  # (kind, block, head) -> byte offset in scratch
@@ -80,7 +80,8 @@ def test_what_is_taken_over_from_two_by_turns_is_a_mixture(drawn: tuple[int, lis
         for record in range(start, stop):
             block, kind, head = record // heads // 2, record // heads % 2, record % heads
             expected[record] = found[which][1].get((kind, block, head), -1)
-    assert count == count_copies(words) == np.count_nonzero(expected >= 0)
+    close(words, numbers, count)
+    assert count == np.count_nonzero(expected >= 0)
     both = InScratch.of(expected.reshape(blocks, 2, heads).transpose(1, 0, 2))
     if both is None:
         assert not count and not words.any()
@@ -89,10 +90,11 @@ def test_what_is_taken_over_from_two_by_turns_is_a_mixture(drawn: tuple[int, lis
 
 
 def test_the_first_and_the_last_record_of_a_word_are_told_apart() -> None:
-    words = empty_words(64)
-    for record in (0, 31, 32, 63):
-        add_copy(words, record)
-    assert count_copies(words) == 4
+    words, places, count = empty_words(64), np.zeros(4, np.uint32), 0
+    for record in range(64):
+        count = say(words, places, count, record, record * UNIT if record in (0, 31, 32, 63) else -1)
+    close(words, 64, count)
+    assert count == 4 and places.tolist() == [0, 31, 32, 63]
     assert [int(word) & 0xFFFFFFFF for word in words] == [1 << 31 | 1, 1 << 31 | 1, 0] and [int(word) >> 32 for word in words] == [0, 2, 4]
 
 

@@ -21,7 +21,7 @@ from tierd.engine.canaries import NO_BLOCKS, Canaries
 from tierd.engine.counters import Counters
 from tierd.engine.validate import check_row
 from tierd.errors import CertificateUnavailable, InvalidArgument, TierdError
-from tierd.residency import NAMES, Ids, Pinned, Residency, read_from_host
+from tierd.residency import NAMES, Ids, Pinned, Residency
 from tierd.session import Quantiser, Savepoint, Session
 
 log = logging.getLogger(__name__)
@@ -86,8 +86,8 @@ class Work:
 
     @cached_property
     def from_host(self) -> Ids:
-        """The records of these that were read from the host, int64 [3, n]: kinds, block ids, heads."""
-        return read_from_host(*self.reads, self.ids)
+        """Those of these that were read from the host, as `BlockTable.stored` has them."""
+        return self.session.table.stored(*self.reads, self.ids)
 
 
 @dataclass(eq=False)
@@ -232,7 +232,7 @@ class Batch:
 
     def _check_reads(self, work: Work) -> None:
         """Every original that came from the host must still be what was stored."""
-        if work.from_host.size and (bad := work.session.table.corrupt_records(*work.from_host)):
+        if bad := work.session.table.corrupt(work.from_host):
             self._counters.events["corrupt_original"] += len(bad)
             kind, block, head = bad[0]
             raise CertificateUnavailable(

@@ -4,9 +4,9 @@ from tierd.residency.blocks import BARRED, KEY, NAMES, NO_COPY, VALUE, BlockTabl
 from tierd.residency.copies import CopyState, ScratchCopy
 from tierd.residency.machine import NO_COPIES, Residency
 from tierd.residency.places import Places
-from tierd.residency.reading import mark_used, read_from_host
+from tierd.residency.reading import mark_used
 
 __all__ = [
     "BARRED", "KEY", "NAMES", "NO_COPIES", "NO_COPY", "VALUE", "BlockTable", "CopyState", "Ids", "Pinned", "Places", "Residency",
-    "ScratchCopy", "mark_used", "read_from_host",
+    "ScratchCopy", "mark_used",
 ]  # fmt: skip

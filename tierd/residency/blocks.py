@@ -13,7 +13,8 @@ from tierd.commands import Raw
 from tierd.errors import CertificateUnavailable
 from tierd.notes import NOTE
 from tierd.pools import Arenas
-from tierd.residency.digests import digests
+from tierd.residency.digests import digests, hashes
+from tierd.residency.stored import CHECKSUM, START, stored
 
 KEY, VALUE = 0, 1
 NAMES = "keys", "values"
@@ -116,7 +117,8 @@ class BlockTable:
     def seal(self, ids: Ids) -> None:
         """Record checksums of full blocks' originals as they are now."""
         for kind in (KEY, VALUE):
-            self.checksum[kind, ids] = self._digests(self.record_offsets(kind, ids))
+            starts = self.record_offsets(kind, ids)
+            self.checksum[kind, ids] = digests(self.arenas.memory.originals, starts, self.layout.original_record_bytes)
 
     def take_hot(self, block: int) -> None:
         """Make a full block a tail again: its hot slot is freed, its originals stay."""
@@ -146,21 +148,27 @@ class BlockTable:
         """Byte offsets in the originals of these records, int64 of the shape that indices have together."""
         return np.asarray(self.original_offset[ids] + (kind * self.layout.num_kv_heads + head) * self.layout.original_record_bytes)
 
-    def corrupt_records(self, kind: Ids, ids: Ids, head: Ids) -> list[tuple[int, int, int]]:
-        """(kind, block id, head) of each of these n records of full blocks, int64 [n] each, that fails its checksum."""
-        starts = self.offsets_of(kind, ids, head)
-        bad = self._digests(starts) != self.checksum[kind, ids, head]
-        return list(zip(kind[bad].tolist(), ids[bad].tolist(), head[bad].tolist(), strict=True))
+    def stored(self, records: Ids, which: NDArray[np.bool_], ids: Ids) -> Ids:
+        """Those in `which` [n] of these records of full blocks, int64 [3, n] (kinds, indices of blocks in `ids` [m], heads): int64 [5, k],
+        kinds, block ids, heads, and what `corrupt` asks for."""
+        return stored(records, which, ids, self.original_offset, self.checksum, self.layout.original_record_bytes)
+
+    def corrupt(self, some: Ids) -> list[tuple[int, int, int]]:
+        """(kind, block id, head) of each of these records (int64 [5, k], of `stored`) that fails its checksum."""
+        if not some.size:
+            return []
+        found = hashes(self.arenas.memory.originals, some[START], self.layout.original_record_bytes)
+        expected = some[CHECKSUM].view(np.uint64).tolist()
+        if found == expected:
+            return []
+        return [(kind, block, head) for (kind, block, head, *_), a, b in zip(some.T.tolist(), found, expected, strict=True) if a != b]
 
     def require_sound(self, block: int) -> None:
         """Raises CertificateUnavailable if any original of a full block is corrupt."""
         kind, head = np.divmod(np.arange(2 * self.layout.num_kv_heads), self.layout.num_kv_heads)
-        if bad := self.corrupt_records(kind, np.full(len(kind), block), head):
+        every = np.stack([kind, np.zeros_like(kind), head])
+        if bad := self.corrupt(self.stored(every, np.ones(len(kind), np.bool_), np.array([block]))):
             raise CertificateUnavailable(f"the original {NAMES[bad[0][0]]} of block {block}, KV head {bad[0][2]}, fail their checksum")
-
-    def _digests(self, starts: Ids) -> NDArray[np.uint64]:
-        """Of the records that begin there, as they are now."""
-        return digests(self.arenas.memory.originals, starts, self.layout.original_record_bytes)
 
     def record_offsets(self, kind: int, ids: Ids) -> NDArray[np.int64]:
         return self.offsets_of(kind, ids[:, None], np.arange(self.layout.num_kv_heads))

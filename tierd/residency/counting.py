@@ -2,7 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from tierd_kernels.in_scratch import UNIT, add_copy, count_copies, take_over
+from tierd_kernels.in_scratch import close, say, take_over
 
 from tierd.compiling import compiled
 
@@ -43,13 +43,10 @@ def renew(
         after = i + 1
         for kind in range(2):
             for head in range(heads):
-                at = location[kind, ids[i], head]
-                if at >= 0:
-                    add_copy(words, (2 * i + kind) * heads + head)
-                    places[count] = at // UNIT
-                    count += 1
-    take_over(old, old_places, 2 * heads * after, 2 * heads * known, words, places, count)
-    return count_copies(words)
+                count = say(words, places, count, (2 * i + kind) * heads + head, location[kind, ids[i], head])
+    count = take_over(old, old_places, 2 * heads * after, 2 * heads * known, words, places, count)
+    close(words, 2 * heads * len(ids), count)
+    return count
 
 
 def prepare() -> None:

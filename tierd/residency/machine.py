@@ -110,9 +110,9 @@ class Residency:
         self._turn += 1
 
     def num_late(self, table: BlockTable, records: Ids, exact_heads: NDArray[np.bool_]) -> int:
-        """Of these records (int64 [3, n]: kinds, block ids, heads), which the last batch read from the host, how many had a copy on
-        its way when that began. It may have arrived meanwhile; one that failed for good is not counted, nor what `exact_heads` [Hkv] read,
-        who never look for copies."""
+        """Of these records (int64 [3, n]: kinds, block ids, heads; rows behind are not read), which the last batch read from the host, how
+        many had a copy on its way when that began. It may have arrived meanwhile; one that failed for good is not counted, nor what
+        `exact_heads` [Hkv] read, who never look for copies."""
         return begun_before(records, exact_heads, table.copy_id, self._copies.turn, self._turn)
 
     def copies(self) -> Iterator[ScratchCopy]:

@@ -4,7 +4,7 @@ Legend: m full blocks, Hkv KV heads.
 """
 
 import numpy as np
-from tierd_kernels.in_scratch import NOTHING, InScratch, empty_words
+from tierd_kernels.in_scratch import InScratch, empty_words
 
 from tierd.residency.blocks import BlockTable, Ids
 from tierd.residency.counting import changed, renew
@@ -39,7 +39,8 @@ class Places:
             return None
         if said is not None and not number and known == self._known:
             return said
-        old, old_places = (NOTHING, NO_PLACES) if said is None else said
-        words, places = empty_words(2 * len(ids) * table.layout.num_kv_heads), np.empty(len(old_places) + copies, np.uint32)
-        count = renew(ids, known if len(old) else 0, which[:number], table.location, old, old_places, words, places)
+        heads = table.layout.num_kv_heads
+        old, old_places = (empty_words(2 * known * heads), NO_PLACES) if said is None else said
+        words, places = empty_words(2 * len(ids) * heads), np.empty(len(old_places) + copies, np.uint32)
+        count = renew(ids, known, which[:number], table.location, old, old_places, words, places)
         return InScratch(words, places[:count]) if count else None

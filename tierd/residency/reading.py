@@ -16,20 +16,6 @@ Mask = NDArray[np.bool_]
 
 
 @compiled
-def read_from_host(records: Ints, from_host: Mask, ids: Ints) -> Ints:
-    """Those of `records` [3, n] that are in `from_host` [n], as int64 [3, k]: kinds, block ids (from `ids` [m]) and heads."""
-    count = 0
-    for i in range(len(from_host)):
-        count += from_host[i]
-    found, at = np.empty((3, count), np.int64), 0
-    for i in range(len(from_host)):
-        if from_host[i]:
-            found[0, at], found[1, at], found[2, at] = records[0, i], ids[records[1, i]], records[2, i]
-            at += 1
-    return found
-
-
-@compiled
 def mark_used(records: Ints, from_host: Mask, ids: Ints, used: Mask) -> int:
     """Marks the others in a table's `used` [2, C, Hkv]; returns how many they are."""
     count = 0
@@ -42,7 +28,8 @@ def mark_used(records: Ints, from_host: Mask, ids: Ints, used: Mask) -> int:
 
 @compiled
 def begun_before(records: Ints, exact_heads: Mask, copy_id: Ints, turns: Ints, turn: int) -> int:
-    """Of these records [3, k] (kinds, block ids, heads), but for those of exact heads, how many have a copy that began before `turn`."""
+    """Of these records [3, k] (kinds, block ids, heads; rows behind are not read), but for those of exact heads, how many have a copy that
+    began before `turn`."""
     count = 0
     for i in range(records.shape[1]):
         copy = copy_id[records[0, i], records[1, i], records[2, i]]
@@ -54,6 +41,5 @@ def prepare() -> None:
     """Compiles them, or loads them."""
     records, none, heads = np.zeros((3, 0), np.int64), np.zeros(0, np.bool_), np.zeros(1, np.bool_)
     ids, table = np.zeros(0, np.int64), np.zeros((2, 0, 1), NOTE)
-    read_from_host(records, none, ids)
     mark_used(records, none, ids, table["copy_id"] != 0)
     begun_before(records, heads, table["copy_id"], np.zeros(0, COPY)["turn"], 0)
