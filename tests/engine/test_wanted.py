@@ -11,7 +11,7 @@ from engine_calls import CONFIG, EXACT, RECORD_BYTES, Bench
 from tierd.commands import Attend, CloseSession, CloseWorker, Command, Fork, Row, Truncate
 from tierd.engine import EngineConfig
 from tierd.engine.scratch import Asker
-from tierd.engine.wanted import Wanted, Wish
+from tierd.engine.wanted import PART, PART_MIN, Wanted, Wish
 from tierd.policy import Choice
 from tierd.residency import BlockTable
 
@@ -85,7 +85,7 @@ def test_parts_are_in_the_end_what_one_turn_begins(seed: int) -> None:
     left = everything = wanted_after(tokens, promote_every)
     while parts.cache.is_behind:
         assert len(parts.cache._wanted) == left
-        most = min(left, max(32, -(-left // 4)))
+        most = min(left, max(PART_MIN, -(-left // PART)))
         begun = parts.hide()
         assert begun <= most and len(parts.cache._wanted) <= left - most
         assert begun == most or parts.counters.prefetched < everything, "less only where there was no room"
@@ -94,6 +94,51 @@ def test_parts_are_in_the_end_what_one_turn_begins(seed: int) -> None:
     assert not whole.cache.is_behind and parts.counters.prefetched == whole.counters.prefetched > 0
     if whole.counters.prefetched == everything or sum(n >= 16 for layers in tokens for n in layers) == 1:
         assert parts.begun() == whole.begun()
+
+
+def test_what_has_arrived_is_taken_in_behind_kernels_too() -> None:
+    bench = Hidden()
+    poll = bench.engine._migrator.poll
+    del bench.engine._migrator.poll
+    assert poll is list
+    bench.called([[64, 0]])
+    bench.hide()
+    assert bench.hide() == RECORDS == bench.engine.residency.num_copies and bench.engine.residency.num_in_flight == 0
+
+
+def test_what_a_call_taught_is_learnt_though_the_engine_stops() -> None:
+    bench = Bench()
+    bench.kernels.has_device = True
+    name = bench.opened(tokens=64)
+    bench.engine.start()
+    assert len(bench.engine.submit(bench.attend(name)).result(30.0)) == 1
+    bench.engine.stop(30.0)
+    bench.engine.check_integrity()
+    assert bench.engine.counters.prefetched == RECORDS == bench.engine.residency.num_copies
+
+
+def test_nothing_more_of_a_kind_is_tried_once_scratch_has_no_room_for_a_better_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, tried = Hidden(replace(CONFIG, scratch_bytes=8 * RECORD_BYTES)), list[tuple[int, int]]()
+    bench.called([[64, 64]])
+    place = bench.cache._scratch.place
+
+    def told(asker: Asker, table: BlockTable, kind: int, *arguments: Any) -> Any:
+        tried.append((asker.layer, kind))
+        return place(asker, table, kind, *arguments)
+
+    monkeypatch.setattr(bench.cache._scratch, "place", told)
+    bench.hide()
+    bench.hide()
+    bench.run()
+    assert tried == [(0, 0), (0, 1)] and bench.counters.prefetched == 8
+
+
+def test_scratch_that_is_full_for_one_session_may_have_room_for_another() -> None:
+    wanted, wishes = Wanted(), [wish(0, 1), wish(1, 1), wish(0, 1, session="another")]
+    for each in wishes:
+        wanted.add(each)
+    wanted.fill("s", 1)
+    assert [each.full for each in wishes] == [{1}, {1}, set()]
 
 
 @pytest.mark.parametrize("ending", ["truncate", "close", "worker", "lease", "fork", "append"])
@@ -197,7 +242,7 @@ def test_what_waits_is_bounded_though_every_call_is_looked_at(layers: int) -> No
         served(wanted)
         first = max(first, len(wanted))
         wanted.add(wish(turn % layers, int(rng.integers(200, most + 1))))
-        assert len(wanted) <= min(layers, 4) * most and len(wanted._wishes) <= layers
+        assert len(wanted) <= min(layers, PART) * most and len(wanted._wishes) <= layers
     assert first > 0
     for _ in range(100):
         served(wanted)
@@ -206,18 +251,18 @@ def test_what_waits_is_bounded_though_every_call_is_looked_at(layers: int) -> No
 
 def test_a_later_look_at_a_layer_takes_the_place_of_an_earlier_one() -> None:
     wanted = Wanted()
-    for row, count in ((0, 50), (1, 40), (0, 7)):
+    for row, count in ((0, 50), (1, PART_MIN + 8), (0, 7)):
         wanted.add(wish(row, count))
     wanted.add(wish(0, 3, session="another"))
-    assert len(wanted) == 40 + 7 + 3
-    assert served(wanted) == [(1, 32)] and served(wanted) == [(0, 7), (0, 3), (1, 8)] and not wanted
+    assert len(wanted) == PART_MIN + 8 + 7 + 3
+    assert served(wanted) == [(1, PART_MIN)] and served(wanted) == [(0, 7), (0, 3), (1, 8)] and not wanted
 
 
 def test_rows_take_turns_also_from_one_part_to_the_next() -> None:
     wanted = Wanted()
-    for row in range(4):
-        wanted.add(wish(row, 40))
-    assert [served(wanted) for _ in range(4)] == [[(0, 40)], [(1, 32)], [(2, 32)], [(3, 32)]]
+    for row in range(3):
+        wanted.add(wish(row, PART_MIN + 1))
+    assert [served(wanted) for _ in range(4)] == [[(0, PART_MIN)], [(1, PART_MIN)], [(2, PART_MIN)], [(0, 1), (1, 1), (2, 1)]]
 
 
 def test_little_room_is_shared_by_those_that_wait() -> None:

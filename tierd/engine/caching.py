@@ -85,7 +85,7 @@ class ScratchCache:
     def _submit(self, ids: Ids) -> int:
         """Gives copies in flight to the migrator; returns their bytes."""
         sources, targets, nbytes = self._residency.ways(ids)
-        for size in np.unique(nbytes).tolist():
+        for size in sorted(set(nbytes.tolist())):
             some = nbytes == size
             self._migrator.submit(CopyOrders(ids[some], sources[some], targets[some], size))
         return int(nbytes.sum())
@@ -226,10 +226,10 @@ class ScratchCache:
         name, nbytes = asker.session_id, asker.nbytes
         assert name in self._sessions, "a closed session wants copies"
         kinds, blocks, heads = wish.choice.records[some].T
+        free = table.copy_id[kinds, blocks, heads] == NO_COPY  # another row may share the block
         begun = []
         for kind in [kind for kind in (KEY, VALUE) if kind not in wish.full]:
-            # Another row may share the block.
-            wanted = np.flatnonzero((kinds == kind) & (table.copy_id[kinds, blocks, heads] == NO_COPY))
+            wanted = np.flatnonzero((kinds == kind) & free)
             worths, displace = wish.choice.worths[some][wanted], wish.choice.displace
             ids = self._scratch.place(asker, table, kind, blocks[wanted], heads[wanted], worths, displace, self._families)
             if len(ids) < len(wanted):
