@@ -242,7 +242,7 @@ def test_what_waits_is_bounded_though_every_call_is_looked_at(layers: int) -> No
         served(wanted)
         first = max(first, len(wanted))
         wanted.add(wish(turn % layers, int(rng.integers(200, most + 1))))
-        assert len(wanted) <= min(layers, PART) * most and len(wanted._wishes) <= layers
+        assert len(wanted) <= min(layers, 4) * most and len(wanted._wishes) <= layers
     assert first > 0
     for _ in range(100):
         served(wanted)
