@@ -234,7 +234,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   const bool good = total <= budget && o < INFINITY;
   // Blocks that stay original make it infinite, until they are promoted.
   const float fixed = skip + arithmetic < INFINITY ? skip + arithmetic : left_norm + left_grown * o + 2.f * VALUE_ROUNDING * norm + THETA * o + rounding;
-  // A lane a field, and behind them a lane a fact: one after the other they took a third of what is done here.
+  // A lane a field, and behind them a lane a fact.
   const float in_units[FIELDS] = {total, 0.f, key * stretch, value * stretch, skip * stretch, arithmetic * stretch, vbar, o, 0.f, total};
   const float plain[FIELDS + ROW_FACTS] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, left_count, 0.f, (float)promoted_keys, (float)promoted_values, 0.f, 0.f, NAN,
                                            top, mass, o, (float)fmin(budget, 1e30), fixed, 0.f};
