@@ -8,6 +8,7 @@ import pytest
 import torch
 from fake_tier import FakeTier
 from models import ARCHITECTURES, build, left_padded, prompt
+from precision import check_same
 from tierd_client.hf import TierdCache
 from tierd_client.types import Tolerance
 from transformers import DynamicCache, PreTrainedModel
@@ -130,7 +131,7 @@ def test_repeat_select_and_crop_by_hand(dense: PreTrainedModel, tiered: PreTrain
         wide = torch.cat([mask[[1, 0, 1], :-2], torch.ones(3, 4, dtype=mask.dtype)], dim=1)
         new = prompt(3, 4, seed=9)
         expected = dense(new, attention_mask=wide, past_key_values=reference).logits
-        torch.testing.assert_close(tiered(new, attention_mask=wide, past_key_values=cache).logits, expected, rtol=1e-4, atol=1e-4)
+        check_same(tiered(new, attention_mask=wide, past_key_values=cache).logits, expected)
         assert cache.get_seq_length() == reference.get_seq_length() == 14
         cache.crop(13)  # the absolute length of transformers 4
         assert cache.get_seq_length() == 13
@@ -154,7 +155,7 @@ def test_padding_between_tokens_is_never_stored(
                 for model, held in ((dense, reference), (tiered, cache))
             ]
             shown = mask[:, part].bool()
-            torch.testing.assert_close(outputs[1][shown], outputs[0][shown], rtol=1e-4, atol=1e-4)
+            check_same(outputs[1][shown], outputs[0][shown])
         assert sorted(session.length(layer=0) for session in tier.open) == [3, 8]
     # Row 0 has nothing cached until the second part, and nothing new in the first: it meets the daemon in the third.
     assert tier.tokens_per_message == [[3]] * 3 + [[1, 2]] * 3
@@ -167,6 +168,6 @@ def test_a_long_forward_is_cut_to_the_limit_of_a_message(dense: PreTrainedModel,
         tiered(ids[:, :40], attention_mask=mask[:, :40], past_key_values=cache)
         logits = tiered(ids[:, 40:], attention_mask=mask, past_key_values=cache).logits
         expected = dense(ids, attention_mask=mask).logits[:, 40:]
-        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        check_same(logits, expected)
     assert small.calls["step_many"] > 3
     assert max(sum(tokens) for tokens in small.tokens_per_message) * (2 * 6 * 64 * 4) < 64 << 10

@@ -9,7 +9,7 @@ import pytest
 import torch
 from daemon_process import DaemonProcess
 from models import ARCHITECTURES, build, left_padded, prompt
-from precision import check_logits
+from precision import check_logits, check_same
 from tierd_client import DaemonUnavailable, InvalidArgument, Tier, Tolerance, connect
 from tierd_client.hf import TierdCache, UnsupportedModel
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
@@ -117,7 +117,7 @@ def test_a_limit_that_the_daemon_names(tier: Tier, llama: PreTrainedModel) -> No
         cache.crop(-4)
         logits = llama(ids[:, 6:], past_key_values=cache).logits
     llama.set_attn_implementation("sdpa")
-    torch.testing.assert_close(logits, llama(ids).logits[:, 6:], rtol=1e-4, atol=1e-4)
+    check_same(logits, llama(ids).logits[:, 6:])
 
 
 def test_a_daemon_that_dies(tmp_path: Path, llama: PreTrainedModel) -> None:
