@@ -88,11 +88,6 @@ __device__ __forceinline__ void row_limits(const Call &call, int splits, int bas
   __syncthreads();
 }
 
-// The split's largest score, of row lane % ROW_TILE.
-__device__ __forceinline__ float split_top(const Call &call, int splits, int base, int split) {
-  return call.partials[(((i64)base * (splits + 1) + split) * PARTIALS + SPLIT_TOP) * ROW_TILE + threadIdx.x % ROW_TILE];
-}
-
 extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
   let_next_begin();

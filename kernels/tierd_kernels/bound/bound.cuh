@@ -126,6 +126,11 @@ __device__ __forceinline__ float split_sums(const Call &call, const float *of_sp
   return lightest;
 }
 
+// The split's largest score, of row lane % ROW_TILE.
+__device__ __forceinline__ float split_top(const Call &call, int splits, int base, int split) {
+  return call.partials[(((i64)base * (splits + 1) + split) * PARTIALS + SPLIT_TOP) * ROW_TILE + threadIdx.x % ROW_TILE];
+}
+
 // Groups of 1024 tokens, or splits where they are larger; the trailing block is a group of its own, the last.
 struct Groups {
   int together, spanned, count;

@@ -235,19 +235,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   // Blocks that stay original make it infinite, until they are promoted.
   const float fixed = skip + arithmetic < INFINITY ? skip + arithmetic : left_norm + left_grown * o + 2.f * VALUE_ROUNDING * norm + THETA * o + rounding;
   // A lane a field, and behind them a lane a fact.
-  const float in_units[FIELDS] = {total, 0.f, key * stretch, value * stretch, skip * stretch, arithmetic * stretch, vbar, o, 0.f, total};
-  const float plain[FIELDS + ROW_FACTS] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, left_count, 0.f, (float)promoted_keys, (float)promoted_values, 0.f, 0.f, NAN,
-                                           top, mass, o, (float)fmin(budget, 1e30), fixed, 0.f};
-  float of_lane = 0.f, as_it_is = 0.f;
+  const float told[FIELDS + ROW_FACTS] = {
+      total, 0.f, key * stretch, value * stretch, skip * stretch, arithmetic * stretch, vbar, o, left_count, total, (float)promoted_keys,
+      (float)promoted_values, 0.f, 0.f, NAN, top, mass, o, (float)fmin(budget, 1e30), fixed, 0.f};
+  float x = 0.f;
 #pragma unroll
-  for (int k = 0; k < FIELDS + ROW_FACTS; k++) {
-    if (k <= CANDIDATE && k != BUDGET && k != SKIPPED) of_lane = lane == k ? in_units[k] : of_lane;
-    else if (k != SCORE_TOP && k != RANKED) as_it_is = lane == k ? plain[k] : as_it_is;
-  }
+  for (int k = 0; k < FIELDS + ROW_FACTS; k++) x = lane == k ? told[k] : x;
   const bool of_first = lane == CANDIDATE || lane == SCORE_TOP || lane == PAPER_KEY_BOUND || (lane == RANKED && !require_rank);
   if (lane < CANDIDATE || lane == KEYS || lane == VALUES || (of_first && !again))
-    out[lane * ((i64)heads * rows)] = lane == BUDGET ? fmin(budget * size, BUDGET_MAX) : of_lane * size + as_it_is;
-  if (!again && lane >= FIELDS && lane < FIELDS + ROW_LIMIT) facts[lane - FIELDS] = as_it_is;
+    out[lane * ((i64)heads * rows)] = lane == BUDGET ? fmin(budget * size, BUDGET_MAX) : lane < SKIPPED || lane == CANDIDATE ? x * size : x;
+  if (!again && lane >= FIELDS && lane < FIELDS + ROW_LIMIT) facts[lane - FIELDS] = x;
   if (lane) return;
   if (again) {
     *state = good ? CERTIFIED : DUE;

@@ -3,8 +3,9 @@
 // split, which may have a part of another tile's blocks (select/sharing.cuh): a warp weighs the tokens of a block for a row, then a thread has
 // a channel of the values.
 //
-// Weights stay relative to the split's largest score of the first pass, until the sums are written. Scores of originals are sums in FP32 of exact or once rounded
-// products; what was taken back has been rounded once already, which the split's ERROR remembers (CERTIFICATE.md, "Promotion").
+// Weights stay relative to the split's largest score of the first pass, until the sums are written. Scores of originals are sums in FP32 of
+// exact or once rounded products; what was taken back has been rounded once already, which the split's ERROR remembers (CERTIFICATE.md,
+// "Promotion").
 
 static_assert(WARPS == ROW_TILE, "a warp a row");
 static_assert(SPLIT_BLOCKS <= THREADS, "a thread a block");
@@ -171,8 +172,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   float q[PER_LANE];
   const int seen = read_query(call, h, group, tile * ROW_TILE + warp, q);
   const float2 *of_rows = call.row_weights + ((i64)base * call.full + first) * ROW_TILE;
-  const float chosen = call.facts[(i64)at_row * ROW_FACTS + ROW_LIMIT];
-  const float top = call.partials[(((i64)base * (call.splits + 1) + split) * PARTIALS + SPLIT_TOP) * ROW_TILE + lane % ROW_TILE];
+  const float chosen = call.facts[(i64)at_row * ROW_FACTS + ROW_LIMIT], top = split_top(call, call.splits, base, split);
   const bool open = index < rows && call.state[at_row] == OPEN;
   float2 weights[ROUNDS];
 #pragma unroll
