@@ -7,13 +7,15 @@
 // holds NaN before), alignment of vectors (a trap), memory of exited lanes. What is not: speed, memory consistency between threads,
 // `ex2.approx`'s own bits (it errs here by nearly as much as the bounds allow, in a direction that depends on the argument) and the order of an
 // MMA's sum (exact, then truncated).
-#include <immintrin.h>
+//
+// A kernel takes as long to build as its headers do: all of immintrin.h would add half a second to each.
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <xmmintrin.h>
 
 #include <vector>
 
@@ -39,7 +41,9 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 
 namespace emulator {
 
-constexpr int LANES = 32, THREADS_MAX = 1024, STACK_BYTES = 1 << 16, SHARED_BYTES = 228 << 10;
+constexpr int LANES = 32, THREADS_MAX = 1024, SHARED_BYTES = 228 << 10;
+// A power of two would put what is used of each stack in the same few sets of the processor's caches: a switch takes up to twice as long.
+constexpr int STACK_BYTES = (64 << 10) + 448;
 alignas(128) static unsigned char dynamic[SHARED_BYTES];
 
 // Threads that wait for one another, and what they exchange meanwhile: two buffers in turn, so that a slow reader is never overwritten.
@@ -49,11 +53,12 @@ struct Group {
   u64 slots[2][LANES][4];
   int any[2];
 };
-struct Fiber { void *stack, *at; dim3 index; bool done; };
+struct Fiber { void *at; dim3 index; bool done; };
 struct Copy { void *to; const void *from; u32 bytes; u64 *bar; };
 struct Initialised { u64 *bar; int warp; u32 turn; };  // by a thread of that warp, at that turn of the block's barrier
 
 static Fiber fibers[THREADS_MAX];
+static char *stacks;
 static Group warps[THREADS_MAX / LANES], block;
 static std::vector<Copy> copies;
 static std::vector<Initialised> initialised;
@@ -85,17 +90,18 @@ emulator_switch:
   pop %r12
   pop %rbx
   pop %rbp
-  ret
+  pop %rcx
+  jmp *%rcx  # as a return it would be foretold wrongly
 )");
 
 static void pause() { emulator_switch(&current->at, scheduler); }
+static __forceinline__ int warp_index() { return current->index.x / LANES; }
+static __forceinline__ Group &warp() { return warps[warp_index()]; }
+static __forceinline__ int lane() { return current->index.x % LANES; }
 static void leave(Group &group) {
   progress++;
   if (--group.live == group.arrived && group.live) group.arrived = 0, group.turn++, group.any[group.turn & 1] = 0;
 }
-static int warp_index() { return (current - fibers) / LANES; }
-static Group &warp() { return warps[warp_index()]; }
-static int lane() { return (current - fibers) % LANES; }
 
 // Waits until all live threads of the group are here; returns which buffer they exchanged.
 static int meet(Group &group) {
@@ -116,19 +122,20 @@ static void run() {
   pause();
 }
 
-// What a lane of the warp gave: up to four words.
+// What the lanes of the warp gave: up to four words each.
 static const u64 (*exchange(u64 a, u64 b = 0, u64 c = 0, u64 d = 0))[4] {
-  u64(*mine)[LANES][4] = warp().slots;
+  u64(*given)[4] = warp().slots[warp().turn & 1];
   const u64 words[4] = {a, b, c, d};
-  memcpy(mine[warp().turn & 1][lane()], words, sizeof words);
-  return warp().slots[meet(warp())];
+  memcpy(given[lane()], words, sizeof words);
+  meet(warp());
+  return given;
 }
 template <typename T>
 static T shuffle(T x, int source) {
-  u64 bits = 0;
-  memcpy(&bits, &x, sizeof x);
-  bits = exchange(bits)[source & (LANES - 1)][0];
-  memcpy(&x, &bits, sizeof x);
+  u64(*given)[4] = warp().slots[warp().turn & 1];
+  memcpy(given[lane()], &x, sizeof x);
+  meet(warp());
+  memcpy(&x, given[source & (LANES - 1)], sizeof x);
   return x;
 }
 
@@ -137,11 +144,12 @@ static bool run_block(int threads) {
   copies.clear(), initialised.clear(), fault = nullptr;
   memset(&block, 0, sizeof block);
   block.live = threads;
+  const int protection = PROT_READ | PROT_WRITE, kind = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+  if (!stacks) stacks = (char *)mmap(nullptr, THREADS_MAX * STACK_BYTES, protection, kind, -1, 0);
   for (int t = 0; t < threads; t++) {
     if (t % LANES == 0) memset(&warps[t / LANES], 0, sizeof(Group)), warps[t / LANES].live = threads - t < LANES ? threads - t : LANES;
     Fiber &fiber = fibers[t];
-    if (!fiber.stack) fiber.stack = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    void **top = (void **)((char *)fiber.stack + STACK_BYTES) - 2;
+    void **top = (void **)(stacks + (t + 1) * STACK_BYTES) - 2;
     *top = (void *)run;
     fiber.at = top - 6, fiber.done = false, fiber.index = {(u32)t, 0, 0};
   }
@@ -248,12 +256,15 @@ inline float to_odd(double x) {
 struct __half { unsigned short bits; };
 struct __half2 { __half x, y; };
 struct __nv_bfloat16 { unsigned short bits; };
-template <int mode> inline __half as_half(float x) { return {(unsigned short)_mm_extract_epi16(_mm_cvtps_ph(_mm_set_ss(x), mode), 0)}; }
-inline __half __float2half(float x) { return as_half<_MM_FROUND_TO_NEAREST_INT>(x); }
-inline __half __float2half_ru(float x) { return as_half<_MM_FROUND_TO_POS_INF>(x); }
-inline __half __float2half_rd(float x) { return as_half<_MM_FROUND_TO_NEG_INF>(x); }
+typedef float four_floats __attribute__((vector_size(16)));
+typedef short eight_halves __attribute__((vector_size(16)));
+enum Rounding { TO_NEAREST, DOWN, UP };  // as the instruction has it
+template <Rounding mode> inline __half as_half(float x) { return {(unsigned short)__builtin_ia32_vcvtps2ph((four_floats){x}, mode)[0]}; }
+inline __half __float2half(float x) { return as_half<TO_NEAREST>(x); }
+inline __half __float2half_ru(float x) { return as_half<UP>(x); }
+inline __half __float2half_rd(float x) { return as_half<DOWN>(x); }
 inline __half __double2half(double x) { return __float2half(to_odd(x)); }
-inline float __half2float(__half x) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(x.bits))); }
+inline float __half2float(__half x) { return __builtin_ia32_vcvtph2ps((eight_halves){(short)x.bits})[0]; }
 inline __half __ushort_as_half(unsigned short x) { return {x}; }
 inline __half __uint2half_rn(u32 x) { return __float2half((float)x); }
 inline __half2 __half2half2(__half x) { return {x, x}; }
