@@ -82,11 +82,13 @@ def tell_candidates(script: Script, calls: int, heads: int, group: int) -> None:
         scores[:, head, : len(both)] = np.where(order < len(promoted), 1.0, 0.05)
 
 
-def gather(count: int, source: int, target: int, source_at: int, target_at: int, nbytes: int) -> None:
+def gather(count: int, source: int, target: int, back: int, source_at: int, target_at: int, nbytes: int) -> None:
     """Copies records, as the kernel of that name."""
     offsets, size = [at(address, (count,), np.int64) for address in (source_at, target_at)], int(nbytes)
-    sides = [at(base, (int(own.max()) + size,), np.uint8) for base, own in zip((source, target), offsets, strict=True)]
-    _gather(*sides, *offsets, size)
+    offsets.append(np.arange(count) * size)
+    places = [at(base, (int(own.max()) + size,), np.uint8) for base, own in zip((source, target, back), offsets, strict=True)]
+    for way in (0, 1):
+        _gather(*places[way : way + 2], *offsets[way : way + 2], size)
 
 
 @numba.njit(cache=True)  # type: ignore[untyped-decorator]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd.policy.heap import COPY, NO_COPY, NOBODY, Copies, Ids, choose, pull_all, push_all, raise_all
+from tierd.policy.heap import COPY, NO_COPY, NOBODY, Copies, Ids, choose, own_all, pull_all, push_all, raise_all
 
 GROWS_BY_MIN = 64
 
@@ -47,8 +47,8 @@ class Shelf:
             return
         c = self._with_room_for(int(ids.max()) + 1)
         who = self._at(region, self._number(owner))
-        assert (c["owner"][ids] == NOBODY).all()
-        c["owner"][ids], c["nbytes"][ids], c["worth"][ids] = who, nbytes, worths
+        sound = own_all(c, ids, who, nbytes, worths)
+        assert sound, "a copy has an owner"
         self._used[who] += nbytes * len(ids)
         self._count[who] += len(ids)
 

@@ -94,6 +94,16 @@ def pull_all(c: Copies, roots: Ids, copies: Ids) -> None:
 
 
 @compiled
+def own_all(c: Copies, copies: Ids, who: int, nbytes: int, worths: NDArray[np.float64]) -> bool:
+    """They are `who`'s, of `nbytes` each, in no heap yet. False where one is somebody's: our fault, and what is before it is written."""
+    for i in range(len(copies)):
+        if c[copies[i]].owner != NOBODY:
+            return False
+        c[copies[i]].owner, c[copies[i]].nbytes, c[copies[i]].worth = who, nbytes, worths[i]
+    return True
+
+
+@compiled
 def raise_all(c: Copies, copies: Ids, worths: NDArray[np.float64]) -> None:
     """Their worths of now. No heap changes, for a copy's key may be less than its worth. One by one: numpy took four times as long."""
     for i in range(len(copies)):

@@ -86,12 +86,10 @@ def begin_copies(memory: Memory, sources: NDArray[np.int64], targets: NDArray[np
     begun before are done. Raises DeviceLost."""
     own = _own(memory)
     count = min(len(sources), own.landing.nbytes // nbytes, own.ways.shape[1])
-    own.ways[:, :count] = sources[:count], targets[:count], np.arange(count) * nbytes
-    from_host, there, home = (way.ctypes.data for way in own.ways)
+    own.ways[0, :count], own.ways[1, :count] = sources[:count], targets[:count]
     with faults():
         own.copier.wait_event(own.answered)
-        launch.gather(own.originals_at, own.scratch_at, from_host, there, count, nbytes, own.copier)
-        launch.gather(own.scratch_at, own.landing.ctypes.data, there, home, count, nbytes, own.copier)
+        launch.gather(own.originals_at, own.scratch_at, own.landing_at, own.ways_at, own.ways_at + own.ways.strides[0], count, nbytes, own.copier)
         own.copied.record(own.copier)
     return Copying(partial(_has_happened, own.copied), own.landing[: count * nbytes].reshape(count, nbytes))
 

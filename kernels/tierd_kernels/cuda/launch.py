@@ -70,10 +70,10 @@ def kernel(layout: Layout, name: str, naive: bool = False) -> Any:
     return function
 
 
-def gather(source: int, target: int, source_at: int, target_at: int, count: int, nbytes: int, stream: Any) -> None:
-    """Copies `count` records of `nbytes` between two memories. All are addresses, of pinned host memory too: of the memories, and of the
-    records' offsets in them, int64 [count]."""
-    args = (*map(np.uint64, (source, target, source_at, target_at)), np.int32(nbytes))
+def gather(source: int, target: int, back: int, source_at: int, target_at: int, count: int, nbytes: int, stream: Any) -> None:
+    """Copies `count` records of `nbytes` from `source` to `target`, and from there to `back`, one behind the other. All are addresses, of
+    pinned host memory too: of the memories, and of the records' offsets in the first two, int64 [count]."""
+    args = (*map(np.uint64, (source, target, back, source_at, target_at)), np.int32(nbytes))
     kernel(ANY, "gather")((count,), (GATHER_THREADS,), args, stream=stream)
 
 
