@@ -46,7 +46,7 @@ class Cost:
     def timed_begin(self, block: Ids, head: Ids, worths: NDArray[np.float64]) -> Ids:
         asker = Asker("session", "family", LAYERS, 0, LAYOUT.original_record_bytes)
         began_s = time.perf_counter()
-        ids = self.scratch.place(asker, self.table, 0, block, head, worths, 1.0, ["family"])
+        ids = self.scratch.place(asker, self.table, block, head, worths, len(block), 1.0, ["family"]).ids
         self.begin_us = 1e6 * (time.perf_counter() - began_s) / max(1, len(ids))
         return ids
 

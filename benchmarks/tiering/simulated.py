@@ -115,7 +115,7 @@ class Replay:
             self._drop(copy_id)
         begun = wanted[: room.placed]
         ids = np.array([self._free_ids.pop() for _ in begun], np.int64)
-        self._shelf.put(kind, ids, "session", 1, choice.worths[begun])
+        self._shelf.put(np.full(len(ids), kind), ids, "session", 1, choice.worths[begun])
         for copy_id, (_, block, head) in zip(ids.tolist(), choice.records[begun].tolist(), strict=True):
             self._places[copy_id] = kind, block, head
             self._copy_id[kind, block, head] = copy_id

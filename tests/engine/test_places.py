@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scratch_copies import copies_begun
 from tierd_kernels.in_scratch import InScratch
 from tierd_kernels.layout import Layout, Memory
 
@@ -79,7 +80,7 @@ def filled(table: BlockTable, ids: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def copied(owner: Residency, table: BlockTable, block: int, kind: int = 0, head: int = 0, arrives: bool = True) -> NDArray[np.int64]:
-    ids = owner.begin_copies(table, kind, np.array([block]), np.array([head]))
+    ids = copies_begun(owner, table, kind, np.array([block]), np.array([head]))
     if arrives:
         checksum = np.array([owner.copy(int(ids[0])).checksum], np.uint64)
         assert owner.finish_copies(ids, checksum).settled.tolist() == ids.tolist()

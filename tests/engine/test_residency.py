@@ -10,6 +10,7 @@ import pytest
 import xxhash
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scratch_copies import copies_begun
 from tierd_kernels.host import hot_block_bytes, reserve
 from tierd_kernels.layout import Layout
 
@@ -117,7 +118,7 @@ class Machine(RuleBasedStateMachine):
         wanted = [record for record in self.uncopied() if record[0] == kind]
         records = data.draw(st.permutations(wanted))[: data.draw(st.integers(0, 4))]
         room = COPIES - sum(copy.kind == kind for copy, _ in self.copies.values())
-        begun = self.residency.begin_copies(self.table, kind, ids(*(x[1] for x in records)), ids(*(x[2] for x in records)))
+        begun = copies_begun(self.residency, self.table, kind, ids(*(x[1] for x in records)), ids(*(x[2] for x in records)))
         assert len(begun) == min(room, len(records))
         for copy_id, record in zip(begun.tolist(), records, strict=False):
             assert copy_id not in self.copies
@@ -266,7 +267,7 @@ def test_the_integrity_check_notices(damage: str) -> None:
     block = int(table.add_tails(2)[0])
     table.give_hot(ids(block))
     table.seal(ids(block))
-    copy = residency.copy(int(residency.begin_copies(table, 0, ids(block), ids(1))[0]))
+    copy = residency.copy(int(copies_begun(residency, table, 0, ids(block), ids(1))[0]))
     residency.check_integrity()
     match damage:
         case "references":
@@ -302,7 +303,7 @@ def test_a_copy_made_again_is_unread_until_it_is_read_itself() -> None:
     told: list[bool] = []
     residency.on_gone(lambda gone, used: told.extend(used.tolist()))
     for read in (True, False):
-        copies = residency.begin_copies(table, 1, block, ids(0))
+        copies = copies_begun(residency, table, 1, block, ids(0))
         assert residency.finish_copies(copies, table.checksum[1, block, 0]).settled.tolist() == copies.tolist()
         table.used[1, block, 0] |= read
         residency.evict(copies)
@@ -314,14 +315,14 @@ def test_no_record_gets_two_copies_at_once() -> None:
     table = residency.table(LAYOUT)
     block = filled(table, 1)
     with pytest.raises(AssertionError, match="given twice"):
-        residency.begin_copies(table, 0, np.repeat(block, 2), ids(1, 1))
+        copies_begun(residency, table, 0, np.repeat(block, 2), ids(1, 1))
 
 
 def test_a_tail_gets_no_copy() -> None:
     residency = make()
     table = residency.table(LAYOUT)
     with pytest.raises(AssertionError, match="not of a full block"):
-        residency.begin_copies(table, 0, table.add_tails(1), ids(0))
+        copies_begun(residency, table, 0, table.add_tails(1), ids(0))
 
 
 def test_a_corrupt_record_is_named() -> None:

@@ -44,7 +44,7 @@ class Machine(RuleBasedStateMachine):
     def put(self, region: int, owner: str, nbytes: int, worths: list[float], arrived: bool) -> None:
         worths = worths[: self.free(region) // nbytes]
         fresh = [copy_id for copy_id in range(sum(CAPACITIES) + 8) if copy_id not in self.copies][: len(worths)]
-        self.shelf.put(region, ids(*fresh), owner, nbytes, np.array(worths))
+        self.shelf.put(np.full(len(fresh), region), ids(*fresh), owner, nbytes, np.array(worths))
         if arrived:
             self.shelf.arrive(ids(*fresh))
         self.copies |= {copy_id: Copy(region, owner, nbytes, worth, arrived) for copy_id, worth in zip(fresh, worths, strict=True)}
@@ -147,7 +147,7 @@ TestMachine.settings = settings(max_examples=150, stateful_step_count=40)
 def test_room_is_made_in_a_region_that_does_not_hold_a_whole_number_of_records(records: int, rest: int) -> None:
     for bid, evicted in ((9.0, [0]), (1.0, [])):
         shelf = Shelf(10 * records + rest)
-        shelf.put(0, np.arange(records), "a", 10, 1.0 + np.arange(records))
+        shelf.put(np.zeros(records, np.int64), np.arange(records), "a", 10, 1.0 + np.arange(records))
         shelf.arrive(np.arange(records))
         room = shelf.choose(0, "a", 10, np.array([bid]), rest, ["a"])
         assert (room.placed, room.evictions.tolist()) == (len(evicted), evicted)
@@ -158,7 +158,7 @@ def test_who_found_no_room_is_no_owner() -> None:
     for number in range(100):
         assert shelf.choose(0, f"s{number}", 8192, np.ones(3), 4096, ()).placed == 0
     assert shelf._numbers == {}
-    shelf.put(0, np.array([0]), "a", 4096, np.ones(1))
+    shelf.put(np.array([0]), np.array([0]), "a", 4096, np.ones(1))
     for region in (0, 1):
         assert shelf.choose(region, "a", 4096, np.zeros(1), 0, ("a",)).placed == 0, "not worth more than what is there, or none is"
     assert shelf.used_bytes(0, "a") == 4096

@@ -13,7 +13,7 @@ from tierd.engine import EngineConfig
 from tierd.engine.scratch import Asker
 from tierd.engine.wanted import PART, PART_MIN, Wanted, Wish
 from tierd.policy import Choice
-from tierd.residency import BlockTable
+from tierd.residency import BlockTable, Ids
 
 RECORDS = 16  # originals of 64 tokens at one layer
 TABLE = cast(BlockTable, None)  # of wishes that nobody begins
@@ -122,9 +122,9 @@ def test_nothing_more_of_a_kind_is_tried_once_scratch_has_no_room_for_a_better_o
     bench.called([[64, 64]])
     place = bench.cache._scratch.place
 
-    def told(asker: Asker, table: BlockTable, kind: int, *arguments: Any) -> Any:
-        tried.append((asker.layer, kind))
-        return place(asker, table, kind, *arguments)
+    def told(asker: Asker, table: BlockTable, blocks: Ids, heads: Ids, worths: Any, num_keys: int, *arguments: Any) -> Any:
+        tried.extend((asker.layer, kind) for kind, count in enumerate((num_keys, len(blocks) - num_keys)) if count)
+        return place(asker, table, blocks, heads, worths, num_keys, *arguments)
 
     monkeypatch.setattr(bench.cache._scratch, "place", told)
     bench.hide()
@@ -138,7 +138,7 @@ def test_scratch_that_is_full_for_one_session_may_have_room_for_another() -> Non
     for each in wishes:
         wanted.add(each)
     wanted.fill("s", 1)
-    assert [each.full for each in wishes] == [{1}, {1}, set()]
+    assert [each.full.tolist() for each in wishes] == [[False, True], [False, True], [False, False]]
 
 
 @pytest.mark.parametrize("ending", ["truncate", "close", "worker", "lease", "fork", "append"])

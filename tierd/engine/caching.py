@@ -16,7 +16,7 @@ from tierd.engine.scratch import Asker, Scratch
 from tierd.engine.wanted import Wanted, Wish
 from tierd.migrator import CopyOrders, Migrator
 from tierd.policy import FIRST_STEP, LinkBudget, Snapshot, Turns, named
-from tierd.residency import KEY, NO_COPIES, NO_COPY, VALUE, Ids, Residency, mark_used
+from tierd.residency import NO_COPIES, Ids, Residency, mark_used, without_copies
 from tierd.session import Session
 
 log = logging.getLogger(__name__)
@@ -85,8 +85,9 @@ class ScratchCache:
     def _submit(self, ids: Ids) -> int:
         """Gives copies in flight to the migrator; returns their bytes."""
         sources, targets, nbytes = self._residency.ways(ids)
-        for size in sorted(set(nbytes.tolist())):
-            some = nbytes == size
+        sizes = sorted(set(nbytes.tolist()))
+        for size in sizes:
+            some = nbytes == size if len(sizes) > 1 else slice(None)
             self._migrator.submit(CopyOrders(ids[some], sources[some], targets[some], size))
         return int(nbytes.sum())
 
@@ -199,12 +200,14 @@ class ScratchCache:
 
     def _begin(self, most: int) -> None:
         """Begins so many copies of what is wanted, until room, link or scratch is used up; all are given to the copier together."""
+        if not len(self._wanted):
+            return
         begun: list[Ids] = []
 
         def room(wish: Wish) -> int:
             return self._may_begin(wish.asker, sum(map(len, begun)))
 
-        self._wanted.serve(most, room, lambda wish, some: begun.extend(self._place(wish, some)))
+        self._wanted.serve(most, room, lambda wish, some: begun.append(self._place(wish, some)))
         ids = np.concatenate([NO_COPIES, *begun])
         if len(ids):
             self._submit(ids)
@@ -220,22 +223,17 @@ class ScratchCache:
             self._turns.refuse(name)
         return min(affordable, room)
 
-    def _place(self, wish: Wish, some: slice) -> list[Ids]:
-        """Begins copies of these records, each kind by itself; returns their ids. A kind without room for them is `full` from then on."""
+    def _place(self, wish: Wish, some: slice) -> Ids:
+        """Begins copies of these records; returns their ids. A kind without room for them is `full` from then on."""
         asker, table = wish.asker, wish.table
         name, nbytes = asker.session_id, asker.nbytes
         assert name in self._sessions, "a closed session wants copies"
-        kinds, blocks, heads = wish.choice.records[some].T
-        free = table.copy_id[kinds, blocks, heads] == NO_COPY  # another row may share the block
-        begun = []
-        for kind in [kind for kind in (KEY, VALUE) if kind not in wish.full]:
-            wanted = np.flatnonzero((kinds == kind) & free)
-            worths, displace = wish.choice.worths[some][wanted], wish.choice.displace
-            ids = self._scratch.place(asker, table, kind, blocks[wanted], heads[wanted], worths, displace, self._families)
-            if len(ids) < len(wanted):
-                self._wanted.fill(name, kind)
-            begun.append(ids)
-        count = sum(map(len, begun))
+        # Some have a copy by now: another row may share the block.
+        blocks, heads, worths, num_keys = without_copies(wish.choice.records[some], wish.choice.worths[some], wish.full, table.notes)
+        placed = self._scratch.place(asker, table, blocks, heads, worths, num_keys, wish.choice.displace, self._families)
+        for kind in placed.short:
+            self._wanted.fill(name, kind)
+        count = len(placed.ids)
         if count:
             self._under_way[asker.family, asker.layer] += count
             self._turns.start(name, count)
@@ -243,7 +241,7 @@ class ScratchCache:
             self._counters.prefetched += count
             self._counters.prefetch_bytes += count * nbytes
             self._note(name, asker.num_layers, asker.layer, prefetched=count, prefetch_bytes=count * nbytes)
-        return begun
+        return placed.ids
 
     def _wasted(self, asker: Asker, count: int) -> None:
         """So many copies begun for it are gone and were never read."""

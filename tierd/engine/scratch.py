@@ -6,13 +6,14 @@ Legend: n copies or records; kind 0 keys and 1 values.
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tierd.engine.counters import Counters
 from tierd.policy import Choice, Shelf
-from tierd.residency import NO_COPIES, BlockTable, Ids, Residency
+from tierd.residency import KEY, NO_COPIES, BlockTable, Ids, Residency
 
 
 @dataclass(eq=False)
@@ -26,6 +27,13 @@ class Asker:
     nbytes: int
 
 
+class Placed(NamedTuple):
+    """Copies begun, by their ids; and the kinds of which there was no room for all."""
+
+    ids: Ids
+    short: list[int]
+
+
 class Scratch:
     """`wasted` hears of askers whose copies went unread, and of how many."""
 
@@ -36,26 +44,37 @@ class Scratch:
         residency.on_gone(self._gone)
 
     def place(
-        self, asker: Asker, table: BlockTable, kind: int, blocks: Ids, heads: Ids, worths: NDArray[np.float64], displace: float,
+        self, asker: Asker, table: BlockTable, blocks: Ids, heads: Ids, worths: NDArray[np.float64], num_keys: int, displace: float,
         families: Collection[str],
-    ) -> Ids:  # fmt: skip
-        """Begins copies of n records of falling `worths`, evicting what is worth less than `displace` of that; returns the ids of those for
-        which there was room, which are the first. `families`: who has a share."""
-        pool = self._residency.arenas.scratch[kind]
-        size, free_bytes, done = pool.size_of(asker.nbytes), pool.free_bytes, NO_COPIES
-        while True:
-            room = self._shelf.choose(kind, asker.family, size, displace * worths[len(done) :], free_bytes, families)
-            if len(room.evictions):
-                self._residency.evict(room.evictions)
-                self._counters.evicted += len(room.evictions)
-            some = slice(len(done), len(done) + room.placed)
-            ids = self._residency.begin_copies(table, kind, blocks[some], heads[some])
+    ) -> Placed:  # fmt: skip
+        """Begins copies of n records, the first `num_keys` keys, the others values, each kind of falling `worths`, evicting what is worth
+        less than `displace` of that. Of each kind the first have room. `families`: who has a share."""
+        pools = self._residency.arenas.scratch
+        size, free_bytes = pools[KEY].size_of(asker.nbytes), [pool.free_bytes for pool in pools]
+        left, done = [np.arange(num_keys), np.arange(num_keys, len(blocks))], [NO_COPIES]  # left of each kind, by index
+        kinds = [kind for kind, its in enumerate(left) if len(its)]
+        while kinds:
+            begun, targets, in_pieces = list[Ids](), list[Ids](), list[int]()
+            for kind in kinds:
+                room = self._shelf.choose(kind, asker.family, size, displace * worths[left[kind]], free_bytes[kind], families)
+                if len(room.evictions):
+                    self._residency.evict(room.evictions)
+                    self._counters.evicted += len(room.evictions)
+                found = self._residency.reserve(table, kind, room.placed)
+                targets.append(found)
+                begun.append(left[kind][: len(found)])
+                left[kind] = left[kind][len(found) :]
+                if len(found) < room.placed and free_bytes[kind]:  # sessions of different geometries share a pool
+                    free_bytes[kind] = 0
+                    in_pieces.append(kind)
+            which = np.concatenate(begun)
+            of_kind = (which >= num_keys).astype(np.int64)
+            ids = self._residency.begin_copies(table, of_kind, blocks[which], heads[which], np.concatenate(targets))
             self._remember(ids, asker)
-            self._shelf.put(kind, ids, asker.family, size, worths[some][: len(ids)])
-            done = np.concatenate([done, ids])
-            if len(ids) == room.placed or not free_bytes:
-                return done
-            free_bytes = 0  # there were enough bytes but in pieces: sessions of different geometries share a pool
+            self._shelf.put(of_kind, ids, asker.family, size, worths[which])
+            done.append(ids)
+            kinds = in_pieces
+        return Placed(np.concatenate(done), [kind for kind, its in enumerate(left) if len(its)])
 
     def askers(self, ids: Ids) -> Counter[Asker]:
         """For whom these copies were begun."""

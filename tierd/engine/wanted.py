@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tierd.engine.scratch import Asker
 from tierd.policy import Choice
 from tierd.residency import BlockTable
@@ -15,14 +18,14 @@ PART, PART_MIN = 4, 64
 
 @dataclass(eq=False)
 class Wish:
-    """What a row wants copied: `choice` from record `at` on, but for kinds that are `full`, of which scratch had no room for a better one.
-    The blocks are of `table`."""
+    """What a row wants copied: `choice` from record `at` on, but for kinds that are `full` [2], of which scratch had no room for a better
+    one. The blocks are of `table`."""
 
     asker: Asker
     table: BlockTable
     choice: Choice
     at: int = 0
-    full: set[int] = field(default_factory=set)
+    full: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(2, np.bool_))
 
     @property
     def left(self) -> int:
@@ -70,7 +73,7 @@ class Wanted:
         """Scratch has no room for what this session wants most of a kind: all that it wants is worth less."""
         for wish in self._wishes:
             if wish.asker.session_id == session_id:
-                wish.full.add(kind)
+                wish.full[kind] = True
 
     def clear(self) -> None:
         """Nothing is wanted any more."""

@@ -41,16 +41,13 @@ class Shelf:
     def used_bytes(self, region: int, owner: str) -> int:
         return int(self._used[self._at(region, self._numbers[owner])]) if owner in self._numbers else 0
 
-    def put(self, region: int, ids: Ids, owner: str, nbytes: int, worths: NDArray[np.float64]) -> None:
-        """New copies of `owner` there, of `nbytes` each. They do not go before they have arrived."""
+    def put(self, regions: Ids, ids: Ids, owner: str, nbytes: int, worths: NDArray[np.float64]) -> None:
+        """New copies [n] of `owner` in these regions, of `nbytes` each. They do not go before they have arrived."""
         if not len(ids):
             return
-        c = self._with_room_for(int(ids.max()) + 1)
-        who = self._at(region, self._number(owner))
-        sound = own_all(c, ids, who, nbytes, worths)
+        c, owners = self._with_room_for(int(ids.max()) + 1), self._at(0, self._number(owner)) + regions
+        sound = own_all(c, ids, owners, nbytes, worths, self._used, self._count)
         assert sound, "a copy has an owner"
-        self._used[who] += nbytes * len(ids)
-        self._count[who] += len(ids)
 
     def arrive(self, ids: Ids) -> None:
         """From now on these copies may make room for others."""
@@ -128,7 +125,7 @@ class Shelf:
 def prepare() -> None:
     """Compiles what a shelf calls, or loads it."""
     shelf, one, worth = Shelf(1), np.zeros(1, np.int64), np.ones(1)
-    shelf.put(0, one, "", 1, worth)
+    shelf.put(one, one, "", 1, worth)
     shelf.arrive(one)
     shelf.gain(one, worth)
     shelf.drop(shelf.choose(0, "", 1, 2.0 * worth, 0, ()).evictions)

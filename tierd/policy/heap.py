@@ -94,12 +94,15 @@ def pull_all(c: Copies, roots: Ids, copies: Ids) -> None:
 
 
 @compiled
-def own_all(c: Copies, copies: Ids, who: int, nbytes: int, worths: NDArray[np.float64]) -> bool:
-    """They are `who`'s, of `nbytes` each, in no heap yet. False where one is somebody's: our fault, and what is before it is written."""
+def own_all(c: Copies, copies: Ids, owners: Ids, nbytes: int, worths: NDArray[np.float64], used: Ids, count: Ids) -> bool:
+    """They are their `owners`', of `nbytes` each, in no heap yet, and counted as theirs by bytes (`used`) and number. False where one is
+    somebody's: our fault, and what is before it is written."""
     for i in range(len(copies)):
         if c[copies[i]].owner != NOBODY:
             return False
-        c[copies[i]].owner, c[copies[i]].nbytes, c[copies[i]].worth = who, nbytes, worths[i]
+        c[copies[i]].owner, c[copies[i]].nbytes, c[copies[i]].worth = owners[i], nbytes, worths[i]
+        used[owners[i]] += nbytes
+        count[owners[i]] += 1
     return True
 
 

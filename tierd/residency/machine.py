@@ -33,7 +33,7 @@ from tierd.pools import Arenas
 from tierd.residency.blocks import BARRED, NO_COPY, BlockTable, Ids
 from tierd.residency.copies import Copies, CopyState, ScratchCopy
 from tierd.residency.counting import add
-from tierd.residency.moving import COPY, begin, detach, settle
+from tierd.residency.moving import COPY, begin, detach, find_used, settle
 from tierd.residency.reading import begun_before
 
 NO_COPIES: Ids = np.empty(0, np.int64)
@@ -134,46 +134,47 @@ class Residency:
         """Where these copies come from and go to, byte offsets in originals and scratch, and how many bytes each."""
         return self._copies.source[ids], self._copies.target[ids], self._copies.nbytes[ids]
 
-    def begin_copies(self, table: BlockTable, kind: int, blocks: Ids, heads: Ids) -> Ids:
-        """Reserve scratch for (distinct) host-only records of full blocks, in order; returns the copies' ids: fewer where scratch has no
-        room for all."""
-        targets = self.arenas.scratch[kind].allocate_some(table.layout.original_record_bytes, len(blocks))
-        blocks, heads = blocks[: len(targets)], heads[: len(targets)]
-        ids, like = self._copies.reserve(len(targets)), np.zeros(1, COPY)
-        like["table"], like["kind"], like["state"], like["turn"] = table.number, kind, CopyState.IN_FLIGHT, self._turn
-        like["nbytes"] = table.layout.original_record_bytes
+    def reserve(self, table: BlockTable, kind: int, count: int) -> Ids:
+        """Byte offsets in scratch for so many of the table's records, of which copies begin next, fewer where there is no room. They are
+        given back when the copies go."""
+        return self.arenas.scratch[kind].allocate_some(table.layout.original_record_bytes, count)
+
+    def begin_copies(self, table: BlockTable, kinds: Ids, blocks: Ids, heads: Ids, targets: Ids) -> Ids:
+        """Of (distinct) host-only records of full blocks, to what was reserved for them: int64 [n] each. Returns the copies' ids."""
+        like = np.array([(0, 0, 0, 0, table.layout.original_record_bytes, self._turn, table.number, CopyState.IN_FLIGHT, 0, 0)], COPY)
+        ids = self._copies.reserve(len(targets))
         offsets = table.original_offset, table.hot_offset
-        sound = begin(self._copies.records, ids, like, blocks, heads, targets, *offsets, table.notes, table.used, table.in_flight)
+        sound = begin(self._copies.records, ids, like, kinds, blocks, heads, targets, *offsets, table.notes, table.used, table.in_flight)
         assert sound, "a record is not of a full block, has a copy, or is given twice"
         self._num_in_flight += len(ids)
         return ids
 
     def finish_copies(self, ids: Ids, digests: NDArray[np.uint64] | None) -> Finished:
         """The copier is done with these, and their bytes hash to `digests` (None: nothing arrived)."""
-        states = self._copies.state[ids]
-        orphans, live = ids[states == CopyState.ORPHAN], states == CopyState.IN_FLIGHT
-        assert len(orphans) + np.count_nonzero(live) == len(ids)
-        good = np.zeros(len(ids), np.bool_)
+        good, blocks, records = np.zeros(len(ids), np.bool_), np.empty(len(ids), np.int64), self._copies.records
         if digests is not None:
-            for table, some in self._by_table(ids, live):
-                good[some] = self._settle(table, ids[some], digests[some])
+            for table in self._tables_of(ids):
+                of_table = table.checksum, table.location, table.in_flight, table.resident
+                count = settle(records, ids, table.number, digests, *of_table, good, blocks)
+                table.move(blocks[:count])
         if good.all():
             self._num_in_flight -= len(ids)
             return Finished(ids, NO_COPIES, 0)
-        bad = ids[live & ~good]
+        states = self._copies.state[ids]
+        orphans, bad = ids[states == CopyState.ORPHAN], ids[states == CopyState.IN_FLIGHT]
+        assert len(orphans) + len(bad) + np.count_nonzero(good) == len(ids)
         self._copies.failures[bad] += 1
         final = self._copies.failures[bad] >= ATTEMPTS
         self._give_up(bad[final])
         self._num_in_flight -= len(ids) - int(np.count_nonzero(~final))
         self._forget(orphans)
-        return Finished(ids[live & good], bad[~final], len(bad))
+        return Finished(ids[good], bad[~final], len(bad))
 
     def evict(self, ids: Ids) -> None:
         """Drop resident copies that no running call can see."""
         assert (self._copies.state[ids] == CopyState.RESIDENT).all()
-        for table, some in self._by_table(ids):
-            assert not table.pins, "a call reads the copy"
-            self._detach(table, ids[some])
+        assert not any(table.pins for table in self._tables_of(ids)), "a call reads the copy"
+        self._detach(ids)
         self._forget(ids)
 
     def drop_copies(self, table: BlockTable, blocks: Ids) -> None:
@@ -184,49 +185,41 @@ class Residency:
         if not len(ids):
             return
         in_flight = self._copies.state[ids] == CopyState.IN_FLIGHT
-        self._detach(table, ids)
+        self._detach(ids)
         add(table.in_flight, self._copies.block[ids[in_flight]], -1)
         self._copies.state[ids[in_flight]] = CopyState.ORPHAN
         self._forget(ids[~in_flight])
 
-    def _settle(self, table: BlockTable, ids: Ids, digests: NDArray[np.uint64]) -> NDArray[np.bool_]:
-        """Those that have arrived as they should (which is returned): kernels may read them."""
-        good = settle(self._copies.records, ids, digests, table.checksum, table.location, table.in_flight, table.resident)
-        table.move(self._copies.block[ids[good]])
-        return good
-
     def _give_up(self, ids: Ids) -> None:
-        for table, some in self._by_table(ids):
-            kind, block, head = self._copies.at(ids[some])
+        for table in self._tables_of(ids):
+            kind, block, head = self._copies.at(ids[self._copies.table[ids] == table.number])
             table.copy_id[kind, block, head] = BARRED
             add(table.in_flight, block, -1)
         self._forget(ids)
 
-    def _detach(self, table: BlockTable, ids: Ids) -> None:
-        detach(self._copies.records, ids, table.location, table.notes, table.resident)
-        table.move(self._copies.block[ids])
+    def _detach(self, ids: Ids) -> None:
+        blocks = np.empty(len(ids), np.int64)
+        for table in self._tables_of(ids):
+            count = detach(self._copies.records, ids, table.number, table.location, table.notes, table.resident, blocks)
+            table.move(blocks[:count])
 
     def _forget(self, ids: Ids) -> None:
         if not len(ids):
             return
-        used = self._copies.state[ids] == CopyState.RESIDENT
-        for table, some in self._by_table(ids, used):
-            used[some] = table.used[self._copies.at(ids[some])]
+        used = np.zeros(len(ids), np.bool_)
+        for table in self._tables_of(ids):
+            find_used(self._copies.records, ids, table.number, table.used, used)
         kinds = self._copies.kind[ids]
         for kind in set(kinds.tolist()):
             self.arenas.scratch[kind].release_many(self._copies.target[ids[kinds == kind]])
         self._gone(ids, used)
         self._copies.forget(ids)
 
-    def _by_table(self, ids: Ids, which: NDArray[np.bool_] | None = None) -> Iterator[tuple[BlockTable, NDArray[np.bool_]]]:
-        """Which of these copies [n], of those that are asked for, are of each table."""
-        asked = np.ones(len(ids), np.bool_) if which is None else which
+    def _tables_of(self, ids: Ids) -> list[BlockTable]:
+        """Those that these copies are of; mostly there is one."""
         if len(self._numbered) == 1:
-            yield self._numbered[0], asked.copy()
-            return
-        numbers = self._copies.table[ids]
-        for number in np.unique(numbers[asked]).tolist():
-            yield self._numbered[number], asked & (numbers == number)
+            return self._numbered
+        return [self._numbered[number] for number in np.unique(self._copies.table[ids]).tolist()]
 
     # Checks
 

@@ -23,15 +23,33 @@ COPY = np.dtype([
 
 
 @compiled
+def without_copies(
+    records: Ints, worths: NDArray[np.float64], left_out: NDArray[np.bool_], notes: NDArray[Any]
+) -> tuple[Ints, Ints, NDArray[np.float64], int]:
+    """Those of these records [n, 3] (kinds, block ids, heads) that have no copy and may get one, without kinds that are `left_out` [2]:
+    keys first, else in their order. Their blocks, heads and `worths`; and how many are keys."""
+    blocks, heads, theirs = np.empty(len(records), np.int64), np.empty(len(records), np.int64), np.empty(len(records))
+    count = num_keys = 0
+    for kind in range(2):
+        for i in range(len(records)):
+            if records[i, 0] == kind and not left_out[kind] and notes[kind, records[i, 1], records[i, 2]].copy_id == NO_COPY:
+                blocks[count], heads[count], theirs[count] = records[i, 1], records[i, 2], worths[i]
+                count += 1
+        if kind == 0:
+            num_keys = count
+    return blocks[:count], heads[:count], theirs[:count], num_keys
+
+
+@compiled
 def begin(
-    copies: NDArray[Any], ids: Ints, record: Any, blocks: Ints, heads: Ints, targets: Ints, original_offset: Ints, hot_offset: Ints,
-    notes: NDArray[Any], used: NDArray[np.bool_], in_flight: Counts,
+    copies: NDArray[Any], ids: Ints, record: Any, kinds: Ints, blocks: Ints, heads: Ints, targets: Ints, original_offset: Ints,
+    hot_offset: Ints, notes: NDArray[Any], used: NDArray[np.bool_], in_flight: Counts,
 ) -> bool:  # fmt: skip
     """These records (int64 [n] each) are on their way to `targets` as the copies `ids`, which are like `record` (of COPY, [1]) otherwise.
     False where one is not of a full block, has a copy, or is given twice: our fault, and what is before it is written."""
-    kind, nbytes, num_heads = record[0].kind, record[0].nbytes, notes.shape[2]
+    nbytes, num_heads = record[0].nbytes, notes.shape[2]
     for i in range(len(ids)):
-        block, head = blocks[i], heads[i]
+        kind, block, head = kinds[i], blocks[i], heads[i]
         note = notes[kind, block, head]
         if hot_offset[block] < 0 or note.copy_id != NO_COPY:
             return False
@@ -40,43 +58,65 @@ def begin(
         in_flight[block] += 1
         copies[ids[i]] = record[0]
         copy = copies[ids[i]]
-        copy.block, copy.head, copy.target = block, head, targets[i]
+        copy.kind, copy.block, copy.head, copy.target = kind, block, head, targets[i]
         copy.source = original_offset[block] + (kind * num_heads + head) * nbytes
     return True
 
 
 @compiled
 def settle(
-    copies: NDArray[Any], ids: Ints, digests: NDArray[np.uint64], checksum: NDArray[np.uint64], location: Ints, in_flight: Counts,
-    resident: Counts,
-) -> NDArray[np.bool_]:  # fmt: skip
-    """Makes those copies in flight whose bytes hash to their originals' `checksum` [2, C, Hkv] visible by `location`; returns which."""
-    good = np.empty(len(ids), np.bool_)
+    copies: NDArray[Any], ids: Ints, table: int, digests: NDArray[np.uint64], checksum: NDArray[np.uint64], location: Ints,
+    in_flight: Counts, resident: Counts, good: NDArray[np.bool_], blocks: Ints,
+) -> int:  # fmt: skip
+    """Of these copies makes those in flight that are the table's, and whose bytes hash to their originals' `checksum` [2, C, Hkv], visible
+    by `location`; says in `good` which, writes their `blocks`, and returns how many they are."""
+    count = 0
     for i in range(len(ids)):
         copy = copies[ids[i]]
-        good[i] = digests[i] == checksum[copy.kind, copy.block, copy.head]
-        if good[i]:
-            copy.state = RESIDENT
-            location[copy.kind, copy.block, copy.head] = copy.target
-            in_flight[copy.block] -= 1
-            resident[copy.block] += 1
-    return good
+        if copy.table != table or copy.state != IN_FLIGHT or digests[i] != checksum[copy.kind, copy.block, copy.head]:
+            continue
+        good[i] = True
+        copy.state = RESIDENT
+        location[copy.kind, copy.block, copy.head] = copy.target
+        in_flight[copy.block] -= 1
+        resident[copy.block] += 1
+        blocks[count] = copy.block
+        count += 1
+    return count
 
 
 @compiled
-def detach(copies: NDArray[Any], ids: Ints, location: Ints, notes: NDArray[Any], resident: Counts) -> None:
-    """These copies are their records' no more."""
+def detach(copies: NDArray[Any], ids: Ints, table: int, location: Ints, notes: NDArray[Any], resident: Counts, blocks: Ints) -> int:
+    """Those of these copies that are the table's are their records' no more: writes the `blocks` of them, and returns how many they are."""
+    count = 0
     for i in ids:
         copy = copies[i]
+        if copy.table != table:
+            continue
         resident[copy.block] -= copy.state == RESIDENT
         notes[copy.kind, copy.block, copy.head].copy_id = NO_COPY
         location[copy.kind, copy.block, copy.head] = ~copy.source
+        blocks[count] = copy.block
+        count += 1
+    return count
+
+
+@compiled
+def find_used(copies: NDArray[Any], ids: Ints, table: int, of_table: NDArray[np.bool_], used: NDArray[np.bool_]) -> None:
+    """Says in `used` which of these copies, of those in scratch that are the table's, were read."""
+    for i in range(len(ids)):
+        copy = copies[ids[i]]
+        if copy.table == table and copy.state == RESIDENT:
+            used[i] = of_table[copy.kind, copy.block, copy.head]
 
 
 def prepare() -> None:
     """Compiles them, or loads them."""
     none, counts, places, notes = np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros((2, 0, 1), np.int64), np.zeros((2, 0, 1), NOTE)
     copies = np.zeros(0, COPY)
-    begin(copies, none, np.zeros(1, COPY), none, none, none, none, none, notes, places.astype(np.bool_), counts)
-    settle(copies, none, none.astype(np.uint64), places.astype(np.uint64), places, counts, counts)
-    detach(copies, none, places, notes, counts)
+    used, which = places.astype(np.bool_), none.astype(np.bool_)
+    without_copies(np.zeros((0, 3), np.int64), none.astype(np.float64), which, notes)
+    begin(copies, none, np.zeros(1, COPY), none, none, none, none, none, none, notes, used, counts)
+    settle(copies, none, 0, none.astype(np.uint64), places.astype(np.uint64), places, counts, counts, which, none)
+    detach(copies, none, 0, places, notes, counts, none)
+    find_used(copies, none, 0, used, which)

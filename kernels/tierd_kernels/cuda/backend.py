@@ -89,7 +89,7 @@ def begin_copies(memory: Memory, sources: NDArray[np.int64], targets: NDArray[np
     own.ways[0, :count], own.ways[1, :count] = sources[:count], targets[:count]
     with faults():
         own.copier.wait_event(own.answered)
-        launch.gather(own.originals_at, own.scratch_at, own.landing_at, own.ways_at, own.ways_at + own.ways.strides[0], count, nbytes, own.copier)
+        launch.gather(own.originals_at, own.scratch_at, own.landing_at, *own.ways_at, count, nbytes, own.copier)
         own.copied.record(own.copier)
     return Copying(partial(_has_happened, own.copied), own.landing[: count * nbytes].reshape(count, nbytes))
 

@@ -34,8 +34,8 @@ class DeviceMemory(Memory):
     offsets. `*_at`: addresses. `stream`: of steps; beside it `asked`: of copies that the host asks for once it has an answer; `copier`: of
     those to scratch. `kept`: what stays on the device from call to call. `arranged`: the `Arrangement`s of the latest launches. `answered`,
     `arrived`: events behind the copies of a step's answers and behind its candidates, which are the `late` of the last step. Of copies to
-    scratch under way: `ways` int64 [2, COPIES_MAX], their offsets in originals and in scratch; `landing`, where they come back to; `copied`:
-    the event behind them. Both arrays are pinned."""
+    scratch under way: `ways` int64 [2, COPIES_MAX], their offsets in originals and scratch; `landing`, where they come back to;
+    `copied`: the event behind them. Both arrays are pinned."""
 
     hot_at: int
     scratch_at: int
@@ -52,7 +52,7 @@ class DeviceMemory(Memory):
     landing: NDArray[np.uint8]
     landing_at: int
     ways: NDArray[np.int64]
-    ways_at: int
+    ways_at: tuple[int, int]
     exponents: NDArray[np.int16]
     exponent: OfArray
     processors: int
@@ -96,7 +96,8 @@ def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: 
     memory.workspace, memory.inputs, memory.outputs, memory.kept = workspace, inputs, outputs, kept
     memory.arranged, memory.landing = Recent(ARRANGED_MAX), pinned(LANDING_BYTES, "copies")
     memory.ways = pinned(2 * 8 * COPIES_MAX, "copies").view(np.int64).reshape(2, COPIES_MAX)
-    memory.landing_at, memory.ways_at = int(memory.landing.ctypes.data), int(memory.ways.ctypes.data)
+    memory.landing_at = int(memory.landing.ctypes.data)
+    memory.ways_at = int(memory.ways[0].ctypes.data), int(memory.ways[1].ctypes.data)
     memory.exponents = np.zeros(hot_bytes // BLOCK_BYTES_MIN + 1, np.int16)
     exponents = memory.exponents
     memory.exponent = OfArray(lambda hot_offsets: int(exponents[hot_offsets // BLOCK_BYTES_MIN].max()))

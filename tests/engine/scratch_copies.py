@@ -1,0 +1,15 @@
+"""Copies begun without an engine."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tierd.residency import BlockTable, Residency
+
+Ints = NDArray[np.int64]
+
+
+def copies_begun(residency: Residency, table: BlockTable, kind: int, blocks: Ints, heads: Ints) -> Ints:
+    """Of records of one kind, as many as scratch has room for, the first ones; returns their ids."""
+    targets = residency.reserve(table, kind, len(blocks))
+    n = len(targets)
+    return residency.begin_copies(table, np.full(n, kind), blocks[:n], heads[:n], targets)
