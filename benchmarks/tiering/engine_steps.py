@@ -17,6 +17,7 @@ from tierd_kernels.policy import Budget
 from tierd.commands import Append, Attend, Command, OpenSession, Row, RowResult, Tolerance, Truncate
 from tierd.commands import Geometry as EngineGeometry
 from tierd.engine import Engine, EngineConfig
+from tierd.policy import Nothing
 
 WORKER = "bench"
 RTOL = 0.05
@@ -56,8 +57,9 @@ class Driven:
             self._run(Append(self._session, layer, trace.k_raw[:, : s.tokens], trace.v_raw[:, : s.tokens], worker=WORKER))
 
     def back(self) -> None:
-        """As before the first step; copies of what was stored then stay."""
+        """As before the first step; copies of what was stored then stay, and from now on no policy looks at calls."""
         self._run(Truncate(self._session, self._shape.tokens, worker=WORKER))
+        self.engine._cache._policy = Nothing()
 
     def step(self, number: int) -> tuple[float, list[RowResult]]:
         """Microseconds that its calls took, of all layers together, and their answers."""
