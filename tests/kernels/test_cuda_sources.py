@@ -84,3 +84,10 @@ def test_four_blocks_of_either_pass_share_a_multiprocessor_and_one_fits_where_th
     reserved, of_all = 1024, 228 * 1024
     score, value = (shared(name, LAYOUTS[0], built(name, LAYOUTS[0], tmp_path)) + reserved for name in ("score", "value"))
     assert value <= score and RESIDENT * score <= of_all < (RESIDENT + 1) * value
+
+
+@pytest.mark.parametrize("block_size", [32, 64])
+def test_of_the_value_pass_no_fifth_thread_block_joins_with_larger_blocks_either(block_size: int) -> None:
+    layout, beside = replace(LAYOUTS[0], block_size=block_size), 1024 + 768  # reserved, and its static arrays at least
+    assert shared_bytes(layout, "value") <= shared_bytes(layout, "score")
+    assert 228 * 1024 < (RESIDENT + 1) * (shared_bytes(layout, "value") + beside)

@@ -31,8 +31,9 @@ GROUP_THREADS, GRAM_SIDE = 256, 64  # of what measures groups; of a tile of a Gr
 SCORE_STAGES, SCORE_CHUNK, VALUE_STAGES = 2, 8, 4
 RESIDENT = 4  # thread blocks of a pass on one multiprocessor, of a head dimension up to 128
 # A thread block of the value pass begins where one of the score pass has ended, in the shared memory that it left: that must do for it, and
-# not for a fifth (131,072 tokens: 142 us where it was 1 KB too small, 152 where some multiprocessors took five and others three, else 137).
-SCORE_SPARE = 2048
+# not for a fifth (131,072 tokens: 142 us where it was 1 KB too small, 152 where some multiprocessors took five and others three, else 137;
+# with blocks of 64 the naive passes took 94 us on an H200, and 80 with no more than four).
+SCORE_SPARE, VALUE_LEAST = 2048, 44 * 1024
 STATISTIC_WORDS, PARTIALS, SUMMED, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 32, 19, 17, 4, 2048, 2048
 ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS, PICK_BINS = 7, 6, 32, 256, 64
 CANDIDATE_PARTS, CANDIDATE_THREADS = 16, 512
@@ -63,7 +64,8 @@ def shared_bytes(layout: Layout, kernel: str) -> int:
         return max(WARPS * staged + SCORE_SPARE, 4 * rows)
     if kernel == "value":  # tiles of tokens with their weights under way, a warp's sums; statistics of a split
         staged = max(VALUE_STAGES * (record.value_bytes + 4 * TILE_WEIGHT_FLOATS), 4 * ROW_TILE * layout.head_dim)
-        return WARPS * staged + LINE + 4 * STATISTIC_WORDS * SPLIT_TOKENS_MAX // layout.block_size
+        own = WARPS * staged + LINE + 4 * STATISTIC_WORDS * SPLIT_TOKENS_MAX // layout.block_size
+        return max(own, min(VALUE_LEAST, shared_bytes(layout, "score")))
     if kernel == "finish":  # the row's partials and skips
         return 4 * SPLITS_MAX * (SUMMED + SKIPS)
     if kernel == "promote":  # of a block original keys and values, coded values, weights, norms, notes; then the split's statistics
