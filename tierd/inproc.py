@@ -13,6 +13,7 @@ from tierd.config import load
 from tierd.engine import Engine
 from tierd.engine.timed import TimedFuture
 from tierd.errors import TierdError
+from tierd.interrupts import deferred
 from tierd.service import AppendAssembly, ByteQuota, Converter, Operation, check_protocol, handshake_reply
 from tierd.workers import Workers
 
@@ -48,9 +49,11 @@ class InProcess:
             self._workers.begin(worker)
         return handshake_reply(self._settings, self._engine.epoch, self._engine.backend, worker)
 
-    def submit(self, request: Any, worker: str, timeout_s: float | None) -> "Future[Any]":
-        """The future reply to any unary request message; fails with a TierdError."""
-        return self._submit(lambda deadline: self._converter.operation(request, worker, deadline), worker, timeout_s)
+    def submit(self, request: Any, worker: str, timeout_s: float | None, waits: bool = False) -> "Future[Any]":
+        """The future reply to any unary request message; fails with a TierdError. Of a caller that `waits` for it, and will do nothing else
+        meanwhile, the thread itself may do the work: to hand a call to the engine's thread and its answer back takes longer than a short
+        call needs."""
+        return self._submit(lambda deadline: self._converter.operation(request, worker, deadline), worker, timeout_s, waits)
 
     def append(self, requests: Iterable[pb.AppendRequest], worker: str, timeout_s: float | None) -> "Future[Any]":
         """The future reply to an append in chunks, which are read before this returns; fails with a TierdError."""
@@ -76,18 +79,23 @@ class InProcess:
             with self._lock:
                 self._workers.end(worker)
 
-    def _submit(self, make: Callable[[float], Operation], worker: str, timeout_s: float | None) -> "Future[Any]":
+    def _submit(
+        self, make: Callable[[float], Operation], worker: str, timeout_s: float | None, waits: bool = False
+    ) -> "Future[Any]":  # fmt: skip
         reply: Future[Any] = Future()
         try:
             with self._lock:
                 self._workers.check(worker)
             operation = make(self._converter.deadline(timeout_s))
-            result = self._engine.submit(operation.command)
+            result = self._engine.submit(operation.command, wake=not waits)
         except TierdError as error:
             reply.set_exception(error)
             return reply
         reply.add_done_callback(lambda _: result.cancel())  # does nothing unless the reply was cancelled first
         result.add_done_callback(lambda _: self._answer(operation, result, reply))
+        if waits:
+            with deferred():
+                self._engine.help()
         return reply
 
     def _answer(self, operation: Operation, result: TimedFuture, reply: "Future[Any]") -> None:

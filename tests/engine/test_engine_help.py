@@ -9,7 +9,7 @@ from engine_calls import CONFIG, GEOMETRY, LOOSE, Bench, decode_on_threads
 from tierd_kernels.copying import Copying
 from tierd_kernels.policy import Budget
 
-from tierd.commands import Attend, Command, OpenSession, Row
+from tierd.commands import Attend, Command, OpenSession, Row, Status
 from tierd.engine.loop import HELPED_TOKENS_MAX
 
 WAIT_S = 30.0  # only a failing test waits this long
@@ -81,6 +81,14 @@ def test_anything_but_calls_is_left_to_the_engines_thread() -> None:
         opening = bench.asked(OpenSession(GEOMETRY, LOOSE, Budget(), 100, worker="w"))
         assert opening.result(WAIT_S) != bench.name and len(call.result(WAIT_S)) == 1
         assert bench.threads == [ENGINES] * 2
+
+
+def test_a_request_for_the_status_wakes_the_engines_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tierd.engine.loop.IDLE_TICK_S", 10 * WAIT_S)  # it does not wake by itself
+    with Helped() as bench:
+        while not bench.engine._dozes:
+            pass
+        assert bench.asked(Status(worker="w")).result(WAIT_S)["sessions"] == 1
 
 
 def test_who_helps_does_not_wait_for_a_turn_under_way() -> None:

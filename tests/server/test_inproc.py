@@ -1,9 +1,14 @@
 """The engine without a socket: the same messages, the same refusals."""
 
+import asyncio
+import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import tierd_client
+import tierd_client.aio
 from daemon_process import HEAD_DIM, KV_HEADS, Q_HEADS, SMALL, chunks, numbers, open_request, row
 from oracle import check_reply
 from tierd_proto import coding
@@ -76,3 +81,42 @@ def test_a_stopped_engine_says_so() -> None:
     worker = tier.handshake(pb.HandshakeRequest(protocol=1)).worker
     tier.close()
     assert "is stopping" in str(failure(tier.submit(open_request(), worker, None)))
+
+
+def test_who_waits_takes_the_turn_and_an_interrupt_waits_for_its_end(tier: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, helped, help_engine = tier.handshake(pb.HandshakeRequest(protocol=1)).worker, list[threading.Thread](), tier._engine.help
+
+    def told() -> None:
+        signal.raise_signal(signal.SIGINT)
+        help_engine()
+        helped.append(threading.current_thread())
+
+    monkeypatch.setattr(tier._engine, "help", told)
+    found = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            tier.submit(pb.StatusRequest(), worker, None, waits=True)
+    finally:
+        signal.signal(signal.SIGINT, found)
+    assert helped == [threading.current_thread()]
+    assert tier.submit(pb.StatusRequest(), worker, None).result(WAIT_S).json and len(helped) == 1
+
+
+def test_of_the_clients_the_blocking_one_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, submit = list[bool](), InProcess.submit
+
+    def told(self: InProcess, request: Any, worker: str, timeout_s: float | None, waits: bool = False) -> Any:
+        asked.append(waits)
+        return submit(self, request, worker, timeout_s, waits)
+
+    monkeypatch.setattr(InProcess, "submit", told)
+    settings = {name.replace("-", "_"): value for name, value in SMALL.items()}
+
+    async def awaited() -> None:
+        async with await tierd_client.aio.connect("inproc://", settings=settings) as tier:
+            await tier.status()
+
+    with tierd_client.connect("inproc://", settings=settings) as tier:
+        tier.status()
+    asyncio.run(awaited())
+    assert asked == [True, False]

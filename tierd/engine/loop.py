@@ -146,9 +146,10 @@ class Engine:
         the engine's thread. To hand a call to another thread and its answer back takes 0.1 to 0.3 ms, as much as a short call costs the
         host. What the CPU's kernels take is long, and how many threads they use is set for the engine's."""
         with self._wake:
-            if not self._queue:
+            if not self._waiting:
                 return
-            helps = self._hides and not self._stopping and all(_is_short(command) for command, _ in self._queue)
+            short = bool(self._queue) and all(_is_short(command) for command, _ in self._queue)
+            helps = self._hides and not self._stopping and short
             if not (helps and self._turn.acquire(blocking=False)):
                 self._wake.notify()
                 return

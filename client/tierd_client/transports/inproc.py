@@ -29,12 +29,12 @@ class _OwnEngine:
         self._engine.start()
         self._closing = threading.Lock()  # taken once, never given back
 
-    def begin(self, request: Request, timeout_s: float) -> "Future[Any]":
+    def begin(self, request: Request, timeout_s: float, waits: bool = False) -> "Future[Any]":
         if self._closing.locked():
             raise DaemonUnavailable(f"the connection to {INPROC} was closed here")
         if isinstance(request, Chunks):
             return self._engine.append(request, self.welcome.worker, timeout_s)
-        return self._engine.submit(request, self.welcome.worker, timeout_s)
+        return self._engine.submit(request, self.welcome.worker, timeout_s, waits)
 
     def end(self) -> None:
         if self._closing.acquire(blocking=False):
@@ -49,7 +49,7 @@ class InprocTransport:
         self.welcome = self._own.welcome
 
     def call(self, request: Request, timeout_s: float) -> Any:
-        reply = self._own.begin(request, timeout_s)
+        reply = self._own.begin(request, timeout_s, waits=True)
         try:
             return _told(lambda: reply.result(timeout_s))
         except TimeoutError:

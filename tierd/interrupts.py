@@ -1,0 +1,29 @@
+"""Signals that wait until a thread is done."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+DEFERRED = signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """The process' handlers of DEFERRED signals that come meanwhile run at the end. Python runs them on the main thread, between any two
+    instructions, and Ctrl-C's raises there, which would leave half done what is done within. On other threads there is nothing to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[tuple[int, Any]] = []
+    handlers = {number: handler for number in DEFERRED if callable(handler := signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, lambda *signalled: arrived.append(signalled))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for signalled, frame in arrived:
+            handlers[signal.Signals(signalled)](signalled, frame)
