@@ -2,8 +2,11 @@
 
 import dataclasses
 
+import hypothesis.strategies as st
 import numpy as np
+import pytest
 from fake_tier import FakeTier, exact_certificate
+from hypothesis import given
 from models import build, left_padded
 from tierd_client.hf import TierdCache
 from tierd_client.hf.summary import Tally
@@ -46,3 +49,30 @@ def test_of_a_cache() -> None:
     assert (summary.answers == 4 * 4).all()  # four rows, four tokens after the first, which the prefill answers
     assert (summary.exact_share == 1.0).all() and not summary.over_budget.any()
     assert summary.rungs[..., 4].sum() == summary.answers.sum()
+
+
+@given(st.lists(st.tuples(st.integers(0, 1), st.integers(1, 5)), max_size=20), st.integers(1, 9), st.integers(0, 2**32 - 1))
+def test_certificates_are_summed_up_together_as_one_by_one(answered: list[tuple[int, int]], together: int, seed: int) -> None:
+    """Layer and tokens of each answer; a summary in between changes nothing."""
+    rng, number = np.random.default_rng(seed), len(answered)
+    drawn = [
+        dataclasses.replace(
+            exact_certificate(2, n), bound=rng.random((2, n)), budget=rng.random((2, n)), exact=rng.random((2, n)) < 0.3,
+            rung=rng.integers(0, 5, (2, n)), promoted_key_blocks=rng.integers(0, 9, (2, n)), host_bytes=rng.integers(0, 99, (2, n)),
+        )
+        for _, n in answered
+    ]  # fmt: skip
+    found = []
+    for size in (1, together):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tierd_client.hf.summary.TOGETHER", size)
+            tally = Tally(num_layers=2, num_q_heads=2)
+            for i, ((layer, _), certificate) in enumerate(zip(answered, drawn, strict=True)):
+                if i == number // 2:
+                    tally.summary(forks=0)
+                tally.add(layer, certificate)
+                assert all(sum(each.bound.shape[1] for each in waiting) < size for waiting in tally._waiting)
+            found.append(tally.summary(forks=0))
+    for field in dataclasses.fields(found[0]):
+        assert np.allclose(*(getattr(summary, field.name) for summary in found), equal_nan=True), field.name
+    assert found[1].answers.sum() == 2 * sum(n for _, n in answered)
