@@ -2,21 +2,24 @@
 
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import hypothesis.strategies as st
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scratch_copies import copies_begun
 from tierd_kernels.host import hot_block_bytes, reserve
 from tierd_kernels.layout import Layout
 
+from tierd.engine.counters import Counters
+from tierd.engine.scratch import Asker, Scratch
 from tierd.errors import CapacityExceeded, CertificateUnavailable
+from tierd.notes import NOTE
 from tierd.pools import Arenas
-from tierd.residency import BARRED, BlockTable, CopyState, Ids, Pinned, Residency, ScratchCopy
+from tierd.residency import BARRED, NO_COPY, BlockTable, CopyState, Ids, Pinned, Residency, ScratchCopy, without_copies
 
 LAYOUT = Layout(2, 64, 16, 16, "float16")
 BLOCKS, HOT, COPIES = 6, 4, 3  # copies of each kind
@@ -349,3 +352,74 @@ def test_a_pin_that_is_released_early_leaves_the_others() -> None:
             assert table.pins == 1
         assert table.pins == 1
     assert table.pins == 0
+
+
+@pytest.mark.parametrize("evicted", [True, False])
+def test_copies_of_two_tables_come_and_go_together(evicted: bool) -> None:
+    """Block for block and head for head the same records, down to their bytes, of geometries that share the pools."""
+    owner = Residency(Arenas(reserve(1 << 20, 1 << 20, 1 << 20)), hot_block_bytes)
+    tables, copies = [owner.table(layout) for layout in (LAYOUT, replace(LAYOUT, value_group=32))], list[Ids]()
+    for table in tables:
+        blocks = table.add_tails(2)
+        table.give_hot(blocks)
+        table.seal(blocks)
+        for kind in (0, 1):
+            copies.append(copies_begun(owner, table, kind, blocks, ids(1, 1)))
+    every = np.concatenate(copies)
+    checksums = np.array([owner.copy(copy_id).checksum for copy_id in every.tolist()], np.uint64)
+    wrong = checksums.copy()
+    wrong[[0, -1]] += np.uint64(1)
+    finished = owner.finish_copies(every, wrong)
+    assert finished.settled.tolist() == every[1:-1].tolist() and finished.again.tolist() == every[[0, -1]].tolist()
+    assert finished.failures == 2
+    owner.check_integrity()
+    assert owner.finish_copies(finished.again, checksums[[0, -1]]).settled.tolist() == finished.again.tolist()
+    owner.check_integrity()
+    tables[1].used[1, 1, 1] = True
+    told = list[tuple[int, bool]]()
+    owner.on_gone(lambda gone, used: told.extend(zip(gone.tolist(), used.tolist(), strict=True)))
+    if evicted:
+        owner.evict(every)
+    else:
+        for table in tables:
+            owner.drop_copies(table, ids(0, 1))
+    assert sorted(told) == [(copy_id, copy_id == every[-1]) for copy_id in sorted(every.tolist())] and owner.num_copies == 0
+    owner.check_integrity()
+
+
+RECORDS_ASKED = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4), st.integers(0, 1)), unique=True)
+
+
+@given(RECORDS_ASKED, st.lists(st.sampled_from([NO_COPY, BARRED, 0, 7]), min_size=20, max_size=20), st.booleans(), st.booleans())
+def test_only_records_that_may_get_a_copy_are_asked_for(asked: list[Record], copy_ids: list[int], no_keys: bool, no_values: bool) -> None:
+    notes = np.zeros((2, 5, 2), NOTE)
+    notes["copy_id"] = np.array(copy_ids).reshape(2, 5, 2)
+    records, left_out = np.array(asked, np.int64).reshape(-1, 3), [no_keys, no_values]
+    blocks, heads, worths, num_keys = without_copies(records, np.arange(len(asked), dtype=float), np.array(left_out), notes)
+    expected = [(i, *x) for i, x in enumerate(asked) if notes["copy_id"][x] == NO_COPY and not left_out[x[0]]]
+    expected.sort(key=lambda x: (x[1], x[0]))
+    kinds = [0] * num_keys + [1] * (len(blocks) - num_keys)
+    assert list(zip(worths.tolist(), kinds, blocks.tolist(), heads.tolist(), strict=True)) == expected
+
+
+def test_room_that_is_there_in_pieces_is_made_whole() -> None:
+    """Records of 16 and of 32 bits share a pool: every other small one goes, and a large one takes the place of the two that stay, too."""
+    small, large = LAYOUT, replace(LAYOUT, dtype="float32")
+    owner = Residency(Arenas(reserve(1 << 20, 2 * 4 * small.original_record_bytes, 1 << 20)), hot_block_bytes)
+    counters, placed = Counters(), dict[str, Ids]()
+    scratch = Scratch(owner, counters, lambda asker, count: None)
+    for name, layout, heads in (("small", small, ids(0, 1, 0, 1)), ("large", large, ids(0))):
+        table, asker = owner.table(layout), Asker(name, "family", 1, 0, layout.original_record_bytes)
+        blocks = table.add_tails(2)
+        table.give_hot(blocks)
+        table.seal(blocks)
+        if name == "large":
+            owner.evict(placed["small"][[0, 2]])
+            assert owner.arenas.scratch[0].free_bytes == large.original_record_bytes
+        its = blocks[ids(0, 0, 1, 1)[: len(heads)]]
+        placed[name] = scratch.place(asker, table, its, heads, np.full(len(heads), 1.0 + len(placed)), len(heads), 1.0, ["family"]).ids
+        assert len(placed[name]) == len(heads)
+        checksums = np.array([owner.copy(copy_id).checksum for copy_id in placed[name].tolist()], np.uint64)
+        scratch.arrive(owner.finish_copies(placed[name], checksums).settled)
+    assert counters.evicted == 2 and [copy.copy_id for copy in owner.copies()] == placed["large"].tolist()
+    owner.check_integrity()

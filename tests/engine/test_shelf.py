@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import hypothesis.strategies as st
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from numpy.typing import NDArray
@@ -162,3 +163,10 @@ def test_who_found_no_room_is_no_owner() -> None:
     for region in (0, 1):
         assert shelf.choose(region, "a", 4096, np.zeros(1), 0, ("a",)).placed == 0, "not worth more than what is there, or none is"
     assert shelf.used_bytes(0, "a") == 4096
+
+
+def test_a_copy_has_one_owner() -> None:
+    shelf = Shelf(4096)
+    shelf.put(np.array([0]), np.array([3]), "a", 64, np.ones(1))
+    with pytest.raises(AssertionError, match="has an owner"):
+        shelf.put(np.array([0]), np.array([3]), "b", 64, np.ones(1))
