@@ -12,7 +12,7 @@ from tierd_client import protocol
 from tierd_client.certificate import Result
 from tierd_client.errors import DaemonUnavailable, InvalidArgument, SessionNotFound
 from tierd_client.protocol import Call, Row
-from tierd_client.tensors import check_pair, queries, to_raw
+from tierd_client.tensors import check_pair, in_one_copy, queries, to_raw
 from tierd_client.types import INT64_MAX, Geometry, Policy, PolicyChoice, Tolerance, as_policy, as_tolerance, check_count, check_number
 
 CONNECT_TIMEOUT_S = 60.0  # of `connect`, and of calls that name none; the daemon's first call may have to compile its kernels
@@ -97,11 +97,12 @@ class SessionState:
 
     def _row(self, layer: object, q: object, k: object = None, v: object = None, tolerance: Tolerance | None = None) -> Row:
         geometry = self.geometry
-        raw = queries(to_raw("q", q, geometry.dtype), geometry.num_q_heads, geometry.head_dim)
+        own_q, own_k, own_v = (q, k, v) if k is None or v is None else in_one_copy(q, k, v)
+        raw = queries(to_raw("q", own_q, geometry.dtype), geometry.num_q_heads, geometry.head_dim)
         chosen = self._tolerance if tolerance is None else as_tolerance(tolerance)
         if (k is None) != (v is None):
             raise InvalidArgument("k and v come together, or neither")
-        wire_k, wire_v = (None, None) if k is None else map(coding.encode_tensor, self._pair(k, v))
+        wire_k, wire_v = (None, None) if k is None else map(coding.encode_tensor, self._pair(own_k, own_v))
         message = pb.Row(
             session_id=self._open_id(),
             layer=self._layer(layer),

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tierd_client.errors import InvalidArgument
-from tierd_client.tensors import check_pair, like, queries, to_raw
+from tierd_client.tensors import check_pair, in_one_copy, joined, like, queries, to_raw
 
 DTYPES = ("float16", "bfloat16", "float32")
 BITS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32}
@@ -104,3 +104,23 @@ def test_the_package_imports_neither_torch_nor_the_daemon() -> None:
     script = "import sys, tierd_client, tierd_client.aio, tierd_client.transports.grpc_sync, tierd_client.transports.inproc\n"
     script += "print(sorted({'torch', 'tierd', 'tierd_kernels', 'transformers', 'cupy'} & set(sys.modules)))"
     assert subprocess.check_output([sys.executable, "-c", script], text=True) == "[]\n"
+
+
+@given(st.sampled_from(DTYPES), st.lists(st.lists(st.integers(1, 4), min_size=2, max_size=3), min_size=1, max_size=3), st.integers(0, 1000))
+def test_tensors_that_come_in_one_copy_are_what_they_were(dtype: str, shapes: list[list[int]], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tensors = [tensor_of(rng.integers(0, 1 << 15, shape).astype(BITS[dtype]), dtype, "torch").swapaxes(0, 1) for shape in shapes]
+    for tensor, back in zip(tensors, joined(tensors), strict=True):
+        assert back.shape == tensor.shape and back.dtype == tensor.dtype
+        np.testing.assert_array_equal(bits_of(back), bits_of(tensor))
+
+
+def test_only_tensors_of_one_gpu_and_type_come_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """"meta" stands for a GPU."""
+    asked = list[int]()
+    monkeypatch.setattr("tierd_client.tensors.joined", lambda tensors: asked.append(len(tensors)))
+    far, near, raw = torch.zeros(2, 3, device="meta"), torch.zeros(2, 3), np.zeros((2, 3), np.float32)
+    for others in ((near, near), (raw, raw), (far, far.half(), far), (far, far, near), (far, raw, far), (far, None, far)):
+        assert all(a is b for a, b in zip(in_one_copy(*others), others, strict=True)) and asked == []
+    in_one_copy(far, far, far)
+    assert asked == [3]

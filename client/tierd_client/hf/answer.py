@@ -40,12 +40,12 @@ def answer_rows(
         own_q, own_k, own_v = (tensor.detach() for tensor in own)
         if batch.lengths[row]:
             rows.append(row)
-            steps.append((session, handover.layer, *_here(own_q, own_k, own_v)))
+            steps.append((session, handover.layer, own_q, own_k, own_v))
         else:
             session.append(layer=handover.layer, k=own_k, v=own_v)
             answers[row] = attend_locally(module, own_q, own_k, own_v, scaling)
     for row, step_answer in zip(rows, _step(tier, steps, tally), strict=True):
-        answers[row] = step_answer.to(q.device).transpose(0, 1)
+        answers[row] = step_answer.transpose(0, 1)
     first = answers[0]
     if len(answers) == 1 and places[0] is WHOLE and first is not None:  # what decoding mostly is: nothing to put together
         return first[None].contiguous()
@@ -54,14 +54,6 @@ def answer_rows(
         if answer is not None:
             output[row, place] = answer
     return output
-
-
-def _here(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The same on the CPU: from a GPU in one copy, since each waits for the device, and takes an H100's host 50 us."""
-    if q.device.type == "cpu" or not q.dtype == k.dtype == v.dtype:
-        return q, k, v
-    whole, keys = torch.cat((q, k, v)).cpu(), len(q) + len(k)
-    return whole[: len(q)], whole[len(q) : keys], whole[keys:]
 
 
 def _place(real: torch.Tensor, device: torch.device) -> torch.Tensor | slice | None:
@@ -78,11 +70,6 @@ def _step(tier: Tier, steps: list[Row], tally: Tally) -> list[torch.Tensor]:
         return []
     at_once = _tokens_at_once(tier, steps)
     longest = max(q.shape[1] for _, _, q, _, _ in steps)
-    if longest <= at_once:
-        results = tier.step_many(steps)
-        for step, result in zip(steps, results, strict=True):
-            tally.add(step[1], result.certificate)
-        return [result.output for result in results]
     pieces: list[list[torch.Tensor]] = [[] for _ in steps]
     for start in range(0, longest, at_once):
         part = slice(start, start + at_once)
@@ -91,7 +78,7 @@ def _step(tier: Tier, steps: list[Row], tally: Tally) -> list[torch.Tensor]:
         for index, result in zip(asked, tier.step_many(message), strict=True):
             pieces[index].append(result.output)
             tally.add(steps[index][1], result.certificate)
-    return [torch.cat(piece, dim=1) for piece in pieces]
+    return [piece[0] if len(piece) == 1 else torch.cat(piece, dim=1) for piece in pieces]
 
 
 def _tokens_at_once(tier: Tier, steps: list[Row]) -> int:
