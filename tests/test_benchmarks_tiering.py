@@ -85,7 +85,8 @@ def test_the_headline_keeps_apart_what_was_fitted_what_was_not_and_what_is_real(
     rows += [row(name, "predictive", us, **more) for us, (name, more) in zip((2.0, 3.0, 4.0, 9.0), kinds.items(), strict=True)]
     assert bench.headline(rows, 7.0) == {
         "exposed_transfer_vs_reactive": 0.2, "exposed_transfer_vs_reactive_held_out": 0.3, "exposed_transfer_vs_reactive_recorded": 0.4,
-        "wasted_prefetch_share": 2.0, "policy_us_per_step": 7.0,
+        "wasted_prefetch_share": 2.0, "wasted_prefetch_share_held_out": 3.0, "wasted_prefetch_share_recorded": 4.0,
+        "policy_us_per_step": 7.0,
     }  # fmt: skip
 
 

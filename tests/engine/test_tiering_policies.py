@@ -8,10 +8,10 @@ from numpy.typing import NDArray
 from tierd_kernels.select.candidates import largest
 
 from tierd.notes import NOTE
-from tierd.policy import FIRST_STEP, NONE, Choice, LinkBudget, Nothing, Predictive, Reactive, Snapshot, Turns, named
+from tierd.policy import FIRST_STEP, NO_READS, NONE, Choice, LinkBudget, Nothing, Predictive, Reactive, Snapshot, Turns, named
 from tierd.policy.link import BURST_S
 from tierd.policy.predictive import EVERY, RESCALE_AT
-from tierd.policy.weighing import SAME
+from tierd.policy.weighing import SAME, SOON
 
 SEEDS = st.integers(0, 1 << 30)
 
@@ -82,6 +82,99 @@ def test_a_share_that_grows_is_fetched_before_it_is_needed() -> None:
     # 0.4 after 0.3 becomes 0.5.
     assert fetched([0.3, 0.4]) == [[], [(0, 4, 0)]]
     assert fetched([0.4, 0.4]) == [[], []] == fetched([0.45, 0.4]) and fetched([0.3, 0.4], apart=5.0) == [[], []]
+
+
+class Followed:
+    """Steps of a table of one KV head; record 0 of the kinds in turn comes near at `share`, and is needed at the next step or never."""
+
+    def __init__(self, policy: Predictive) -> None:
+        self.policy, self.now, self.blocks = policy, FIRST_STEP, 4096
+        self.ids, self.notes = np.arange(self.blocks), np.zeros((2, self.blocks, 1), NOTE)
+        self.notes["copy_id"] = NONE
+
+    def look(self, block: int, share: float, needed: bool, after: float = 1.0) -> int:
+        """How many copies are asked for by a call that shows one candidate, if it has a share; they are there from then on. Then steps go
+        by."""
+        self.notes["worth"] *= self.policy.rescale(self.now)
+        blocks, scores = np.full((2, 1, 1), -1, np.int32), np.zeros((2, 1, 1), np.float32)
+        if share:
+            blocks[0, 0, 0], scores[0, 0, 0] = block, share
+        reads = np.array([[0], [block], [0]]) if needed else NO_READS
+        choice = self.policy.choose(Snapshot(self.ids, reads, np.zeros(1, bool), blocks, scores, self.notes, self.now))
+        for kind, at, head in choice.records.tolist():
+            self.notes["copy_id"][kind, at, head] = at
+        self.now += after
+        return len(choice.records)
+
+    def pairs(self, first: int, count: int, share: float, needed: bool) -> list[int]:
+        """Of so many records that come near, each followed by a need or by nothing: how many copies were asked for at the first look."""
+        asked = []
+        for block in range(first, first + count):
+            asked.append(self.look(block, share, False))
+            self.look(block, share if needed else 0.0, needed)
+        return asked
+
+
+@given(st.floats(0.2, 0.9))
+def test_what_comes_near_in_vain_is_copied_no_more_until_needs_follow_again(share: float) -> None:
+    followed = Followed(Predictive())
+    assert all(followed.pairs(0, 100, share, needed=True)), "needs follow, and copies are asked for"
+    in_vain = followed.pairs(100, 200, share, needed=False)
+    assert all(in_vain[:5]) and not any(in_vain[100:]), "it is not trusted for ever"
+    again = followed.pairs(300, 300, share, needed=True)
+    assert not again[0] and all(again[200:]), "what is not copied is watched"
+
+
+def test_a_grade_is_held_to_its_own_asks() -> None:
+    followed = Followed(Predictive())
+    for block in range(200):  # weak and strong in turn: only what comes very near is needed
+        followed.pairs(2 * block, 1, 0.3, needed=False)
+        strong = followed.pairs(2 * block + 1, 1, 0.9, needed=True)
+    assert strong == [1] and followed.pairs(400, 1, 0.3, needed=False) == [0]
+
+
+def test_needs_that_are_not_named_count_too() -> None:
+    """More is needed than there are candidates: a call may read what it was shown nothing of."""
+
+    def read(followed: Followed, block: int) -> int:
+        return followed.look(block, 0.0, True, after=0.25)
+
+    foreseen, once, again = (Followed(Predictive()) for _ in range(3))
+    for block in range(200):
+        asked = foreseen.look(block, 0.9, False, after=0.25)
+        read(foreseen, block)
+    assert asked == 1
+    assert [read(once, block) for block in range(400)][-100:] == 100 * [0], "what is needed once is not worth a copy"
+    assert [(read(again, block), read(again, block)) for block in range(400)][-100:] == 100 * [(1, 0)]
+
+
+def test_however_often_a_copy_is_read_it_speaks_once() -> None:
+    followed, asked = Followed(Predictive()), []
+    for first in range(0, 900, 3):
+        asked += [*followed.pairs(first, 2, 0.9, needed=False), followed.look(first + 2, 0.9, False)]
+        for _ in range(5):
+            followed.look(first + 2, 0.9, True)
+    assert asked[0] == 1 and asked[-1] == 0
+
+
+def test_what_scratch_has_no_room_for_until_it_is_needed_is_copied_less() -> None:
+    followed, asked = Followed(Predictive()), []
+    for block in range(400):
+        asked.append(followed.look(block, 0.9, False))
+        followed.notes["copy_id"][0, block, 0] = NONE  # gone at once
+        followed.look(block, 0.9, True)
+    # Never for good: what is watched and not copied is needed, and so trusted again.
+    assert all(asked[:5]) and 0.2 < np.mean(asked[100:]) < 0.9
+
+
+def test_a_need_long_after_does_not_speak_for_what_was_asked() -> None:
+    followed, asked = Followed(Predictive()), []
+    for first in range(0, 1000, 50):
+        asked.append(sum(followed.look(block, 0.9, False, after=0.0) for block in range(first, first + 50)))
+        followed.now += SOON
+        for block in range(first, first + 50):
+            followed.look(block, 0.9, True, after=0.0)
+    assert asked[0] == 50 and asked[-1] == 0
 
 
 def test_predictive_learns_nothing_from_reads_of_exact_heads() -> None:

@@ -1,15 +1,16 @@
-"""The default policy: what is needed, and what comes near it, gains worth and a copy; worth fades.
+"""The default policy: what is needed, and what comes near it, gains worth and, where that has been worth it, a copy; worth fades.
 
 Worths are kept multiplied by `weight(now)`, which grows as others fade, so that nothing needs to be touched to grow old and two worths of
 different times compare as they are (the trick of VSIDS: Moskewicz et al., "Chaff", DAC 2001).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tierd.policy.snapshot import Choice, Snapshot
-from tierd.policy.weighing import weigh
+from tierd.policy.snapshot import FIRST_STEP, Choice, Snapshot
+from tierd.policy.weighing import GRADES, weigh
 
 # Looking at a call and beginning its copies took an H100's host 0.6 ms; what it spared the next one's kernels and checks, 1 us a record. So
 # calls that had nearly all at hand are looked at seldom. At every second one, drifting needles would wait for 0.6 % of what they do under
@@ -25,7 +26,8 @@ class Predictive:
 
     Near: the share expected of the next step (this step's, and once more what it has grown since the previous one) over the share from
     which its head promoted (1, the whole budget, where it did not promote). Below `floor` of that a candidate is left alone; above, it gets
-    a copy, but only in place of copies of less than `displace` of its own worth.
+    a copy, but only in place of copies of less than `displace` of its own worth, and while enough of what was asked for at such a worth, in
+    whatever session, is needed soon after (`weighing.py`).
 
     Fitted to the regimes of `benchmarks/bench_tiering.py` and to recorded traces. With a half-life of 16 steps, or a floor of 0.3, calls
     wait up to a fifth longer. What else was tried on the traces: a need of one layer as a sign for the next two, of a KV head for the
@@ -40,6 +42,8 @@ class Predictive:
     name: str = "predictive"
     wants_candidates: bool = True
     since: float = 0.0  # when the weight was 1
+    looked: float = FIRST_STEP  # when a call was last looked at
+    asks: NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, GRADES)))  # see `weighing.py`
 
     def looks_at(self, turn: int, needs: int, misses: int) -> bool:
         return misses > MISSES_SHARE * needs or turn % EVERY == 0
@@ -47,7 +51,8 @@ class Predictive:
     def choose(self, snapshot: Snapshot) -> Choice:
         most = snapshot.blocks.size + snapshot.reads.shape[1]
         found, worths = np.empty((most, 3), np.int64), np.empty(most)
-        count, known = weigh(*snapshot, self._weight(snapshot.now), self.near, self.floor, found, worths)
+        passed, self.looked = snapshot.now - self.looked, snapshot.now
+        count, known = weigh(*snapshot, self._weight(snapshot.now), self.near, self.floor, self.asks, passed, found, worths)
         return Choice(found[:count], worths[:count], self.displace, found[most - known :, 0], worths[most - known :])
 
     def rescale(self, now: float) -> float:
