@@ -301,6 +301,30 @@ def test_a_step_answers_the_same_when_it_is_launched_again(rtol: float) -> None:
         assert all(np.array_equal(again.fields[name], x, equal_nan=True) for name, x in found[0].fields.items())
 
 
+def test_a_thread_whose_own_device_is_another_gets_the_same_answers() -> None:
+    """As that of a model on the second GPU, which may take the engine's turn."""
+    import cupy
+    from tierd_kernels.cuda import backend
+
+    if device.real() and cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs two devices: no thread can have another")
+    layout = LAYOUTS[0]
+    k, v, q = draw(layout, 512, 8, 1, "sharp", 3)
+    with cupy.cuda.Device(1):
+        memory = backend.reserve(1 << 20, 1 << 20, 1 << 20)
+    cache = store(layout, k, v, memory=memory)
+    call = in_scratch(cache, cache.call(q, 0.01, Budget(), candidates_max=4))
+    (here,) = backend.attend(layout, memory, [call], 8)
+    with cupy.cuda.Device(1):
+        backend.quantise_blocks(layout, memory, cache.originals[: len(cache.hot)], cache.hot)
+        backend.group_norms(layout, memory, *(x[: GROUP // layout.block_size][None] for x in (cache.originals, cache.hot)))
+        (there,) = backend.attend(layout, memory, [in_scratch(cache, call)], 8)
+        assert isinstance(here, Result) and isinstance(there, Result) and np.array_equal(here.output, there.output)
+        assert np.array_equal(here.candidates().blocks, there.candidates().blocks)
+        assert cupy.cuda.Device().id == 1
+    assert cupy.cuda.Device().id == 0
+
+
 def test_a_call_larger_than_what_is_kept_for_calls_is_answered_in_parts() -> None:
     from tierd_kernels.cuda import backend
 

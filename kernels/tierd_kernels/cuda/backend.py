@@ -60,7 +60,7 @@ def quantise_blocks(
     if not len(hot_offsets):
         return
     own = _own(memory)
-    with faults(), own.stream:
+    with faults(), own.device, own.stream:
         at = cp.asarray(np.stack([original_offsets, hot_offsets]))
         norms = cp.empty((len(hot_offsets), layout.num_kv_heads), cp.float32)
         kernels(layout).quantise(own.originals_at, own.hot_at, at[0], at[1], norms, own.stream)
@@ -75,7 +75,7 @@ def group_norms(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """As the CPU's. Raises DeviceLost."""
     own = _own(memory)
-    with faults(), own.stream:
+    with faults(), own.device, own.stream:
         above, errors = group_bounds(layout, own, original_offsets, hot_offsets)
     return above, errors
 
@@ -87,7 +87,7 @@ def begin_copies(memory: Memory, sources: NDArray[np.int64], targets: NDArray[np
     own = _own(memory)
     count = min(len(sources), own.landing.nbytes // nbytes, own.ways.shape[1])
     own.ways[0, :count], own.ways[1, :count] = sources[:count], targets[:count]
-    with faults():
+    with faults(), own.device:
         own.copier.wait_event(own.answered)
         launch.gather(own.originals_at, own.scratch_at, own.landing_at, *own.ways_at, count, nbytes, own.copier)
         own.copied.record(own.copier)
@@ -118,7 +118,7 @@ def attend(
             found.append(answers)
         except ValueError as error:
             found.append(error)
-    with faults():
+    with faults(), own.device:
         batches = _batches(own, waiting)
         for batch in batches:
             step = Step(layout, own, [x.part for x in batch])

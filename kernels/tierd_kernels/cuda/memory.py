@@ -31,15 +31,16 @@ BLOCK_BYTES_MIN = 1024
 class DeviceMemory(Memory):
     """The arenas of one daemon: hot and scratch on the device, originals pinned; and what calls need besides. `exponents` int16: of the
     largest value norm of the block whose offset in hot, over BLOCK_BYTES_MIN, is the index; `exponent`: the largest of blocks at these
-    offsets. `*_at`: addresses. `stream`: of steps; beside it `asked`: of copies that the host asks for once it has an answer; `copier`: of
-    those to scratch. `kept`: what stays on the device from call to call. `arranged`: the `Arrangement`s of the latest launches. `answered`,
-    `arrived`: events behind the copies of a step's answers and behind its candidates, which are the `late` of the last step. Of copies to
-    scratch under way: `ways` int64 [2, COPIES_MAX], their offsets in originals and scratch; `landing`, where they come back to;
-    `copied`: the event behind them. Both arrays are pinned."""
+    offsets. `*_at`: addresses. `device`: where it lies, which a thread that works on it makes its own meanwhile. `stream`: of steps; beside
+    it `asked`: of copies that the host asks for once it has an answer; `copier`: of those to scratch. `kept`: what stays on the device from
+    call to call. `arranged`: the `Arrangement`s of the latest launches. `answered`, `arrived`: events behind the copies of a step's answers
+    and behind its candidates, which are the `late` of the last step. Of copies to scratch under way: `ways` int64 [2, COPIES_MAX], their
+    offsets in originals and scratch; `landing`, where they come back to; `copied`: the event behind them. Both arrays are pinned."""
 
     hot_at: int
     scratch_at: int
     originals_at: int
+    device: Any
     stream: Any
     asked: Any
     copier: Any
@@ -67,15 +68,16 @@ def reserve(hot_bytes: int, scratch_bytes: int, originals_bytes: int) -> DeviceM
     """The arenas. Raises DeviceUnavailable, with cause and remedy; nothing is held then."""
     for_calls = WORKSPACE_BYTES + 2 * STAGING_BYTES + KEPT_BYTES
     device = usable_device({"hot_bytes": hot_bytes, "scratch_bytes": scratch_bytes, "for calls": for_calls})
-    try:
-        probe()
-        verify()
-        set_l2_aside()
-        kernel(ANY, "gather")  # compiled now, not while a copy waits
-        return _reserved(device, hot_bytes, scratch_bytes, originals_bytes)
-    except DeviceUnavailable as error:
-        refusal = str(error)
-    empty_pools()  # not from within `except`: there the error still refers to what was allocated
+    with device:
+        try:
+            probe()
+            verify()
+            set_l2_aside()
+            kernel(ANY, "gather")  # compiled now, not while a copy waits
+            return _reserved(device, hot_bytes, scratch_bytes, originals_bytes)
+        except DeviceUnavailable as error:
+            refusal = str(error)
+        empty_pools()  # not from within `except`: there the error still refers to what was allocated
     raise DeviceUnavailable(refusal)
 
 
@@ -91,7 +93,7 @@ def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: 
         ) from error
     memory = DeviceMemory(hot, scratch, pinned(originals_bytes, f"originals_bytes {originals_bytes}"))
     memory.hot_at, memory.scratch_at, memory.originals_at = int(hot.data.ptr), int(scratch.data.ptr), int(memory.originals.ctypes.data)
-    memory.stream, memory.asked, memory.copier = stream, asked, copier
+    memory.device, memory.stream, memory.asked, memory.copier = device, stream, asked, copier
     memory.workspace_at = int(workspace.data.ptr)
     memory.workspace, memory.inputs, memory.outputs, memory.kept = workspace, inputs, outputs, kept
     memory.arranged, memory.landing = Recent(ARRANGED_MAX), pinned(LANDING_BYTES, "copies")

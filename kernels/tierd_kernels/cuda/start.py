@@ -33,12 +33,14 @@ TEXT_MAX = 300  # of a text that is not ours: compilers say more
 
 
 def usable_device(needed: dict[str, int]) -> Any:
-    """The current device, if it is new enough and has room for what is `needed`, bytes by name."""
+    """The first device of those that the process sees, if it is new enough and has room for what is `needed`, bytes by name. Whichever is a
+    thread's own: calls come from threads of the process, kernels are loaded by others, and a model may have a device besides."""
     try:
-        device = cp.cuda.Device()
+        device = cp.cuda.Device(0)
         major, minor = divmod(int(device.compute_capability), 10)
         driver = cp.cuda.runtime.driverGetVersion()
-        empty_pools()
+        with device:
+            empty_pools()
         free, total = device.mem_info
     except FAULTS as error:
         raise DeviceUnavailable(_no_device(error)) from error

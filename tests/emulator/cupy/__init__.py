@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -126,7 +127,9 @@ class Event:
 
 
 def _do(work: Callable[[], None]) -> None:
-    """At once, or when the graph that is being captured runs."""
+    """At once, or when the graph that is being captured runs. There is nothing but the first device."""
+    if getattr(_threads, "device", 0):
+        raise CUDARuntimeError("cudaErrorInvalidResourceHandle: the calling thread works on another device")
     if _capturing:
         recorded = _capturing[-1].recorded
         assert recorded is not None
@@ -196,10 +199,27 @@ def _fill(at: int, value: int, nbytes: int, stream: int = 0) -> None:
     _do(lambda: ctypes.memset(at, value, nbytes) and None)
 
 
+_threads = threading.local()  # `device`: the calling thread's own; none of theirs is anything but the first by itself
+
+
 class Device:
+    """While it is entered it is the calling thread's own."""
+
     compute_capability = "90"
     attributes: ClassVar[dict[str, int]] = {"MultiProcessorCount": PROCESSORS}
     mem_info = (80 << 30, 80 << 30)
+
+    def __init__(self, device: int | None = None) -> None:
+        self.id = getattr(_threads, "device", 0) if device is None else device
+        self._before: list[int] = []
+
+    def __enter__(self) -> "Device":
+        self._before.append(Device().id)
+        _threads.device = self.id
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _threads.device = self._before.pop()
 
     def synchronize(self) -> None:
         pass
