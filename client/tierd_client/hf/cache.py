@@ -31,7 +31,7 @@ class TierdCache(Cache):
         text_config = config.get_text_config(decoder=True)
         check_count("max_tokens", max_tokens, 1, tier.limits.max_tokens)
         check_config(text_config, max_tokens, tier.limits.head_dims)
-        options = Options(tier, text_config, as_tolerance(tolerance), as_policy(policy), max_tokens)
+        options = Options(tier, text_config, int(text_config.num_hidden_layers), as_tolerance(tolerance), as_policy(policy), max_tokens)
         self._start(Store(options))
 
     def _start(self, store: Store) -> None:

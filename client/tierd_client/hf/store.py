@@ -8,12 +8,12 @@ model may believe that the forward had counted.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from tierd_client.errors import DeadlineExceeded, InvalidArgument, TierdError
-from tierd_client.hf.answer import answer_rows
+from tierd_client.hf.answer import Place, answer_rows, place_of
 from tierd_client.hf.batch import Batch
 from tierd_client.hf.errors import IncompleteForward, unsupported
 from tierd_client.hf.handover import HandOver, offer
@@ -27,29 +27,37 @@ from tierd_client.types import Geometry, PolicyChoice, Tolerance
 
 @dataclass(eq=False)
 class Forward:
-    """The forward under way: `n` new positions of each of `rows` rows. `real` [rows, n], from the mask `mask`, once a layer attended."""
+    """The forward under way: `n` new positions of each of `rows` rows. Once a layer attended: `real` [rows, n], from the mask `mask`, and
+    `places`, the same of each row."""
 
     rows: int
     n: int
     done: set[int] = field(default_factory=set)
     mask: Mask = None
     real: torch.Tensor | None = None
+    places: list[Place] = field(default_factory=list)
+
+
+class Form(NamedTuple):
+    """What an attention call says of its session's geometry."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    scaling: float | None
 
 
 @dataclass(frozen=True, eq=False)
 class Options:
-    """How sessions are opened. `config`: the model's text configuration."""
+    """How sessions are opened. `config`: the model's text configuration; `num_layers`: all of which attend."""
 
     tier: Tier
     config: Any
+    num_layers: int
     tolerance: Tolerance
     policy: PolicyChoice
     max_tokens: int
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model, all of which attend."""
-        return int(self.config.num_hidden_layers)
 
 
 class Store:
@@ -58,6 +66,7 @@ class Store:
     def __init__(self, options: Options) -> None:
         self.options = options
         self._geometry: Geometry | None = None
+        self._form: Form | None = None  # of which that geometry was made
         self._batch: Batch | None = None
         self._tally: Tally | None = None
         self._forward: Forward | None = None
@@ -81,7 +90,6 @@ class Store:
         Raises UnsupportedModel, InvalidArgument or IncompleteForward; see `at_rest`.
         """
         self._check_open()
-        check_implementation(self.options.config)
         self._check_consumed()
         self._check_tensors(layer, key, value)
         rows, _, n, _ = key.shape
@@ -107,7 +115,7 @@ class Store:
         self._read_mask(forward, batch, mask)
         assert forward.real is not None and self._tally is not None
         batch.disturb()
-        output = answer_rows(self.options.tier, batch, forward.real, module, handover, q, scaling, self._tally)
+        output = answer_rows(self.options.tier, batch, forward.places, module, handover, q, scaling, self._tally)
         forward.done.add(handover.layer)
         if len(forward.done) == self.options.num_layers:
             batch.extend(forward.real)
@@ -172,6 +180,7 @@ class Store:
             batch.close()
 
     def _begin(self, rows: int, n: int) -> None:
+        check_implementation(self.options.config)
         if self._batch is not None and self.rows != rows:
             raise InvalidArgument(
                 f"the forward has {rows} rows and the cache {self.rows}; use batch_repeat_interleave, batch_select_indices or reset"
@@ -181,14 +190,17 @@ class Store:
     def _open(self, q: torch.Tensor, key: torch.Tensor, scaling: float | None) -> Batch:
         """The batch, opened if this is the first attention call. Raises UnsupportedModel for heads or types that are not served, and if
         layers differ in shape or scale."""
-        dtype = str(key.dtype).removeprefix("torch.")
-        check_head_dim(key.shape[3], self.options.tier.limits.head_dims)
+        form = Form(q.shape[1], key.shape[1], key.shape[3], key.dtype, scaling)
+        if self._batch is not None and form == self._form:
+            return self._batch
+        dtype = str(form.dtype).removeprefix("torch.")
+        check_head_dim(form.head_dim, self.options.tier.limits.head_dims)
         check_dtype(dtype)
         geometry = Geometry(
             num_layers=self.options.num_layers,
-            num_q_heads=q.shape[1],
-            num_kv_heads=key.shape[1],
-            head_dim=key.shape[3],
+            num_q_heads=form.num_q_heads,
+            num_kv_heads=form.num_kv_heads,
+            head_dim=form.head_dim,
             dtype=dtype,
             softmax_scale=None if scaling is None else float(scaling),
         )
@@ -199,6 +211,7 @@ class Store:
             self._batch = Batch.open(key.shape[0], lambda: self._open_session(geometry))
         elif geometry != self._geometry:
             raise unsupported("layers of different shape", f"{geometry} after {self._geometry}; one session has one geometry")
+        self._form = form
         return self._batch
 
     def _open_session(self, geometry: Geometry) -> Session:
@@ -206,13 +219,13 @@ class Store:
         return o.tier.open_session(geometry, tolerance=o.tolerance, policy=o.policy, max_tokens=o.max_tokens)
 
     def _read_mask(self, forward: Forward, batch: Batch, mask: Mask) -> None:
-        """Layers mostly share one mask, which is then compared once."""
+        """Layers mostly share one mask, which is then read once."""
         if forward.real is not None and mask is forward.mask:
             return
         real = real_tokens(mask, batch.real, forward.rows, forward.n)
         if forward.real is not None and not torch.equal(real, forward.real):
             raise unsupported("attention mask", "layers were given masks that hide different tokens")
-        forward.mask, forward.real = mask, real
+        forward.mask, forward.real, forward.places = mask, real, [place_of(own) for own in real]
 
     def _check_consumed(self) -> None:
         offered, self._offered = self._offered, None
