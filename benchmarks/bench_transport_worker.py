@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from tierd_client import Geometry, Tolerance, connect
 from tierd_client.session import Session
 from tierd_client.transports.grpc_shared import CHANNEL_OPTIONS
-from tierd_proto import coding
 from tierd_proto.v1.tierd_pb2_grpc import TierStub
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -82,18 +81,18 @@ def session_under(load: Load) -> Iterator[tuple[Attend, Callable[[], None]]]:
 
 @contextmanager
 def sender(load: Load, tier: Any) -> Iterator[Callable[[Any], Any]]:
-    """Attend's message to its reply's, by the transport of `load`; the client itself only has the stream and the in-process one."""
+    """Attend's request to its reply, by the transport of `load`; the client itself only has the stream and the in-process one."""
     if load.transport != "unary":
         yield lambda request: tier._transport.call(request, CALL_S)
         return
     metadata = (("tierd-worker", tier._transport.welcome.worker),)
     with grpc.insecure_channel(load.target, CHANNEL_OPTIONS) as channel:
         method: Any = TierStub(channel).Attend
-        yield lambda request: method(request, timeout=CALL_S, metadata=metadata)
+        yield lambda request: method(request.message(), timeout=CALL_S, metadata=metadata)
 
 
 def exchange(session: Session, q: Array, send: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """One call as a user makes it; the reply's message, which carries the engine's times, and the Result."""
+    """One call as a user makes it; the reply, which carries the engine's times, and the Result."""
     call = session._step_call(0, q, None, None, None)
     reply = send(call.request)
     return reply, call.read(reply)
@@ -102,10 +101,8 @@ def exchange(session: Session, q: Array, send: Callable[[Any], Any]) -> tuple[An
 def check(session: Session, k: Array, v: Array, q: Array, send: Callable[[Any], Any]) -> None:
     """Hold replies to their certificates. Raises AssertionError."""
     for _ in range(CHECKED_REPLIES):
-        row = exchange(session, q, send)[0].rows[0]
-        certificate = coding.decode_certificate(row.certificate, (len(q), 1))
-        output = coding.decode_tensor(row.output, "output", 3)
-        oracle.check_reply(k, v, q[:, None], output, certificate, RTOL, 0.0, softmax_scale=HEAD_DIM**-0.5)
+        _, result = exchange(session, q[:, None], send)
+        oracle.check_reply(k, v, q[:, None], result.output, vars(result.certificate), RTOL, 0.0, softmax_scale=HEAD_DIM**-0.5)
 
 
 def drive(

@@ -1,4 +1,4 @@
-"""The engine in the caller's own process, spoken to with the messages of the wire but without a socket."""
+"""The engine in the caller's own process, spoken to with the messages of the wire, or the arrays in them, but without a socket."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from tierd.engine import Engine
 from tierd.engine.timed import TimedFuture
 from tierd.errors import TierdError
 from tierd.interrupts import deferred
-from tierd.service import AppendAssembly, ByteQuota, Converter, Operation, check_protocol, handshake_reply
+from tierd.service import Answers, AppendAssembly, ByteQuota, Converter, Operation, check_protocol, handshake_reply
 from tierd.workers import Workers
 
 
@@ -54,6 +54,15 @@ class InProcess:
         meanwhile, the thread itself may do the work: to hand a call to the engine's thread and its answer back takes longer than a short
         call needs."""
         return self._submit(lambda deadline: self._converter.operation(request, worker, deadline), worker, timeout_s, waits)
+
+    def attend(self, rows: Iterable[Any], worker: str, timeout_s: float | None, waits: bool = False) -> "Future[Answers]":
+        """As `submit`, of rows that need no message: `session_id`, `layer`, arrays `q`, `k` and `v` or None, `tolerance`. Of the arrays
+        copies are taken, as a message would: whoever gave up waiting may write to them."""
+
+        def command(deadline: float) -> Operation:
+            return self._converter.attend([_row(row) for row in rows], worker, deadline, Answers.of)
+
+        return self._submit(command, worker, timeout_s, waits)
 
     def append(self, requests: Iterable[pb.AppendRequest], worker: str, timeout_s: float | None) -> "Future[Any]":
         """The future reply to an append in chunks, which are read before this returns; fails with a TierdError."""
@@ -109,3 +118,9 @@ class InProcess:
         elif result.exception() is None and (undo := operation.undo(result.result())) is not None:
             with suppress(TierdError):  # if the engine takes nothing now, `close_worker` still does the same
                 self._engine.submit(undo)
+
+
+def _row(row: Any) -> commands.Row:
+    k, v = (None if x is None else x.copy() for x in (row.k, row.v))
+    told = row.tolerance
+    return commands.Row(row.session_id, row.layer, row.q.copy(), k, v, commands.Tolerance(told.rtol, told.atol, told.relative_to))

@@ -1,5 +1,6 @@
 """Signals that wait until a thread is done."""
 
+import _signal  # type: ignore[import-not-found]
 import signal
 import threading
 from collections.abc import Iterator
@@ -12,18 +13,20 @@ DEFERRED = signal.SIGINT, signal.SIGTERM, signal.SIGALRM, signal.SIGHUP, signal.
 @contextmanager
 def deferred() -> Iterator[None]:
     """The process' handlers of DEFERRED signals that come meanwhile run at the end. Python runs them on the main thread, between any two
-    instructions, and Ctrl-C's raises there, which would leave half done what is done within. On other threads there is nothing to do."""
+    instructions, and Ctrl-C's raises there, which would leave half done what is done within. On other threads there is nothing to do.
+
+    By the functions that `signal` wraps: its own make enumerations of numbers, which takes 26 us a turn on two cores of a Xeon, not 5."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     arrived: list[tuple[int, Any]] = []
-    handlers = {number: handler for number in DEFERRED if callable(handler := signal.getsignal(number))}
+    handlers: dict[int, Any] = {number: handler for number in DEFERRED if callable(handler := _signal.getsignal(number))}
     for number in handlers:
-        signal.signal(number, lambda *signalled: arrived.append(signalled))
+        _signal.signal(number, lambda *signalled: arrived.append(signalled))
     try:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            _signal.signal(number, handler)
         for signalled, frame in arrived:
-            handlers[signal.Signals(signalled)](signalled, frame)
+            handlers[signalled](signalled, frame)

@@ -27,6 +27,21 @@ TEXT_MAX = 1000  # characters of an error's text
 RELATIVE_TO = {pb.VALUES: "values", pb.OUTPUT: "output"}
 
 
+@dataclass
+class Answers:
+    """An attend's reply without a wire: rows with arrays in them, which are not to be written."""
+
+    rows: list[commands.RowResult]
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+
+    @classmethod
+    def of(cls, results: list[commands.RowResult]) -> "Answers":
+        for result in results:
+            result.certificate = {name: _shown(result.certificate[name], dtype) for name, dtype in coding.CERTIFICATE_COLUMNS.items()}
+        return cls(results)
+
+
 @dataclass(frozen=True)
 class Operation:
     """A command for the engine, and how its result is said on the wire."""
@@ -37,7 +52,7 @@ class Operation:
     def finish(self, future: TimedFuture) -> Any:
         """The reply message, once the command succeeded."""
         reply = self.reply(future.result())
-        if isinstance(reply, pb.AttendReply):
+        if isinstance(reply, pb.AttendReply | Answers):
             reply.queue_s, reply.compute_s = future.queue_s, future.compute_s
         return reply
 
@@ -67,7 +82,8 @@ class Converter:
         who: dict[str, Any] = {"worker": worker, "deadline": deadline}
         match request:
             case pb.AttendRequest():
-                return Operation(commands.Attend(self._rows(request), **who), _attend_reply)
+                rows = [_row(row, f"row {index}") for index, row in enumerate(request.rows)]
+                return self.attend(rows, worker, deadline, _attend_reply)
             case pb.OpenSessionRequest():
                 return Operation(_open_session(request, who), lambda name: pb.OpenSessionReply(session_id=name))
             case pb.CloseSessionRequest():
@@ -87,10 +103,12 @@ class Converter:
     def _status_reply(self, status: dict[str, Any]) -> pb.StatusReply:
         return pb.StatusReply(json=json.dumps(status | self.transport_status()))
 
-    def _rows(self, request: pb.AttendRequest) -> list[commands.Row]:
-        if not request.rows:
+    def attend(
+        self, rows: list[commands.Row], worker: str, deadline: float, reply: Callable[[list[commands.RowResult]], Any]
+    ) -> Operation:  # fmt: skip
+        """The attend of `rows`, whose results `reply` turns into what is answered."""
+        if not rows:
             raise InvalidArgument("an attend request without rows; at least one is needed")
-        rows = [_row(row, f"row {index}") for index, row in enumerate(request.rows)]
         reply_bytes = sum(
             row.q.nbytes + math.prod(row.q.shape[:2]) * coding.CERTIFICATE_ROW_BYTES + REPLY_SLACK_BYTES for row in rows
         )
@@ -98,7 +116,7 @@ class Converter:
             raise InvalidArgument(
                 f"the reply would take {reply_bytes} bytes; allowed: {self.message_bytes_max}. Attend fewer tokens at once"
             )
-        return rows
+        return Operation(commands.Attend(rows, worker=worker, deadline=deadline), reply)
 
 
 class AppendAssembly:
@@ -215,6 +233,13 @@ def describe(error: BaseException) -> pb.Error:
     text = str(error) if isinstance(error, TierdError) else f"a fault in the daemon, {type(error).__name__}: {error}"
     # Texts quote what the request said, and gRPC drops a call whose status is longer than some 8 KiB.
     return pb.Error(code=code, message=text if len(text) <= TEXT_MAX else f"{text[:TEXT_MAX]}...")
+
+
+def _shown(column: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Read-only: the engine looks at it still."""
+    column = column.astype(dtype, copy=False)
+    column.flags.writeable = False
+    return column
 
 
 def _tensor(tensor: pb.Tensor, name: str) -> NDArray[Any]:

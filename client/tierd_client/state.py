@@ -5,7 +5,6 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from tierd_proto import coding
 from tierd_proto.v1 import tierd_pb2 as pb
 
 from tierd_client import protocol
@@ -102,16 +101,8 @@ class SessionState:
         chosen = self._tolerance if tolerance is None else as_tolerance(tolerance)
         if (k is None) != (v is None):
             raise InvalidArgument("k and v come together, or neither")
-        wire_k, wire_v = (None, None) if k is None else map(coding.encode_tensor, self._pair(own_k, own_v))
-        message = pb.Row(
-            session_id=self._open_id(),
-            layer=self._layer(layer),
-            q=coding.encode_tensor(raw),
-            k=wire_k,
-            v=wire_v,
-            tolerance=protocol.tolerance_message(chosen),
-        )
-        return Row(message, raw, q)
+        raw_k, raw_v = (None, None) if k is None else self._pair(own_k, own_v)
+        return Row(self._open_id(), self._layer(layer), raw, raw_k, raw_v, chosen, q)
 
     def _step_call(self, layer: int, q: object, k: object, v: object, tolerance: Tolerance | None) -> Call[Result[Any]]:
         return protocol.attend_one(self._row(layer, q, k, v, tolerance))
@@ -165,7 +156,7 @@ class TierState:
     def _rows_call(self, rows: Sequence[tuple[Any, int, Any, Any, Any]]) -> Call[list[Result[Any]]]:
         if not isinstance(rows, Sequence):
             raise InvalidArgument(f"rows is a {type(rows).__name__}; it must be a sequence of (session, layer, q, k, v)")
-        messages = []
+        checked = []
         for number, row in enumerate(rows):
             if not isinstance(row, tuple | list) or len(row) != 5 or not isinstance(row[0], SessionState):
                 raise InvalidArgument(f"row {number} is not (session, layer, q, k, v)")
@@ -173,7 +164,7 @@ class TierState:
             if session._tier is not self:
                 raise InvalidArgument(f"the session of row {number} belongs to another connection")
             try:
-                messages.append(session._row(layer, q, k, v))
+                checked.append(session._row(layer, q, k, v))
             except InvalidArgument as error:
                 raise InvalidArgument(f"row {number}: {error}") from None
-        return protocol.attend(messages)
+        return protocol.attend(checked)

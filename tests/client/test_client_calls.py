@@ -67,6 +67,22 @@ def test_a_session_from_opening_to_closing(tier: Any) -> None:
     assert tier.status()["sessions"] == before
 
 
+def test_certificates_are_of_the_types_that_they_say_and_read_only(tier: Any) -> None:
+    with filled(tier) as session:
+        for q in (numbers(5, 4, 3), numbers(5, 4, 1)[:, 0]):
+            columns = vars(session.attend(layer=0, q=q).certificate)
+            assert {name: column.dtype for name, column in columns.items()} == CERTIFICATE_COLUMNS
+            assert not any(column.flags.writeable for column in columns.values())
+
+
+def test_a_message_is_never_larger_than_was_checked(tier: Any) -> None:
+    with opened(tier) as one, opened(tier) as two:
+        k, rows = numbers(1, 2, 9), [(one, 1, numbers(0, 4, 1), None, None)]
+        for more in ([], [(two, 0, numbers(0, 4, 9), k, k)] * 100):
+            attend = tier._rows_call([*rows, *more]).request
+            assert attend.message().ByteSize() <= attend.nbytes
+
+
 def test_what_the_handshake_said(tier: Any) -> None:
     assert (tier.backend, tier.limits.message_bytes_max, tier.limits.max_tokens) == ("cpu", 1 << 20, 4000)
     assert tier.limits.head_dims == HEAD_DIMS

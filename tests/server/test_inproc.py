@@ -4,13 +4,16 @@ import asyncio
 import signal
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import tierd_client
 import tierd_client.aio
 from daemon_process import HEAD_DIM, KV_HEADS, Q_HEADS, SMALL, chunks, numbers, open_request, row
 from oracle import check_reply
+from tierd_client.types import Tolerance
 from tierd_proto import coding
 from tierd_proto.v1 import tierd_pb2 as pb
 
@@ -54,6 +57,25 @@ def test_a_session_from_opening_to_the_end_of_its_worker(tier: InProcess) -> Non
     tier.close_worker(worker)
     assert isinstance(failure(tier.submit(lengths, worker, None)), Unavailable)
     assert '"sessions": 0' in tier.submit(pb.StatusRequest(), other, None).result(WAIT_S).json
+
+
+def test_an_attend_of_arrays_takes_copies_of_them() -> None:
+    tier = InProcess({name.replace("-", "_"): value for name, value in SMALL.items()})
+    worker = tier.handshake(pb.HandshakeRequest(protocol=1)).worker
+    opening = tier.submit(open_request(), worker, None)
+    tier._engine.run_once()
+    q, k, v = numbers(1, Q_HEADS, 1), numbers(2, KV_HEADS, 1), numbers(3, KV_HEADS, 1)
+    own = [x.copy() for x in (q, k, v)]
+    row = SimpleNamespace(session_id=opening.result().session_id, layer=0, q=q, k=k, v=v, tolerance=Tolerance(0.0))
+    reply = tier.attend([row], worker, None)
+    for x in (q, k, v):
+        x.fill(np.nan)  # as who gave up waiting may
+    tier._engine.run_once()
+    answer = reply.result().rows[0]
+    check_reply(own[1], own[2], own[0], answer.output, answer.certificate, 0.0, 0.0, softmax_scale=HEAD_DIM**-0.5)
+    assert reply.result().compute_s > 0.0
+    assert failure(tier.attend([], worker, None)).code == "invalid_argument"
+    tier.close()
 
 
 def test_what_is_wrong_fails_the_future(tier: InProcess) -> None:

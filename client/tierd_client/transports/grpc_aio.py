@@ -13,7 +13,7 @@ from tierd_proto.v1.tierd_pb2_grpc import TierStub
 from tierd_client import protocol
 from tierd_client.errors import DaemonUnavailable, TierdError, late
 from tierd_client.pairing import Pairing
-from tierd_client.protocol import Request
+from tierd_client.protocol import Attend, Request
 from tierd_client.transports.grpc_shared import CHANNEL_OPTIONS, CLOSE_TIMEOUT_S, error_of, method_of
 
 Reply = asyncio.Future[pb.AttendReply]
@@ -48,8 +48,8 @@ class AsyncGrpcTransport:
 
     async def call(self, request: Request, timeout_s: float) -> Any:
         self._pairing.check()
-        if isinstance(request, pb.AttendRequest):
-            return await self._decode(request, timeout_s)
+        if isinstance(request, Attend):
+            return await self._decode(request.message(), timeout_s)
         method, message = method_of(self._stub, request)
         try:
             return await method(message, timeout=timeout_s, metadata=self._metadata)

@@ -12,7 +12,7 @@ from tierd_proto.v1 import tierd_pb2 as pb
 
 from tierd_client import protocol
 from tierd_client.errors import DaemonUnavailable, from_code, late
-from tierd_client.protocol import Chunks, Request
+from tierd_client.protocol import Attend, Chunks, Request
 from tierd_client.target import INPROC
 
 T = TypeVar("T")
@@ -34,6 +34,8 @@ class _OwnEngine:
             raise DaemonUnavailable(f"the connection to {INPROC} was closed here")
         if isinstance(request, Chunks):
             return self._engine.append(request, self.welcome.worker, timeout_s)
+        if isinstance(request, Attend):
+            return self._engine.attend(request.rows, self.welcome.worker, timeout_s, waits)
         return self._engine.submit(request, self.welcome.worker, timeout_s, waits)
 
     def end(self) -> None:
