@@ -11,7 +11,7 @@ from tierd_client import protocol
 from tierd_client.certificate import Result
 from tierd_client.errors import DaemonUnavailable, InvalidArgument, SessionNotFound
 from tierd_client.protocol import Call, Row
-from tierd_client.tensors import check_pair, in_one_copy, queries, to_raw
+from tierd_client.tensors import all_raw, check_pair, queries, to_raw
 from tierd_client.types import INT64_MAX, Geometry, Policy, PolicyChoice, Tolerance, as_policy, as_tolerance, check_count, check_number
 
 CONNECT_TIMEOUT_S = 60.0  # of `connect`, and of calls that name none; the daemon's first call may have to compile its kernels
@@ -96,13 +96,16 @@ class SessionState:
 
     def _row(self, layer: object, q: object, k: object = None, v: object = None, tolerance: Tolerance | None = None) -> Row:
         geometry = self.geometry
-        own_q, own_k, own_v = (q, k, v) if k is None or v is None else in_one_copy(q, k, v)
-        raw = queries(to_raw("q", own_q, geometry.dtype), geometry.num_q_heads, geometry.head_dim)
-        chosen = self._tolerance if tolerance is None else as_tolerance(tolerance)
         if (k is None) != (v is None):
             raise InvalidArgument("k and v come together, or neither")
-        raw_k, raw_v = (None, None) if k is None else self._pair(own_k, own_v)
-        return Row(self._open_id(), self._layer(layer), raw, raw_k, raw_v, chosen, q)
+        if k is None:
+            raw_q, raw_k, raw_v = to_raw("q", q, geometry.dtype), None, None
+        else:
+            raw_q, raw_k, raw_v = all_raw({"q": q, "k": k, "v": v}, geometry.dtype)
+            check_pair(raw_k, raw_v, geometry.num_kv_heads, geometry.head_dim)
+        asked = queries(raw_q, geometry.num_q_heads, geometry.head_dim)
+        chosen = self._tolerance if tolerance is None else as_tolerance(tolerance)
+        return Row(self._open_id(), self._layer(layer), asked, raw_k, raw_v, chosen, q)
 
     def _step_call(self, layer: int, q: object, k: object, v: object, tolerance: Tolerance | None) -> Call[Result[Any]]:
         return protocol.attend_one(self._row(layer, q, k, v, tolerance))

@@ -4,7 +4,7 @@ numpy has no bfloat16 of its own: its arrays hold the bits, as uint16.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar, Union, cast
 
@@ -27,31 +27,21 @@ def to_raw(name: str, tensor: object, dtype: str) -> Raw:
 
     Raises InvalidArgument, naming it `name`, unless its type is `dtype`, the session's ("float16", "bfloat16" or "float32").
     """
-    if _is_torch(tensor):
-        given = str(tensor.dtype).removeprefix("torch.")
-    elif isinstance(tensor, np.ndarray):
-        given = NUMPY_DTYPES.get(tensor.dtype.newbyteorder("=")) or f"numpy {tensor.dtype.name}"
-    else:
-        raise InvalidArgument(f"{name} is a {type(tensor).__name__}; allowed: torch tensors and numpy arrays")
-    if given != dtype:
-        hint = " (as a numpy array: its bits, uint16)" if dtype == "bfloat16" else ""
-        raise InvalidArgument(f"{name} is {given}; the session's geometry says {dtype}{hint}")
-    return _torch_to_raw(tensor) if _is_torch(tensor) else _native(cast(Raw, tensor))
+    return _raw(_checked(name, tensor, dtype))
 
 
-def in_one_copy(*tensors: object) -> tuple[object, ...]:
-    """The same, torch's of one GPU and type on the CPU: each copy from there waits for the device, and takes an H100's host 50 us."""
-    given = [tensor for tensor in tensors if _is_torch(tensor) and tensor.device.type != "cpu"]
-    if len(given) < len(tensors) or len({(tensor.device, tensor.dtype) for tensor in given}) > 1:
-        return tensors
-    return joined(given)
+def all_raw(named: Mapping[str, object], dtype: str) -> list[Raw]:
+    """As `to_raw`, of tensors by name. Those of one GPU come in one copy: each waits for the device, and takes an H100's host 50 us."""
+    tensors = [_checked(name, tensor, dtype) for name, tensor in named.items()]
+    far = [tensor.device for tensor in tensors if _is_torch(tensor) and tensor.device.type != "cpu"]
+    return joined(tensors) if len(far) == len(tensors) and len(set(far)) == 1 else [_raw(tensor) for tensor in tensors]
 
 
-def joined(tensors: "Sequence[torch.Tensor]") -> "tuple[torch.Tensor, ...]":
-    """The same on the CPU, of one type and device: parts of one tensor."""
-    whole = sys.modules["torch"].cat([tensor.detach().reshape(-1) for tensor in tensors]).cpu()
-    ends = list(accumulate(tensor.numel() for tensor in tensors))
-    return tuple(whole[end - tensor.numel() : end].view(tensor.shape) for end, tensor in zip(ends, tensors, strict=True))
+def joined(tensors: "Sequence[torch.Tensor]") -> list[Raw]:
+    """Of one type and device: parts of one array."""
+    whole = _raw(sys.modules["torch"].cat([tensor.detach().reshape(-1) for tensor in tensors]))
+    ends = accumulate(tensor.numel() for tensor in tensors)
+    return [whole[end - tensor.numel() : end].reshape(tensor.shape) for end, tensor in zip(ends, tensors, strict=True)]
 
 
 def like(raw: Raw, tensor: Tensor) -> Tensor:
@@ -62,8 +52,9 @@ def like(raw: Raw, tensor: Tensor) -> Tensor:
     if not _is_torch(tensor):
         return cast(Tensor, copied.astype(cast(Raw, tensor).dtype, copy=False))
     torch = sys.modules["torch"]
-    whole = copied.view(np.int16) if copied.dtype == np.uint16 else copied
-    return cast(Tensor, torch.from_numpy(whole).view(tensor.dtype).to(tensor.device))
+    bits = copied.dtype == np.uint16
+    whole = torch.from_numpy(copied.view(np.int16)).view(torch.bfloat16) if bits else torch.from_numpy(copied)
+    return cast(Tensor, whole.to(tensor.device))
 
 
 def queries(q: Raw, num_q_heads: int, head_dim: int) -> Raw:
@@ -91,9 +82,18 @@ def _fits(array: Raw, heads: int, head_dim: int) -> bool:
     return array.ndim == 3 and (array.shape[0], array.shape[2]) == (heads, head_dim) and array.shape[1] >= 1
 
 
-def _native(array: Raw) -> Raw:
-    """The same numbers in this machine's byte order."""
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
+def _checked(name: str, tensor: object, dtype: str) -> Any:
+    """The tensor. Raises InvalidArgument unless it is one, of `dtype`."""
+    if _is_torch(tensor):
+        given = str(tensor.dtype).removeprefix("torch.")
+    elif isinstance(tensor, np.ndarray):
+        given = NUMPY_DTYPES.get(tensor.dtype.newbyteorder("=")) or f"numpy {tensor.dtype.name}"
+    else:
+        raise InvalidArgument(f"{name} is a {type(tensor).__name__}; allowed: torch tensors and numpy arrays")
+    if given != dtype:
+        hint = " (as a numpy array: its bits, uint16)" if dtype == "bfloat16" else ""
+        raise InvalidArgument(f"{name} is {given}; the session's geometry says {dtype}{hint}")
+    return tensor
 
 
 def _is_torch(tensor: object) -> "TypeGuard[torch.Tensor]":
@@ -101,7 +101,10 @@ def _is_torch(tensor: object) -> "TypeGuard[torch.Tensor]":
     return torch is not None and isinstance(tensor, torch.Tensor)
 
 
-def _torch_to_raw(tensor: "torch.Tensor") -> Raw:
+def _raw(tensor: Any) -> Raw:
+    """Of numpy's: the same numbers in this machine's byte order."""
+    if not _is_torch(tensor):
+        return cast(Raw, tensor.astype(tensor.dtype.newbyteorder("="), copy=False))
     torch = sys.modules["torch"]
     here = tensor.detach().cpu()
     if here.dtype == torch.bfloat16:

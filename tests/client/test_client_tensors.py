@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tierd_client.errors import InvalidArgument
-from tierd_client.tensors import check_pair, in_one_copy, joined, like, queries, to_raw
+from tierd_client.tensors import all_raw, check_pair, joined, like, queries, to_raw
 
 DTYPES = ("float16", "bfloat16", "float32")
 BITS = {"float16": np.uint16, "bfloat16": np.uint16, "float32": np.uint32}
@@ -111,16 +111,18 @@ def test_tensors_that_come_in_one_copy_are_what_they_were(dtype: str, shapes: li
     rng = np.random.default_rng(seed)
     tensors = [tensor_of(rng.integers(0, 1 << 15, shape).astype(BITS[dtype]), dtype, "torch").swapaxes(0, 1) for shape in shapes]
     for tensor, back in zip(tensors, joined(tensors), strict=True):
-        assert back.shape == tensor.shape and back.dtype == tensor.dtype
-        np.testing.assert_array_equal(bits_of(back), bits_of(tensor))
+        np.testing.assert_array_equal(back, to_raw("x", tensor, dtype), strict=True)
 
 
-def test_only_tensors_of_one_gpu_and_type_come_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_tensors_of_one_gpu_come_in_one_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """"meta" stands for a GPU."""
-    asked = list[int]()
-    monkeypatch.setattr("tierd_client.tensors.joined", lambda tensors: asked.append(len(tensors)))
+    monkeypatch.setattr("tierd_client.tensors.joined", lambda tensors: ["joined", *tensors])
+    monkeypatch.setattr("tierd_client.tensors._raw", lambda tensor: tensor)
     far, near, raw = torch.zeros(2, 3, device="meta"), torch.zeros(2, 3), np.zeros((2, 3), np.float32)
-    for others in ((near, near), (raw, raw), (far, far.half(), far), (far, far, near), (far, raw, far), (far, None, far)):
-        assert all(a is b for a, b in zip(in_one_copy(*others), others, strict=True)) and asked == []
-    in_one_copy(far, far, far)
-    assert asked == [3]
+    for others in ((near, near), (raw, raw), (far, far, near), (far, raw, far)):
+        given = all_raw({str(i): tensor for i, tensor in enumerate(others)}, "float32")
+        assert all(a is b for a, b in zip(given, others, strict=True))
+    assert all_raw({"q": far, "k": far, "v": far}, "float32")[0] == "joined"
+    for other in (far.half(), None):
+        with pytest.raises(InvalidArgument, match="v is "):
+            all_raw({"q": far, "k": far, "v": other}, "float32")

@@ -63,16 +63,17 @@ class Tally:
         self._rungs = np.zeros((*shape, NUM_RUNGS), np.int64)
         self._counts = {name: np.zeros(shape, np.int64) for name in COUNTS}
         self._waiting: list[list[Certificate]] = [[] for _ in range(num_layers)]
+        self._tokens = [0] * num_layers  # of those that wait
 
     def add(self, layer: int, certificate: Certificate) -> None:
         """Count answers of `layer`; the certificate's arrays are [num_q_heads, n]."""
-        waiting = self._waiting[layer]
-        waiting.append(certificate)
-        if sum([each.bound.shape[1] for each in waiting]) >= TOGETHER:
+        self._waiting[layer].append(certificate)
+        self._tokens[layer] += certificate.bound.shape[1]
+        if self._tokens[layer] >= TOGETHER:
             self._sum_up(layer)
 
     def _sum_up(self, layer: int) -> None:
-        waiting, self._waiting[layer] = self._waiting[layer], []
+        waiting, self._waiting[layer], self._tokens[layer] = self._waiting[layer], [], 0
         if not waiting:
             return
 
