@@ -23,9 +23,9 @@ EXACT, LOOSE = Tolerance(0.0), Tolerance(0.1)
 class Bench:
     """An engine with its fake kernels and clock; tensors come from one seed."""
 
-    def __init__(self, config: EngineConfig = CONFIG, promote_every: int = 1) -> None:
+    def __init__(self, config: EngineConfig = CONFIG, promote_every: int = 1, **more: Any) -> None:
         self.clock, self.kernels = ManualClock(100.0), FakeKernels(promote_every)
-        self.engine = Engine(config, self.clock, self.kernels)
+        self.engine = Engine(config, self.clock, self.kernels, **more)
         self.random = np.random.default_rng(0)
 
     def run(self, *commands: Command) -> list[Any]:

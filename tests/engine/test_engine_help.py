@@ -1,6 +1,7 @@
 """Turns of the engine on the thread of whoever asks, while a device computes; and the engine's own thread beside them."""
 
 import threading
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,8 @@ ENGINES = "tierd-engine"
 class Helped(Bench):
     """An engine with its thread, over a device or what counts as one, that has answered a call. `threads`: names of those that launched."""
 
-    def __init__(self, has_device: bool = True) -> None:
-        super().__init__(replace(CONFIG, prefetch_wait_us_max=0.0))
+    def __init__(self, has_device: bool = True, **more: Any) -> None:
+        super().__init__(replace(CONFIG, prefetch_wait_us_max=0.0), **more)
         self.name, self.threads = self.opened(tokens=100), list[str]()
         self.kernels.has_device = has_device
         self.kernels.during = lambda: self.threads.append(threading.current_thread().name)
@@ -124,6 +125,21 @@ def test_what_a_helped_call_taught_is_learnt_though_no_other_follows() -> None:
         bench.kernels.begin_copies = told
         assert bench.asked(bench.attend(other)).done()
         assert copied.wait(WAIT_S)
+
+
+def test_the_engines_thread_leaves_what_a_call_taught_to_the_next_one_for_as_long_as_it_is_told() -> None:
+    with Helped(linger_s=10 * WAIT_S) as bench:
+        learnt, begin = list[str](), bench.kernels.begin_copies
+
+        def told(*arguments: Any) -> Copying:
+            learnt.append(threading.current_thread().name)
+            return begin(*arguments)
+
+        bench.kernels.begin_copies = told
+        assert bench.asked(bench.attend(bench.name)).done()
+        time.sleep(0.05)  # time enough for a thread that would not wait
+        bench.engine.stop(WAIT_S)
+        assert learnt and ENGINES not in learnt
 
 
 def test_a_call_that_nobody_woke_for_is_answered_by_the_end() -> None:

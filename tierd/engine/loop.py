@@ -61,15 +61,16 @@ HELPED_TOKENS_MAX = 64  # query tokens of a call that its own thread may take th
 
 
 class Engine:
-    """All sessions and pools of one daemon. `kernels` None: those of the configured backend. `seed`: of the canaries' draw.
-    Raises Unavailable, naming cause and remedy, if the backend cannot start. `backend` is the name of the one that runs.
+    """All sessions and pools of one daemon. `kernels` None: those of the configured backend. `seed`: of the canaries' draw. `linger_s`: so
+    long its thread leaves it to the next call to do what the last one has taught. Raises Unavailable, naming cause and remedy, if the
+    backend cannot start. `backend` is the name of the one that runs.
 
     Without `start` there is no thread: `run_once` does everything on the caller's.
     """
 
     def __init__(
-        self, config: EngineConfig, clock: Clock | None = None, kernels: Kernels | None = None, seed: int = 0
-    ) -> None:
+        self, config: EngineConfig, clock: Clock | None = None, kernels: Kernels | None = None, seed: int = 0, linger_s: float = LINGER_S
+    ) -> None:  # fmt: skip
         self.config = config
         self.epoch = new_epoch()
         self.counters = Counters()
@@ -96,6 +97,7 @@ class Engine:
             Lengths: self.sessions.lengths,
             Status: lambda _: self.status(),
         }
+        self._linger_s = linger_s
         self._turn = threading.Lock()  # of whoever takes a turn
         self._turned_s = time.perf_counter()  # when the last one ended, by the machine's clock, as the thread's sleep is
         self._wake = threading.Condition()
@@ -261,12 +263,12 @@ class Engine:
             with self._wake:
                 if not self._waiting and not self._stopping:
                     self._dozes = not (self._cache.is_behind or self.residency.num_in_flight)
-                    self._wake.wait(IDLE_TICK_S if self._dozes else LINGER_S)
+                    self._wake.wait(IDLE_TICK_S if self._dozes else self._linger_s)
                     self._dozes = False
                 if not self._waiting:
                     if self._stopping:
                         return
-                    if self._turn.locked() or time.perf_counter() < self._turned_s + LINGER_S:
+                    if self._turn.locked() or time.perf_counter() < self._turned_s + self._linger_s:
                         continue  # others have taken the turns meanwhile, and the next may hide what is left to do
             _logged(self.run_once)
 
