@@ -53,20 +53,28 @@ class InProcess:
             self._workers.begin(worker)
         return handshake_reply(self._settings, self._engine.epoch, self._engine.backend, worker)
 
-    def submit(self, request: Any, worker: str, timeout_s: float | None, waits: bool = False) -> "Future[Any]":
-        """The future reply to any unary request message; fails with a TierdError. Of a caller that `waits` for it, and will do nothing else
-        meanwhile, the thread itself may do the work: to hand a call to the engine's thread and its answer back takes longer than a short
-        call needs."""
-        return self._submit(lambda deadline: self._converter.operation(request, worker, deadline), worker, timeout_s, waits)
+    def submit(self, request: Any, worker: str, timeout_s: float | None) -> "Future[Any]":
+        """The future reply to any unary request message; fails with a TierdError. An attend may be a list of rows instead, of `session_id`,
+        `layer`, arrays `q`, `k` and `v` or None, and `tolerance`; its reply is an `Answers` then. Of the arrays copies are taken, as a
+        message would: whoever gives up waiting may write to them."""
+        return self._submit(lambda deadline: self._operation(request, worker, deadline), worker, timeout_s)
 
-    def attend(self, rows: Iterable[Any], worker: str, timeout_s: float | None, waits: bool = False) -> "Future[Answers]":
-        """As `submit`, of rows that need no message: `session_id`, `layer`, arrays `q`, `k` and `v` or None, `tolerance`. Of the arrays
-        copies are taken, as a message would: whoever gave up waiting may write to them."""
-
-        def command(deadline: float) -> Operation:
-            return self._converter.attend([_row(row) for row in rows], worker, deadline, Answers.of)
-
-        return self._submit(command, worker, timeout_s, waits)
+    def call(self, request: Any, worker: str, timeout_s: float) -> Any:
+        """The reply to what `submit` takes, for a caller that will do nothing else meanwhile: its thread itself may do the work. To hand a
+        call to the engine's thread and its answer back takes longer than a short call needs. Raises TierdError or TimeoutError."""
+        with self._lock:
+            self._workers.check(worker)
+        operation = self._operation(request, worker, self._converter.deadline(timeout_s))
+        result = self._engine.submit(operation.command, wake=False)
+        try:
+            with deferred():
+                self._engine.help()
+            result.result(timeout_s)
+            return operation.finish(result)
+        except BaseException:
+            if not result.cancel():  # it is under way, or done
+                result.add_done_callback(lambda _: self._undo(operation, result))
+            raise
 
     def append(self, requests: Iterable[pb.AppendRequest], worker: str, timeout_s: float | None) -> "Future[Any]":
         """The future reply to an append in chunks, which are read before this returns; fails with a TierdError."""
@@ -92,23 +100,23 @@ class InProcess:
             with self._lock:
                 self._workers.end(worker)
 
-    def _submit(
-        self, make: Callable[[float], Operation], worker: str, timeout_s: float | None, waits: bool = False
-    ) -> "Future[Any]":  # fmt: skip
+    def _operation(self, request: Any, worker: str, deadline: float) -> Operation:
+        if isinstance(request, list):
+            return self._converter.attend([_row(row) for row in request], worker, deadline, Answers.of)
+        return self._converter.operation(request, worker, deadline)
+
+    def _submit(self, make: Callable[[float], Operation], worker: str, timeout_s: float | None) -> "Future[Any]":
         reply: Future[Any] = Future()
         try:
             with self._lock:
                 self._workers.check(worker)
             operation = make(self._converter.deadline(timeout_s))
-            result = self._engine.submit(operation.command, wake=not waits)
+            result = self._engine.submit(operation.command)
         except TierdError as error:
             reply.set_exception(error)
             return reply
         reply.add_done_callback(lambda _: result.cancel())  # does nothing unless the reply was cancelled first
         result.add_done_callback(lambda _: self._answer(operation, result, reply))
-        if waits:
-            with deferred():
-                self._engine.help()
         return reply
 
     def _answer(self, operation: Operation, result: TimedFuture, reply: "Future[Any]") -> None:
@@ -119,7 +127,12 @@ class InProcess:
                 reply.set_result(operation.finish(result))
             except Exception as error:
                 reply.set_exception(error)
-        elif result.exception() is None and (undo := operation.undo(result.result())) is not None:
+        else:
+            self._undo(operation, result)
+
+    def _undo(self, operation: Operation, result: TimedFuture) -> None:
+        """Nobody will learn of the result, which is there."""
+        if result.exception() is None and (undo := operation.undo(result.result())) is not None:
             with suppress(TierdError):  # if the engine takes nothing now, `close_worker` still does the same
                 self._engine.submit(undo)
 

@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -77,7 +77,7 @@ class Attend:
     """An attend. Only a wire needs it as a message: to make one of 32 heads and one of its answer, and to read both, takes 200 us a call
     on two cores of a Xeon."""
 
-    rows: Sequence[Row]
+    rows: list[Row]
 
     @property
     def nbytes(self) -> int:
@@ -172,7 +172,7 @@ def append(session_id: str, layer: int, k: Raw, v: Raw, message_bytes_max: int) 
     return Call(Chunks(header, k, v, tokens), _nothing)
 
 
-def attend(rows: Sequence[Row]) -> Call[list[Result[Any]]]:
+def attend(rows: list[Row]) -> Call[list[Result[Any]]]:
     """All rows in one message; results in their order. The call fails as a whole."""
 
     def read(reply: Any) -> list[Result[Any]]:

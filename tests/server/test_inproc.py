@@ -67,14 +67,14 @@ def test_an_attend_of_arrays_takes_copies_of_them() -> None:
     q, k, v = numbers(1, Q_HEADS, 1), numbers(2, KV_HEADS, 1), numbers(3, KV_HEADS, 1)
     own = [x.copy() for x in (q, k, v)]
     row = SimpleNamespace(session_id=opening.result().session_id, layer=0, q=q, k=k, v=v, tolerance=Tolerance(0.0))
-    reply = tier.attend([row], worker, None)
+    reply = tier.submit([row], worker, None)
     for x in (q, k, v):
         x.fill(np.nan)  # as who gave up waiting may
     tier._engine.run_once()
     answer = reply.result().rows[0]
     check_reply(own[1], own[2], own[0], answer.output, answer.certificate, 0.0, 0.0, softmax_scale=HEAD_DIM**-0.5)
     assert reply.result().compute_s > 0.0
-    assert failure(tier.attend([], worker, None)).code == "invalid_argument"
+    assert failure(tier.submit([], worker, None)).code == "invalid_argument"
     tier.close()
 
 
@@ -117,7 +117,7 @@ def test_who_waits_takes_the_turn_and_an_interrupt_waits_for_its_end(tier: InPro
     found = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            tier.submit(pb.StatusRequest(), worker, None, waits=True)
+            tier.call(pb.StatusRequest(), worker, WAIT_S)
     finally:
         signal.signal(signal.SIGINT, found)
     assert helped == [threading.current_thread()]
@@ -125,13 +125,14 @@ def test_who_waits_takes_the_turn_and_an_interrupt_waits_for_its_end(tier: InPro
 
 
 def test_of_the_clients_the_blocking_one_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, submit = list[bool](), InProcess.submit
+    asked = list[str]()
 
-    def told(self: InProcess, request: Any, worker: str, timeout_s: float | None, waits: bool = False) -> Any:
-        asked.append(waits)
-        return submit(self, request, worker, timeout_s, waits)
+    def told(name: str) -> Any:
+        real = getattr(InProcess, name)
+        return lambda *arguments: asked.append(name) or real(*arguments)
 
-    monkeypatch.setattr(InProcess, "submit", told)
+    for name in ("call", "submit"):
+        monkeypatch.setattr(InProcess, name, told(name))
     settings = {name.replace("-", "_"): value for name, value in SMALL.items()}
 
     async def awaited() -> None:
@@ -141,4 +142,23 @@ def test_of_the_clients_the_blocking_one_waits(monkeypatch: pytest.MonkeyPatch) 
     with tierd_client.connect("inproc://", settings=settings) as tier:
         tier.status()
     asyncio.run(awaited())
-    assert asked == [True, False]
+    assert asked == ["call", "submit"]
+
+
+def test_a_call_that_is_given_up_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    tier = InProcess({name.replace("-", "_"): value for name, value in SMALL.items()})
+    worker, engine = tier.handshake(pb.HandshakeRequest(protocol=1)).worker, tier._engine
+
+    def interrupted() -> None:
+        assert engine.run_once() == 1 and len(engine.sessions.by_id) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "help", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tier.call(open_request(), worker, WAIT_S)
+    assert engine.run_once() == 1 and not engine.sessions.by_id, "it had been done"
+    monkeypatch.setattr(engine, "help", lambda: None)
+    with pytest.raises(TimeoutError):
+        tier.call(open_request(), worker, 0.01)
+    assert engine.run_once() == 1 and not engine.sessions.by_id, "it had not been begun"
+    tier.close()

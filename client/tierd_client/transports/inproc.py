@@ -29,14 +29,25 @@ class _OwnEngine:
         self._engine.start()
         self._closing = threading.Lock()  # taken once, never given back
 
-    def begin(self, request: Request, timeout_s: float, waits: bool = False) -> "Future[Any]":
-        if self._closing.locked():
-            raise DaemonUnavailable(f"the connection to {INPROC} was closed here")
+    def begin(self, request: Request, timeout_s: float) -> "Future[Any]":
+        self._check()
         if isinstance(request, Chunks):
             return self._engine.append(request, self.welcome.worker, timeout_s)
-        if isinstance(request, Attend):
-            return self._engine.attend(request.rows, self.welcome.worker, timeout_s, waits)
-        return self._engine.submit(request, self.welcome.worker, timeout_s, waits)
+        return self._engine.submit(_plain(request), self.welcome.worker, timeout_s)
+
+    def call(self, request: Request, timeout_s: float) -> Any:
+        if not isinstance(request, Chunks):
+            self._check()
+            return _told(lambda: self._engine.call(_plain(request), self.welcome.worker, timeout_s))
+        reply = self.begin(request, timeout_s)
+        try:
+            return _told(lambda: reply.result(timeout_s))
+        finally:
+            reply.cancel()  # does nothing to one that is done
+
+    def _check(self) -> None:
+        if self._closing.locked():
+            raise DaemonUnavailable(f"the connection to {INPROC} was closed here")
 
     def end(self) -> None:
         if self._closing.acquire(blocking=False):
@@ -51,13 +62,10 @@ class InprocTransport:
         self.welcome = self._own.welcome
 
     def call(self, request: Request, timeout_s: float) -> Any:
-        reply = self._own.begin(request, timeout_s, waits=True)
         try:
-            return _told(lambda: reply.result(timeout_s))
+            return self._own.call(request, timeout_s)
         except TimeoutError:
             raise late(timeout_s) from None
-        finally:
-            reply.cancel()  # does nothing to one that is done
 
     def close(self) -> None:
         self._own.end()
@@ -87,6 +95,11 @@ class AsyncInprocTransport:
     async def close(self) -> None:
         await asyncio.to_thread(self._own.end)
         self._collected()
+
+
+def _plain(request: Request) -> Any:
+    """Without a message where none is needed."""
+    return request.rows if isinstance(request, Attend) else request
 
 
 def _end_when_collected(collected: "SimpleQueue[None]", own: _OwnEngine) -> None:
