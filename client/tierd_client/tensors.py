@@ -39,7 +39,7 @@ def all_raw(named: Mapping[str, object], dtype: str) -> list[Raw]:
 
 def joined(tensors: "Sequence[torch.Tensor]") -> list[Raw]:
     """Of one type and device: parts of one array."""
-    whole = _raw(sys.modules["torch"].cat([tensor.detach().reshape(-1) for tensor in tensors]))
+    whole = _raw(sys.modules["torch"].cat([tensor.reshape(-1) for tensor in tensors]))
     ends = accumulate(tensor.numel() for tensor in tensors)
     return [whole[end - tensor.numel() : end].reshape(tensor.shape) for end, tensor in zip(ends, tensors, strict=True)]
 

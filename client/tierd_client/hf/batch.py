@@ -43,7 +43,7 @@ class Batch:
     def extend(self, real: torch.Tensor) -> None:
         """All layers hold the tokens of `real` [rows, n], too."""
         self.real = torch.cat([self.real, real], dim=1)
-        self.lengths = _lengths(self.real)
+        self.lengths = [length + more for length, more in zip(self.lengths, _lengths(real), strict=True)]
         self._unsettled = False
 
     def crop(self, seen: int) -> None:
