@@ -3,8 +3,8 @@
     python benchmarks/quality/peers.py --model CHECKPOINT --contexts 8192 16384 --examples 20
 
 Peers: the plain dense cache, transformers' offloaded cache, its QuantizedCache (optimum-quanto, 4 and 2 bits) and tierd in this process.
-A peer that cannot run here is listed with the reason. Prompts are answered one at a time. Several processes may share what is scored;
-tokens are timed by the one without --share, which is to run alone.
+A peer that cannot run here is listed with the reason. Prompts are answered one at a time. Several processes may share most of what is
+scored; the one without --share, which is to run alone, times tokens and scores the offloaded cache.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def parts(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, all_peers: list[Peer]) -> Iterator[tuple[int, str, Any]]:
-    """Group, key and computation of every part: the scores, all peers after one another on the same prompts; then, in a process that is
-    not one of several, the times."""
+    """Group, key and computation of every part: the scores, all peers after one another on the same prompts, but for those that must be
+    `alone`, and the times in a process that is not one of several."""
     able, group = [peer for peer in all_peers if not peer.missing], 0
     for tokens in options.contexts:
         for first in range(0, options.examples, TOGETHER):
@@ -73,6 +73,8 @@ def parts(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, all_p
             for task in options.tasks:
                 group += 1
                 for peer in able:
+                    if peer.alone and options.share != WHOLE:
+                        continue
                     key = f"score/{tokens}/{task}/{first}/{peer.name}"
                     yield group, key, lambda p=peer, n=tokens, t=task, i=numbers: scored(checkpoint, p, t, n, i, options.seed)
     if options.share == WHOLE:

@@ -78,6 +78,17 @@ def test_each_prompt_is_answered_once_before_its_tokens_are_timed(
         assert first == second and not metered and again
 
 
+def test_a_peer_that_must_be_alone_is_scored_by_the_process_that_runs_alone() -> None:
+    able = [caches.Peer("dense", lambda *_: contextlib.nullcontext()), caches.Peer("shy", lambda *_: contextlib.nullcontext(), alone=True)]
+
+    def keys(*share: str) -> list[str]:
+        options = peers.parse(["--contexts", "8192", "--tasks", "vt", "--examples", "2", *share])
+        return [key for _, key, _ in peers.parts(options, None, able)]  # type: ignore[arg-type]
+
+    assert keys("--share", "1/2") == ["score/8192/vt/0/dense"]
+    assert keys() == ["score/8192/vt/0/dense", "score/8192/vt/0/shy", "time/8192/dense", "time/8192/shy"]
+
+
 @pytest.mark.parametrize(("held", "peak"), [({"cuda": 20}, 38), ({"cuda": 5, "cpu": 15}, 23), ({"hot": 30, "originals": 40}, 48)])
 def test_the_peak_is_the_caches_alone(held: dict[str, int], peak: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """132 bytes are allocated after the prefill, and 150 at most; what of the 132 is not the cache's has no part in the peak."""
