@@ -23,7 +23,7 @@ BITS = (4, 2)
 
 @dataclass(frozen=True)
 class Peer:
-    """`missing`: why it cannot run here; empty where it can. `alone`: it answers wrongly where processes share a GPU, rightly where none do."""
+    """`missing`: why it cannot run here; empty where it can. `alone`: where processes share a GPU it answers wrongly."""
 
     name: str
     attend: Attend
