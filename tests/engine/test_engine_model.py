@@ -186,30 +186,28 @@ EVENTS = {
     Machine.turn: 60, Machine.too_late: 3, Machine.worker_falls_silent: 1, Machine.attend_fails: 6, Machine.quantising_fails: 5,
     Machine.originals_corrupt: 8, Machine.codes_corrupt: 4,
 }  # fmt: skip
-HAPPENED: Counter[str] = Counter()
+REACHED = (
+    "Append done", "Append CapacityExceeded", "Append Unavailable", "Attend done", "Attend CapacityExceeded",
+    "Attend CertificateUnavailable", "Attend InvalidArgument", "Attend SessionNotFound", "Fork done", "Truncate done",
+    "Truncate CertificateUnavailable", "CloseWorker done", "hits", "misses", "evicted", "lease_expired", "canary_repaired", "undone",
+    "broken_promise", "corrupt_original",
+)  # fmt: skip
+TOGETHER = 24  # seeds, so many that each of REACHED happens some times
 
 
-@pytest.mark.parametrize("seed", range(48))
-def test_the_engine_does_what_a_trivial_model_does(seed: int) -> None:
-    machine = Machine(seed)
-    for _ in range(150):
-        (event,) = machine.fuzz.random.choices(list(EVENTS), list(EVENTS.values()))
-        event(machine)
-        machine.check()
-    machine.finish()
-    HAPPENED.update(machine.seen)
-    counters = machine.engine.counters
-    HAPPENED.update({name: getattr(counters, name) for name in ("hits", "misses", "prefetched", "evicted")} | counters.events)
-
-
-def test_the_fuzz_above_reached_what_it_is_for() -> None:
-    if not HAPPENED:
-        pytest.skip("the fuzz was not run")
-    print(HAPPENED)
-    for what in (
-        "Append done", "Append CapacityExceeded", "Append Unavailable", "Attend done", "Attend CapacityExceeded",
-        "Attend CertificateUnavailable", "Attend InvalidArgument", "Attend SessionNotFound", "Fork done", "Truncate done",
-        "Truncate CertificateUnavailable", "CloseWorker done", "hits", "misses", "evicted", "lease_expired", "canary_repaired",
-        "undone", "broken_promise", "corrupt_original",
-    ):  # fmt: skip
-        assert HAPPENED[what] > 10, (what, HAPPENED)
+@pytest.mark.parametrize("first", range(0, 48, TOGETHER))
+def test_the_engine_does_what_a_trivial_model_does(first: int) -> None:
+    happened: Counter[str] = Counter()
+    for seed in range(first, first + TOGETHER):
+        print(f"seed {seed}")
+        machine = Machine(seed)
+        for _ in range(150):
+            (event,) = machine.fuzz.random.choices(list(EVENTS), list(EVENTS.values()))
+            event(machine)
+            machine.check()
+        machine.finish()
+        counters = machine.engine.counters
+        happened.update(machine.seen)
+        happened.update({name: getattr(counters, name) for name in ("hits", "misses", "evicted")} | counters.events)
+    print({what: happened[what] for what in REACHED})
+    assert min(happened[what] for what in REACHED) > 3
