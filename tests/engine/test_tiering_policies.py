@@ -11,7 +11,18 @@ from tierd.notes import NOTE
 from tierd.policy import FIRST_STEP, NO_READS, NONE, Choice, LinkBudget, Nothing, Predictive, Reactive, Snapshot, Turns, named
 from tierd.policy.link import BURST_S
 from tierd.policy.predictive import EVERY, RESCALE_AT
-from tierd.policy.weighing import SAME, SOON
+from tierd.policy.weighing import (
+    AGAIN_NEEDED,
+    AT_FIRST,
+    FADES,
+    GRADE_OF_A_NEED,
+    GRADES,
+    LEAST,
+    NEAR_NEEDED,
+    RIPENS,
+    SAME,
+    SOON,
+)
 
 SEEDS = st.integers(0, 1 << 30)
 
@@ -264,12 +275,17 @@ def test_a_candidate_list_may_be_shorter_than_its_room() -> None:
 
 @given(SEEDS, st.integers(0, 4))
 def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
-    """Random calls against the rule, record by record: notes, what is asked for, best first to a sixteenth of a need, and what copies gain.
-    Some calls need more than they name candidates."""
+    """Random calls against the rule, record by record: notes, what is asked for, best first to a sixteenth of a need, what copies gain, and
+    which grades are trusted. Some calls need more than they name candidates."""
     rng, table, policy = np.random.default_rng(seed), Table(), Predictive()
-    expected, last = np.zeros((2, 6, 2)), {}
-    now = FIRST_STEP
-    for _ in range(6):
+    expected, last, asked = np.zeros((2, 6, 2)), {}, dict[tuple[int, int, int], int]()
+    lately, before_that, met = np.zeros((3, GRADES))
+    now, passed = FIRST_STEP, 0.0
+    for _ in range(16):
+        ripe = lately * (1 - 0.5 ** (passed / RIPENS))
+        lately, before_that, met = lately - ripe, before_that * 0.5 ** (passed / FADES) + ripe, met * 0.5 ** (passed / FADES)
+        least = np.where(np.arange(GRADES) < GRADE_OF_A_NEED, NEAR_NEEDED, AGAIN_NEEDED)
+        trusted = met + AT_FIRST >= least * (before_that + AT_FIRST)
         shares = np.where(rng.random((2, 4, 2)) < 0.7, rng.random((2, 4, 2)), 0).astype(np.float32)
         needed, exact = rng.random((2, 4, 2)) < 0.3, rng.random(2) < 0.2
         named = largest(shares, candidates)
@@ -284,12 +300,21 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
             near = score > 0 and (need or score >= 0.5 * policy.floor * threshold)
             grown = max(score - before, 0.0) if now - then < 4.5 else 0.0
             closeness = min((score + grown) / threshold, 1.0)
+            soon = now - then < SOON
             if near or need:
                 last[at] = (score if score > 0 else 1.0), now
+            if need and (grade := asked.pop(at, None)) is not None:
+                met[grade] += soon and (table.copy_id[at] == 7 or not trusted[grade])
             if need or (near and closeness >= policy.floor):
                 expected[at] += 2.0 ** (now / policy.half_life) * (1.0 if need else policy.near * closeness)
-                wanted |= {at} if table.copy_id[at] == NONE else set()
                 held += [expected[at]] if table.copy_id[at] == 7 else []
+                if table.copy_id[at] == NONE:
+                    worth = expected[at] / 2.0 ** (now / policy.half_life)
+                    grade = int(np.searchsorted(LEAST * 2.0 ** np.arange(GRADES - 1), worth, side="right"))
+                    if at not in asked or not soon:
+                        asked[at] = grade
+                        lately[grade] += 1
+                    wanted |= {at} if trusted[grade] else set()
         snapshot = table.snapshot(shares, needed, now, tuple(exact))._replace(blocks=named.blocks, scores=named.scores)
         choice = policy.choose(snapshot)
         np.testing.assert_allclose(table.worth, expected, rtol=1e-5)
@@ -299,7 +324,9 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
         assert (np.diff(choice.worths / 2.0 ** (now / policy.half_life)) <= 1 / 16 + 1e-9).all()
         assert set(choice.held.tolist()) <= {7}
         np.testing.assert_allclose(np.sort(choice.held_worths), sorted(held), rtol=1e-5)
-        now += float(rng.integers(1, 8))
+        np.testing.assert_allclose(policy.asks, [lately, before_that, met], rtol=1e-9, atol=1e-12)
+        passed = float(rng.integers(1, 8))
+        now += passed
 
 
 def test_what_was_needed_gets_a_copy_though_it_is_no_candidate() -> None:
