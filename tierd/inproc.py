@@ -62,10 +62,7 @@ class InProcess:
     def call(self, request: Any, worker: str, timeout_s: float) -> Any:
         """The reply to what `submit` takes, for a caller that will do nothing else meanwhile: its thread itself may do the work. To hand a
         call to the engine's thread and its answer back takes longer than a short call needs. Raises TierdError or TimeoutError."""
-        with self._lock:
-            self._workers.check(worker)
-        operation = self._operation(request, worker, self._converter.deadline(timeout_s))
-        result = self._engine.submit(operation.command, wake=False)
+        operation, result = self._begin(lambda deadline: self._operation(request, worker, deadline), worker, timeout_s, wake=False)
         try:
             with deferred():
                 self._engine.help()
@@ -108,16 +105,22 @@ class InProcess:
     def _submit(self, make: Callable[[float], Operation], worker: str, timeout_s: float | None) -> "Future[Any]":
         reply: Future[Any] = Future()
         try:
-            with self._lock:
-                self._workers.check(worker)
-            operation = make(self._converter.deadline(timeout_s))
-            result = self._engine.submit(operation.command)
+            operation, result = self._begin(make, worker, timeout_s)
         except TierdError as error:
             reply.set_exception(error)
             return reply
         reply.add_done_callback(lambda _: result.cancel())  # does nothing unless the reply was cancelled first
         result.add_done_callback(lambda _: self._answer(operation, result, reply))
         return reply
+
+    def _begin(
+        self, make: Callable[[float], Operation], worker: str, timeout_s: float | None, wake: bool = True
+    ) -> tuple[Operation, TimedFuture]:  # fmt: skip
+        """An operation, once it waits for its turn. Raises TierdError."""
+        with self._lock:
+            self._workers.check(worker)
+        operation = make(self._converter.deadline(timeout_s))
+        return operation, self._engine.submit(operation.command, wake)
 
     def _answer(self, operation: Operation, result: TimedFuture, reply: "Future[Any]") -> None:
         if result.cancelled():
