@@ -1,8 +1,8 @@
 """Turns of the engine on the thread of whoever asks, while a device computes; and the engine's own thread beside them."""
 
 import threading
-import time
 from dataclasses import replace
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -127,18 +127,29 @@ def test_what_a_helped_call_taught_is_learnt_though_no_other_follows() -> None:
         assert copied.wait(WAIT_S)
 
 
-def test_the_engines_thread_leaves_what_a_call_taught_to_the_next_one_for_as_long_as_it_is_told() -> None:
-    with Helped(linger_s=10 * WAIT_S) as bench:
-        learnt, begin = list[str](), bench.kernels.begin_copies
+def test_the_engines_thread_leaves_what_a_call_taught_to_the_next_one_for_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    linger_s = 10 * WAIT_S
+    with Helped(linger_s=linger_s) as bench:
+        engine, learnt, begin = bench.engine, list[str](), bench.kernels.begin_copies
+        waits, wait = SimpleQueue[float](), engine._wake.wait
 
         def told(*arguments: Any) -> Copying:
             learnt.append(threading.current_thread().name)
             return begin(*arguments)
 
+        def waited(timeout_s: float) -> bool:
+            waits.put(timeout_s)
+            return wait(timeout_s)
+
         bench.kernels.begin_copies = told
+        monkeypatch.setattr(engine._wake, "wait", waited)
         assert bench.asked(bench.attend(bench.name)).done()
-        time.sleep(0.05)  # time enough for a thread that would not wait
-        bench.engine.stop(WAIT_S)
+        for _ in range(2):  # woken for nothing, a while after the call
+            engine._turned_s -= 1.0
+            with engine._wake:
+                engine._wake.notify()
+            assert waits.get(timeout=WAIT_S) == linger_s
+        engine.stop(WAIT_S)
         assert learnt and ENGINES not in learnt
 
 
