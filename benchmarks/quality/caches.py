@@ -39,7 +39,7 @@ def peers(model: Any, tier: Tier) -> list[Peer]:
     plain, offloaded = partial(DynamicCache, config=config), partial(DynamicCache, config=config, offloading=True)
     found = [
         Peer("dense", partial(transformers_cache, model, plain)),
-        # In seven processes on an H200 18 of 60 prompts of 8,192 tokens were lost and 38 of 16,384; alone, on H100s, none.
+        # In seven processes on an H100 18 of 60 prompts of 8,192 tokens were lost and 38 of 16,384; alone, on H100s, none.
         Peer("offloaded", partial(transformers_cache, model, offloaded), offloading, alone=True),
         *(Peer(name, partial(attending, BY_NAME[name], model, tier)) for name in OURS),
     ]

@@ -66,15 +66,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def parts(options: argparse.Namespace, checkpoint: checkpoints.Checkpoint, all_peers: list[Peer]) -> Iterator[tuple[int, str, Any]]:
     """Group, key and computation of every part: the scores, all peers after one another on the same prompts, but for those that must be
     `alone`, and the times in a process that is not one of several."""
-    able, group = [peer for peer in all_peers if not peer.missing], 0
+    able, group = [peer for peer in all_peers if not peer.missing and (options.share == WHOLE or not peer.alone)], 0
     for tokens in options.contexts:
         for first in range(0, options.examples, TOGETHER):
             numbers = range(first, min(first + TOGETHER, options.examples))
             for task in options.tasks:
                 group += 1
                 for peer in able:
-                    if peer.alone and options.share != WHOLE:
-                        continue
                     key = f"score/{tokens}/{task}/{first}/{peer.name}"
                     yield group, key, lambda p=peer, n=tokens, t=task, i=numbers: scored(checkpoint, p, t, n, i, options.seed)
     if options.share == WHOLE:
