@@ -49,7 +49,7 @@ def drawn(draw: Any, heads: int, blocks: int) -> Drawn:
 
 
 def several(most: int) -> st.SearchStrategy[list[Drawn]]:
-    sizes = st.tuples(st.integers(1, 9), st.integers(0, 40))
+    sizes = st.tuples(st.integers(1, 9) | st.integers(16, 34), st.integers(0, 40))
     return sizes.flatmap(lambda size: st.lists(drawn(*size), min_size=1, max_size=most))
 
 
