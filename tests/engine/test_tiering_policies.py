@@ -23,6 +23,7 @@ from tierd.policy.weighing import (
     SAME,
     SOON,
 )
+from tierd.residency import BARRED
 
 SEEDS = st.integers(0, 1 << 30)
 
@@ -290,7 +291,7 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
         needed, exact = rng.random((2, 4, 2)) < 0.3, rng.random(2) < 0.2
         named = largest(shares, candidates)
         shares = named.shares(4)
-        table.copy_id[rng.random(table.copy_id.shape) < 0.2] = 7
+        table.copy_id[:] = rng.choice([NONE, 7, BARRED], table.copy_id.shape, p=(0.7, 0.2, 0.1))
         wanted, held = set(), list[float]()
         for kind, b, head in np.ndindex(2, 4, 2):
             at, need = (kind, int(table.ids[b]), head), bool(needed[kind, b, head] and not exact[head])
