@@ -71,12 +71,14 @@ def test_views_are_where_kernels_are_sent_and_apart(memory: Any, layout: Any, dr
 
 def test_launches_of_the_same_shape_are_arranged_once_and_answer_their_own() -> None:
     from tierd_kernels.cuda import backend
+    from tierd_kernels.cuda.packing import Part
+    from tierd_kernels.cuda.step import Step
 
     layout = LAYOUTS[4]
     k, v, q = draw(layout, 300, 3, 6, "diffuse", 8)
     cache = store(layout, k, v)
     memory: Any = cache.memory
-    counts = ([], [1], [0, 1, 2, 3], [2])  # canaries
+    counts: tuple[list[int], ...] = ([], [1], [0, 1, 2, 3], [2])  # canaries
     calls = [cache.call(q[:, i : i + 1], 0.1, Budget(), canary_blocks=np.array(x, np.int64)) for i, x in enumerate(counts)]
     once = backend.attend(layout, memory, calls, 3)
     assert all(isinstance(x, Result) for x in once) and len({x.output.tobytes() for x in once if isinstance(x, Result)}) == len(calls)
@@ -86,7 +88,9 @@ def test_launches_of_the_same_shape_are_arranged_once_and_answer_their_own() -> 
             (found,) = backend.attend(layout, memory, [call], 3)
             assert isinstance(found, Result) and isinstance(before, Result) and found.canary_failures == []
             assert np.array_equal(found.output, before.output)
-    assert len(memory.arranged._items) == arranged + 2, "one with room for canaries and one without"
+    assert len(memory.arranged._items) == arranged + 1, "whether they have canaries or not"
+    grids = [Step(layout, memory, [Part(layout, call, 0, 1)]).grid for call in calls]
+    assert [grid.canaries > 0 for grid in grids] == [len(x) > 0 for x in counts], "no kernel where there are none"
 
 
 def test_a_launch_has_no_call_of_the_one_before() -> None:

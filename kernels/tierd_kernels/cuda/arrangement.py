@@ -42,7 +42,8 @@ class Placed(NamedTuple):
 
 class Arrangement:
     """`at`: the address of the launch's calls; `unused`: a view of those beyond the last part, which must be empty; `inputs_end` and
-    `answers_end`: of what is carried in and back; `grid`; `late`: the candidates of all parts, if `candidates`, any are wanted."""
+    `answers_end`: of what is carried in and back; `grid`, with all canaries that there is room for; `late`: the candidates of all parts, if
+    `candidates`, any are wanted."""
 
     def __init__(self, layout: Layout, memory: DeviceMemory, shapes: tuple[Shape, ...], split_blocks: int | None) -> None:
         """Raises ValueError for more splits than kernels take, and where all parts together need more room than there is."""

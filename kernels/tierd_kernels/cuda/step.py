@@ -54,7 +54,8 @@ class Step:
         """Raises ValueError as `Arrangement` and `Kept` do."""
         self.layout, self.memory, self.parts, self.kernels = layout, memory, parts, kernels(layout)
         self.arranged = arranged = arrangement(layout, memory, tuple(part.shape for part in parts), split_blocks)
-        self.at, self.grid, self.answers_end = arranged.at, arranged.grid, arranged.answers_end
+        self.at, self.answers_end = arranged.at, arranged.answers_end
+        self.grid = arranged.grid if any(len(part.canaries) for part in parts) else arranged.grid._replace(canaries=0)
         kept_at, each = memory.kept.at([array for part in parts for array in part.kept]), len(KEPT_ARRAYS)
         for i, (part, placed) in enumerate(zip(parts, arranged.parts, strict=True)):
             part.write(memory, placed, kept_at[i * each : (i + 1) * each], i)
