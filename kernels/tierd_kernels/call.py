@@ -14,6 +14,11 @@ from tierd_kernels.reads import Reads
 from tierd_kernels.select.candidates import CANDIDATES_MAX, Candidates
 
 
+def always(needs: int, misses: int) -> bool:
+    """Every call is looked at."""
+    return True
+
+
 @dataclass
 class Call:
     """One session, one layer, `n >= 1` query tokens whose keys and values are stored already.
@@ -21,7 +26,8 @@ class Call:
     q [Hq, n, d] in the originals' type; `num_tokens` what the newest query sees. Offsets are int64 bytes: `hot_offsets` of the full
     blocks, `original_offsets` of all (the trailing one last). `in_scratch`: which records of the full blocks have a copy there, None: none;
     the others are read where the originals lie. `group_*_norms` float32 [groups, Hkv]: spectral norms of complete groups of 1024 tokens.
-    `canary_blocks`: full blocks to re-score from originals. `candidates_max`: of a KV head, keys and values apart.
+    `canary_blocks`: full blocks to re-score from originals. `candidates_max`: of a KV head, keys and values apart. `is_looked_at`: whether
+    anybody will ask for candidates of a call that read so many originals, and so many of them from the host.
     """
 
     q: NDArray[np.generic]
@@ -38,6 +44,7 @@ class Call:
     policy: Policy = field(default_factory=Budget)
     canary_blocks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
     candidates_max: int = CANDIDATES_MAX
+    is_looked_at: Callable[[int, int], bool] = always
 
     @property
     def lasting(self) -> list[NDArray[Any]]:
@@ -56,9 +63,9 @@ class Call:
 @dataclass
 class Result:
     """Output [Hq, n, d] in q's type, certificate fields [Hq, n]; `reads`: the original records that were read. `candidates()`: the blocks
-    that come near needing their originals; a device works them out behind the answer, and only who asks for them waits. It raises
-    DeviceLost. `shares` float32 [2, full, Hkv], on the CPU: of the budget before any promotion, of keys and of values, the largest of a
-    KV head's rows; None on a device, which keeps them to itself."""
+    that come near needing their originals, none where a device was told that nobody looks at the call; it works them out behind the answer,
+    and only who asks for them waits. It raises DeviceLost. `shares` float32 [2, full, Hkv], on the CPU: of the budget before any promotion,
+    of keys and of values, the largest of a KV head's rows; None on a device, which keeps them to itself."""
 
     output: NDArray[np.generic]
     certificate: dict[str, NDArray[np.generic]]

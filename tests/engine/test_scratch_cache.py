@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from engine_calls import CONFIG, EXACT, GEOMETRY, LOOSE, RECORD_BYTES, Bench
 from oracle import check_reply
+from tierd_kernels.call import Call
 from tierd_kernels.copying import Copying
 from tierd_kernels.policy import Budget
 
@@ -15,6 +16,8 @@ from tierd.engine import Engine, EngineConfig
 from tierd.engine.caching import ACTIVE_STEPS
 from tierd.errors import CapacityExceeded
 from tierd.migrator import Migrator
+from tierd.policy import Predictive
+from tierd.policy.predictive import EVERY
 from tierd.residency import CopyState, ScratchCopy
 
 RECORDS = 16  # originals of 64 tokens at one layer: four blocks, keys and values of two heads
@@ -54,6 +57,30 @@ def test_a_call_that_wants_no_copies_does_not_bother_the_migrator(monkeypatch: p
     monkeypatch.delattr(Migrator, "submit")
     assert len(bench.run(bench.attend(tail), bench.attend(cached))) == 2
     assert counts(bench) == (RECORDS, 0, 0, 0)
+
+
+def test_kernels_are_told_which_calls_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fourth of a layer, in turns with its neighbour, and any that misses much: the same that the policy is shown."""
+    bench, shown = Bench(), list[int]()
+    name = bench.opened()
+    choose, attend = Predictive.choose, bench.kernels.attend
+    monkeypatch.setattr(Predictive, "choose", lambda self, snapshot: [shown.append(number), choose(self, snapshot)][1])
+    told: list[bool] = []
+
+    def attended(layout: Any, memory: Any, calls: list[Call], *args: Any) -> Any:
+        told.append(calls[0].is_looked_at(0, 0))
+        assert calls[0].is_looked_at(64, 3) and calls[0].is_looked_at(64, 2) == told[-1]
+        return attend(layout, memory, calls, *args)
+
+    monkeypatch.setattr(bench.kernels, "attend", attended)
+    for layer in (0, 1):
+        bench.run(bench.append(name, 10, layer))  # no full block: nothing is read
+    for number in range(24):
+        bench.run(Attend([Row(name, number % 2, bench.numbers(4, 1))], worker="w"))
+    assert shown == [i for i in range(24) if told[i]]
+    for layer in (0, 1):
+        of_layer = [i // 2 for i in shown if i % 2 == layer]
+        assert len(of_layer) == 3 and set(np.diff(of_layer)) == {EVERY} and of_layer[0] == 3 - layer
 
 
 def test_only_promoted_records_are_fetched() -> None:

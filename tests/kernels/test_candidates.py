@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from stored import Cache
-from test_cuda import LAYOUTS, draw, passage, store
+from test_cuda import LAYOUTS, draw, in_scratch, passage, store
 from tierd_kernels.call import Call, Result
 from tierd_kernels.errors import DeviceLost
 from tierd_kernels.layout import Layout
@@ -206,6 +206,33 @@ def test_of_exact_calls_and_of_several_at_once_everyone_has_his_own() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda")
+def test_candidates_are_worked_out_only_where_some_call_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who decides is told what each call has read; of what is launched together all calls name theirs."""
+    from tierd_kernels.cuda import backend
+    from tierd_kernels.cuda.launch import Kernels
+
+    layout = LAYOUTS[0]
+    k, v, q = draw(layout, 600, 8, 3, "sharp", 3)
+    cache, launched, work_out = store(layout, k, v), [], Kernels.candidates
+    monkeypatch.setattr(Kernels, "candidates", lambda *args: [launched.append(1), work_out(*args)][1])
+    for looked_at in ((False, False, False), (False, True, False)):
+        told: list[tuple[int, int]] = []
+
+        def decide(needs: int, misses: int, told: list[Any] = told, looked_at: tuple[bool, ...] = looked_at) -> bool:
+            told.append((needs, misses))
+            return looked_at[len(told) - 1]
+
+        calls = [cache.call(q[:, i : i + 1], rtol, Budget(), is_looked_at=decide) for i, rtol in enumerate((0.5, 0.02, 0.0))]
+        calls[1] = in_scratch(cache, calls[1])
+        results = [x for x in backend.attend(layout, cache.memory, calls, 8) if isinstance(x, Result)]
+        assert len(results) == 3 and told == [(x.reads.from_host.size, int(x.reads.from_host.sum())) for x in results]
+        assert told[0] == (0, 0) and told[1][0] > told[1][1] and told[2] == (4 * len(cache.hot), 4 * len(cache.hot)), "none, some, all"
+        named = [x.candidates().blocks.size > 0 for x in results]
+        assert named == [any(looked_at)] * 3 and bool(launched) == any(looked_at)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
 def test_answers_do_not_wait_for_candidates_and_those_of_a_step_survive_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     from tierd_kernels.cuda import backend
     from tierd_kernels.cuda.launch import Program
@@ -235,7 +262,7 @@ def test_answers_do_not_wait_for_candidates_and_those_of_a_step_survive_the_next
     monkeypatch.setattr(cache.memory, "arrived", Told(arrived, "candidates"))
     monkeypatch.setattr(cache.memory.graphs, "launch", launch)  # type: ignore[attr-defined]
     (first,) = backend.attend(layout, cache.memory, [cache.call(q[:, :1], 0.1, Budget())], 8)
-    assert events == ["step launched", "answers recorded", "candidates launched", "candidates recorded", "answers awaited"]
+    assert events == ["step launched", "answers recorded", "answers awaited", "candidates launched", "candidates recorded"]
     (second,) = backend.attend(layout, cache.memory, [cache.call(q[:, 1:], 0.1, Budget())], 8)
     assert events[5:8] == ["step launched", "candidates awaited", "answers recorded"]
     assert isinstance(first, Result) and isinstance(second, Result)

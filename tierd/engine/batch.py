@@ -103,7 +103,8 @@ class Job:
 
 
 class Batch:
-    """Runs jobs whose sessions are all different from one another. Owned by whoever has the engine's turn."""
+    """Runs jobs whose sessions are all different from one another. Owned by whoever has the engine's turn. `looks_at`: of a session's
+    layer, the `is_looked_at` of its next call."""
 
     def __init__(
         self,
@@ -113,6 +114,7 @@ class Batch:
         counters: Counters,
         canary_share: float,
         candidates_max: int,
+        looks_at: Callable[[Session, int], Callable[[int, int], bool]],
         seed: int,
     ) -> None:
         self._residency = residency
@@ -120,7 +122,7 @@ class Batch:
         self._sessions = sessions
         self._counters = counters
         self._canaries = Canaries(canary_share, seed)
-        self._candidates_max = candidates_max
+        self._candidates_max, self._looks_at = candidates_max, looks_at
         self._prefetch_wait_s = 0.0
 
     def run(self, jobs: list[Job], prefetch_wait_s: float, meanwhile: Callable[[], None]) -> list[Work]:
@@ -179,6 +181,7 @@ class Batch:
             policy=session.policy,
             canary_blocks=self._draw_canaries(len(ids)) if canaries else NO_BLOCKS,
             candidates_max=self._candidates_max,
+            is_looked_at=self._looks_at(session, row.layer),
         )
         return Work(session, row, call, ids)
 

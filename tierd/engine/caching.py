@@ -2,7 +2,8 @@
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,10 @@ class ScratchCache:
     def candidates_max(self) -> int:
         """How many blocks of each KV head and kind calls should name; none if the policy does not look at them."""
         return self._config.prefetch_candidates_max if self._policy.wants_candidates else 0
+
+    def looks_at(self, session: Session, layer: int) -> Callable[[int, int], bool]:
+        """Whether the policy will look at the layer's next call, once that has read so many originals, so many of them from the host."""
+        return partial(self._policy.looks_at, session.layers[layer].calls + 1 + layer)
 
     def wait(self, jobs: Iterable[Job]) -> float:
         """Takes in copies of the blocks that `jobs` will read, if some are under way, and gives these the configured time to arrive;
@@ -131,9 +136,8 @@ class ScratchCache:
         for work in works:
             needs, misses = self._count(work)
             session, layer = work.session, work.row.layer
-            state = session.layers[layer]
-            state.calls += 1
-            if self._policy.looks_at(state.calls + layer, needs, misses):
+            session.layers[layer].calls += 1
+            if work.call.is_looked_at(needs, misses):
                 choice, nbytes = self._policy.choose(self._snapshot(work)), session.layout.original_record_bytes
                 asker = Asker(session.session_id, session.family, len(session.layers), layer, nbytes)
                 self._scratch.gain(choice)

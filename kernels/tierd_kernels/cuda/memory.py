@@ -32,17 +32,16 @@ class DeviceMemory(Memory):
     """The arenas of one daemon: hot and scratch on the device, originals pinned; and what calls need besides. `exponents` int16: of the
     largest value norm of the block whose offset in hot, over BLOCK_BYTES_MIN, is the index; `exponent`: the largest of blocks at these
     offsets. `*_at`: addresses. `device`: where it lies, which a thread that works on it makes its own meanwhile. `stream`: of steps; beside
-    it `asked`: of copies that the host asks for once it has an answer; `copier`: of those to scratch. `kept`: what stays on the device from
-    call to call. `arranged`: the `Arrangement`s of the latest launches. `answered`, `arrived`: events behind the copies of a step's answers
-    and behind its candidates, which are the `late` of the last step. Of copies to scratch under way: `ways` int64 [2, COPIES_MAX], their
-    offsets in originals and scratch; `landing`, where they come back to; `copied`: the event behind them. Both arrays are pinned."""
+    it `copier`: of copies to scratch. `kept`: what stays on the device from call to call. `arranged`: the `Arrangement`s of the latest
+    launches. `answered`, `arrived`: events behind the copies of a step's answers and behind candidates, which are the `late` of the last
+    step that named any. Of copies to scratch under way: `ways` int64 [2, COPIES_MAX], their offsets in originals and scratch; `landing`,
+    where they come back to; `copied`: the event behind them. Both arrays are pinned."""
 
     hot_at: int
     scratch_at: int
     originals_at: int
     device: Any
     stream: Any
-    asked: Any
     copier: Any
     workspace: Any
     workspace_at: int
@@ -85,7 +84,7 @@ def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: 
     try:
         hot, scratch, workspace = (cp.zeros(max(n, ALIGNMENT), cp.uint8) for n in (hot_bytes, scratch_bytes, WORKSPACE_BYTES))
         inputs, outputs, kept = Staging(STAGING_BYTES), Staging(STAGING_BYTES), Kept(KEPT_BYTES)
-        stream, asked, copier = (cp.cuda.Stream(non_blocking=True) for _ in range(3))
+        stream, copier = (cp.cuda.Stream(non_blocking=True) for _ in range(2))
     except (cp.cuda.memory.OutOfMemoryError, *FAULTS) as error:
         raise DeviceUnavailable(
             f"the device refused memory for hot_bytes {hot_bytes}, scratch_bytes {scratch_bytes} and calls: {one_line(error)}; lower "
@@ -93,7 +92,7 @@ def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: 
         ) from error
     memory = DeviceMemory(hot, scratch, pinned(originals_bytes, f"originals_bytes {originals_bytes}"))
     memory.hot_at, memory.scratch_at, memory.originals_at = int(hot.data.ptr), int(scratch.data.ptr), int(memory.originals.ctypes.data)
-    memory.device, memory.stream, memory.asked, memory.copier = device, stream, asked, copier
+    memory.device, memory.stream, memory.copier = device, stream, copier
     memory.workspace_at = int(workspace.data.ptr)
     memory.workspace, memory.inputs, memory.outputs, memory.kept = workspace, inputs, outputs, kept
     memory.arranged, memory.landing = Recent(ARRANGED_MAX), pinned(LANDING_BYTES, "copies")
