@@ -107,6 +107,15 @@ class Left:
         size, at = int(np.prod(shape)) * np.dtype(dtype).itemsize, self.call[name] - int(self.memory.workspace.data.ptr)
         return np.asarray(self.memory.workspace[at : at + size].get()).view(dtype).reshape(shape)
 
+    def write(self, **left: NDArray[Any]) -> None:
+        """What a step is to have left instead."""
+        memory = self.memory
+        for name, x in left.items():
+            at = int(self.call[name])
+            for start, held in ((memory.workspace_at, memory.workspace), (memory.outputs.at, memory.outputs.device)):
+                if start <= at < start + held.nbytes:
+                    held[at - start : at - start + x.nbytes].set(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+
     def _statistics(self, words: NDArray[np.uint32]) -> NDArray[np.float64]:
         """[..., full, 44], four rows a statistic, then the block's notes, of what lies as cuda/common.cuh, `statistic`, says."""
         block = np.arange(self.full)
@@ -180,6 +189,39 @@ def test_the_devices_candidates_are_the_largest_shares(
     # The same again, whose tickets have been handed back; another step.
     for other in (step.answers()[0].candidates(), run(cache, call, split_blocks)[1]):
         assert np.array_equal(found.blocks, other.blocks) and np.array_equal(found.scores.view(np.uint32), other.scores.view(np.uint32))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("most", [40, 9000])
+def test_the_largest_are_chosen_from_more_blocks_than_are_held_at_once(most: int) -> None:
+    """What the passes would leave of 131,680 tokens is drawn, many of it alike, instead of worked out."""
+    from tierd_kernels.cuda.packing import Part
+    from tierd_kernels.cuda.step import Step
+
+    layout, full, rng = LAYOUTS[0], 8230, np.random.default_rng(most)
+    k, v, q = draw(layout, 40, 4, 1, "diffuse", 1)
+    cache, nowhere, none = store(layout, k, v), np.zeros(full, np.int64), np.zeros((0, 2), np.float32)
+    call = replace(
+        cache.call(q, 0.1, Budget(), candidates_max=most), num_tokens=full * layout.block_size, hot_offsets=nowhere,
+        original_offsets=nowhere, group_value_norms=none, group_error_norms=none,
+    )  # fmt: skip
+    memory: Any = cache.memory
+    step = Step(layout, memory, [Part(layout, call, 0, 1)])
+    step.upload()
+    kinds = rng.lognormal(-3, 2, (2, 300, 8, 4)).astype(np.float32).view(np.uint32)  # of blocks
+    block = np.arange(full + 1)[:, None]
+    words = ((kinds[0] & np.uint32(0xFFFF0000)) | kinds[1] >> np.uint32(16))[rng.integers(0, 300, (2, full + 1))]
+    Left(step).write(
+        statistics=words[:, block, np.arange(8) ^ (block & 7)], facts=np.tile(np.float32([0, 1e4, 1, 0.1, 0.01, 0, 1]), (2, 2, 1)),
+        state=np.ones((2, 2), np.int32), counts=np.zeros((2, 2, 2), np.int32), marks=np.zeros((2, 1, full), np.uint32),
+    )  # fmt: skip
+    step.kernels.candidates(step.at, step.grid, memory.stream)
+    memory.stream.synchronize()
+    found, left = Candidates(*(x.copy() for x in step.arranged.late[0])), Left(step)
+    shares = np.stack([np.stack([left.shares(h, row) for row in range(left.rows)]).max(axis=0) for h in range(2)], axis=2)
+    assert shares.all() and len(np.unique(shares)) <= 2 * 2 * 300
+    check_largest(found, shares, most, TOLERANCE)
 
 
 @pytest.mark.gpu

@@ -166,7 +166,7 @@ class Kernels:
 
     def candidates(self, calls: int, grid: Grid, stream: Any) -> None:
         """What comes near needing its originals, of a step that has run. Reads what it has left; nothing of it changes."""
-        shape = (self.layout.num_kv_heads, CANDIDATE_PARTS, grid.calls)
+        shape = (2 * self.layout.num_kv_heads, CANDIDATE_PARTS, grid.calls)
         self._over("candidates", shape, CANDIDATE_THREADS, calls, grid, stream, first=True)
 
     def certify(self, calls: int, grid: Grid, ranks: bool, stream: Any) -> None:
