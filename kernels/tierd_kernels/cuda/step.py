@@ -83,7 +83,7 @@ class Step:
 
     def answers(self, meanwhile: Callable[[], None] = idle) -> list[Answer]:
         """What came back; waits for the device, but not for the candidates, which it begins only where the answers say that they will be
-        looked at: at 131,072 tokens they take the device half as long as a step. Once all but these is enqueued `meanwhile` runs."""
+        looked at: they take the device an eighth of a step at 131,072 tokens, half of one at 8,192. `meanwhile` runs while it computes."""
         memory = self.memory
         if memory.late:  # its candidates lie where these answers come; the device has something to do already
             memory.late.collect()

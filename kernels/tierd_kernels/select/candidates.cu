@@ -1,14 +1,14 @@
 // Which blocks come near needing their originals, for whoever copies them ahead of need: of every KV head the at most `candidates_max`
 // blocks whose keys, and whose values, have the largest share of the bound in any of its rows, relative to what selection aims at
-// (threshold.cuh), and in a row that promoted to the share from which on it did, if that is less: 1 is where promotion begins. It runs when
-// the answers are on their way to the host already; nobody waits for it.
+// (threshold.cuh), and in a row that promoted to the share from which on it did, if that is less: 1 is where promotion begins. It runs once
+// the host has the answers, if it looks at any of them so closely; nobody waits for it.
 //
 // What any row promoted is none of them: that it was read is known from the marks, and of a KV head that promotes many it would leave no
 // place to others. A skipped block has no share: it can spend none. The coverage policy promotes by mass: its rows' shares stay as they are.
 //
 // A thread block reduces a part of the blocks over all rows of a KV head, of keys or of values; the last of them to end sees all shares and
-// chooses. It holds as many as it can in registers: reading them anew for each pass, one after the other, took 50 of 59 us at 131,072 tokens,
-// and letting parts choose for themselves before it 10 of 27. Its threshold is found by counting, a digit of the float's bits a pass:
+// chooses. It holds as many as it can in registers: 17 us at 131,072 tokens, where reading them anew for each pass, one after the other, made
+// it 59, and letting parts choose for themselves before it 27. Its threshold is found by counting, a digit of the float's bits a pass:
 // positive floats are ordered as integers. Of equal scores at the threshold the first blocks are taken. Sums are of integers, and maxima
 // depend on no order: the same bits each time, whoever is last.
 constexpr int CANDIDATE_PARTS = 16, CANDIDATE_WARPS = 16, THREADS = CANDIDATE_WARPS * LANES;
