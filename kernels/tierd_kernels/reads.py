@@ -74,13 +74,10 @@ def _listed(marks: Marks, exact: Mask, words: Ints, cold: Ints) -> tuple[Ints, M
                     at += 1
                 next_of[kind] = at
     for i in range(len(from_host)):
-        from_host[i] = not (len(words) and holds(words, (2 * records[1, i] + records[0, i]) * heads + records[2, i]))
-    for i in range(len(from_host)):
         kind, block, head = records[0, i], records[1, i], records[2, i]
-        if not from_host[i]:
-            from_host[i] = exact[head]
-            continue
-        for tile in range(head * tiles, (head + 1) * tiles):
+        is_cold = not (len(words) and holds(words, (2 * block + kind) * heads + head))
+        from_host[i] = is_cold or exact[head]
+        for tile in range(head * tiles, (head + 1) * tiles if is_cold else 0):
             rows = marks[tile, block] >> np.uint32(ROW_TILE * kind)
             for row in range(ROW_TILE):
                 cold[tile * ROW_TILE + row] += np.int64(rows >> np.uint32(row) & np.uint32(1))
