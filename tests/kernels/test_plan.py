@@ -48,9 +48,9 @@ def test_arrays_of_a_plan_hold_what_they_are_for() -> None:
     ):
         room = rooms(found, place)
         assert all(nbytes <= room[name] < nbytes + 256 for name, nbytes in sizes.items())
-    # A head has one for candidates; a tile for selection and for the exact rungs; a tile and split, where tiles share, for promotion.
-    assert found.tickets == 2 + 2 * 6 + 6 * 33
-    assert plan(layout, Shape(4, 17, 129, 7, 5, 0), 4).tickets == 2 + 2 * 34, "more tiles than lanes share nothing"
+    # A head has two for candidates; a tile for selection and for the exact rungs; a tile and split, where tiles share, for promotion.
+    assert found.tickets == 2 * 2 + 2 * 6 + 6 * 33
+    assert plan(layout, Shape(4, 17, 129, 7, 5, 0), 4).tickets == 2 * 2 + 2 * 34, "more tiles than lanes share nothing"
     assert found.places["copied"] == found.places["copies"] == (NOWHERE, 0)
     room = rooms(plan(layout, Shape(4, 3, 129, 7, 5, 1000), 4), INPUTS)
     assert room["copied"] >= 8 * -(-2 * 129 * layout.num_kv_heads // 32) and room["copies"] >= 4000

@@ -52,7 +52,7 @@ class Promotion:
             "statistics": ((self.tiles, self.full + 1, STATISTIC_WORDS), np.uint32),
             "weights": ((self.tiles, self.full + 1, 68), np.float32),
             "dense": ((self.tiles * (self.splits + 1) * ROWS * (6 + D) * 2,), np.float32),
-            "tickets": ((8 + 2 * self.tiles + (self.tiles * self.splits if self.tiles <= 32 else 0),), np.int32),
+            "tickets": ((2 * (8 + self.tiles) + (self.tiles * self.splits if self.tiles <= 32 else 0),), np.int32),
         }  # fmt: skip
         self.first = self.read()
         for name in ("marks", "counts"):

@@ -90,7 +90,7 @@ struct Call {
   const int *canaries;                             // [num_canaries] full blocks
   unsigned char *failures;                         // [num_canaries][Hkv]
   float *shares;                                   // [Hkv][2][full]: see select/candidates.cu
-  int *tickets;                                    // [Hkv], then [tiles] twice, zero between launches; of up to 32 tiles, [tiles][splits]
+  int *tickets;                                    // [2 Hkv], then [tiles] twice, zero between launches; of up to 32 tiles, [tiles][splits]
   int *candidate_blocks;                           // [2][Hkv][candidates_max]
   float *candidate_scores;
   float2 *row_weights;                             // [tiles][full][ROW_TILE]: keys' and values' shares of the row's target

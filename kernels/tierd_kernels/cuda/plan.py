@@ -80,7 +80,7 @@ def plan(layout: Layout, shape: Shape, per: int) -> Plan:
     """Of a part of that shape, or of less, whose splits are of `per` blocks, or more."""
     heads, d, full = layout.num_kv_heads, layout.head_dim, shape.full
     rows, tiles, splits = heads * shape.group * shape.n, shape.tiles(heads), -(-full // per)
-    tickets = heads + 2 * tiles + (tiles * splits if tiles <= LANES else 0)
+    tickets = 2 * (heads + tiles) + (tiles * splits if tiles <= LANES else 0)
     weights = layout.block_size // TILE * TILE_WEIGHT_FLOATS
     outputs, of_candidates = rows * d * layout.itemsize, 4 * 2 * heads * shape.candidates
     in_scratch = {"copied": 8 * (2 * full * heads // RECORDS + 1), "copies": 4 * shape.copies} if shape.copies else {}

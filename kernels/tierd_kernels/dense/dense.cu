@@ -102,6 +102,6 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) dense(const Call *cal
       for (int row = 0; row < ROW_TILE; row++) out[row * (DENSE_FACTS + D) + DENSE_FACTS + channel] = sums[k][row];
   }
   const int parts = (call.full ? call.splits : 0) + (call.tokens > call.full * BLOCK);
-  if (!ends_last(call.tickets + heads * (1 + tiles) + base, parts)) return;
+  if (!ends_last(call.tickets + heads * (2 + tiles) + base, parts)) return;
   finish_rows(call, heads, group, h, tile);
 }

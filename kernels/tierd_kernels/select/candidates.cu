@@ -1,7 +1,7 @@
 // Which blocks come near needing their originals, for whoever copies them ahead of need: of every KV head the at most `candidates_max`
 // blocks whose keys, and whose values, have the largest share of the bound in any of its rows, relative to what selection aims at
 // (threshold.cuh), and in a row that promoted to the share from which on it did, if that is less: 1 is where promotion begins. It runs once
-// the host has the answers, if it looks at any of them so closely; nobody waits for it.
+// the host has the answers, where the policy looks at one of them; nobody waits for it.
 //
 // What any row promoted is none of them: that it was read is known from the marks, and of a KV head that promotes many it would leave no
 // place to others. A skipped block has no share: it can spend none. The coverage policy promotes by mass: its rows' shares stay as they are.
@@ -175,8 +175,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) candidates(const Call *
   float *shares = call.shares + ((i64)h * 2 + kind) * full;
   if (!most) return;
   if (!call.exact_only) reduce_rows(call, kind, h, rows, tiles, first, last, shares);
-  // The step is over, and the first tickets of selection's are as they were, too.
-  if (!ends_last(call.tickets + kind * heads + h, CANDIDATE_PARTS)) return;
+  if (!ends_last(call.tickets + blockIdx.x, CANDIDATE_PARTS)) return;
   const i64 at = ((i64)kind * heads + h) * most;
   Held held(shares, call.exact_only ? 0 : full);  // of an exact row no share is known
   write_taken(held, most, cut_at(held, most), call.candidate_blocks + at, call.candidate_scores + at);

@@ -221,6 +221,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
       const int at = lane * EACH + i;
       picks[(blockIdx.y * ROW_TILE + row) * BINS + at] = make_float2(bound[i] + room.beside[0][row][at], lost[i] + room.beside[1][row][at]);
     }
-  if (!ends_last(call.tickets + heads + base, parts)) return;
+  if (!ends_last(call.tickets + 2 * heads + base, parts)) return;
   choose(call, h, rows, tile * ROW_TILE + threadIdx.x, own, picks, parts, scale, room);
 }

@@ -67,7 +67,7 @@ __device__ __forceinline__ bool join_parts(const Call &call, int heads, int all,
     if (channel < D) own[channel] = {change[step][0], change[step][1], change[step][2], change[step][3]};
   }
   if (lane == TOP) ((float *)(own + D))[warp] = back;
-  if (!ends_last(call.tickets + heads + 2 * all + share.tile * call.splits + split, parts)) return false;
+  if (!ends_last(call.tickets + 2 * (heads + all) + share.tile * call.splits + split, parts)) return false;
   const float4 *from = own - share.part * share.step * PART;
   back = 0.f;
 #pragma unroll
