@@ -308,6 +308,7 @@ template <typename T> inline T __ldcg(const T *p) { return *p; }
 inline u64 stream_policy() { return 0; }
 inline u64 keep_policy() { return 0; }
 inline void store_kept(float *at, float x, u64) { *at = x; }
+inline void store_kept(float *at, float x, float y, u64) { at[0] = x, at[1] = y; }
 inline void copy16(u32 to, const void *from, u64) { bulk_copy(from_shared(to), from, 16, (u64 *)emulator::current); }
 inline void copies_wait() {
   for (size_t i = 0; i < emulator::copies.size();) {

@@ -105,7 +105,8 @@ class Promotion:
                 if not mark & 17:
                     continue
                 top = float(self.first["partials"][tile, b // PER, SPLIT_TOP, row])
-                was = np.exp2(left[64 + row] - top) * left[row * B : (row + 1) * B]
+                weights = left[row * B : (row + 1) * B].reshape(8, 2).T.reshape(-1)  # tokens t and t + 8 lie side by side
+                was = np.exp2(left[64 + row] - top) * weights
                 scores = keys[h, here] @ q[h, index] * D**-0.5 * LOG2E
                 now = np.exp2(scores - top) if mark & 1 else was
                 used = values[h, here] if mark & 16 else stored

@@ -142,7 +142,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
     const float *w = call.weights + ((i64)base * (full + 1) + full) * TILES * WEIGHT_FLOATS;  // relative to the split's largest score already
     for (int i = lane; i < D; i += LANES) {
       float sum = 0.f;
-      for (int t = 0; t < count; t++) sum = fmaf(w[t / TILE * WEIGHT_FLOATS + warp * TILE + t % TILE], as_float(values, t * D + i), sum);
+      for (int t = 0; t < count; t++) sum = fmaf(w[t / TILE * WEIGHT_FLOATS + weight_at(warp, t % TILE)], as_float(values, t * D + i), sum);
       sums[warp * D + i] = sum;
     }
     return;
@@ -223,12 +223,12 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   int now = 0;
   u32 parity = 0;
   for (int i = 0; i < items; i++) {
-    const u32 record = shared_at(stage) + now * CODES_EACH, own = shared_at(of_weights) + now * WEIGHTS_EACH, w = own + row * TILE * 4 + 8 * c;
+    const u32 record = shared_at(stage) + now * CODES_EACH, own = shared_at(of_weights) + now * WEIGHTS_EACH, w = own + row * TILE * 4 + 16 * c;
     barrier_wait(&bars[warp][now], parity);
     const float factor = exp2_approx(__uint_as_float(shared32(own + (TOPS_AT + row) * 4)) - top) * WEIGHT_SCALE;
-    const uint2 x = shared64(w), y = shared64(w + 32);
-    const u32 b0 = part(__uint_as_float(x.x) * factor, __uint_as_float(x.y) * factor, low);
-    const u32 b1 = part(__uint_as_float(y.x) * factor, __uint_as_float(y.y) * factor, low);
+    const uint4 x = shared128(w);  // of tokens 2c, 2c + 8, 2c + 1 and 2c + 9
+    const u32 b0 = part(__uint_as_float(x.x) * factor, __uint_as_float(x.z) * factor, low);
+    const u32 b1 = part(__uint_as_float(x.y) * factor, __uint_as_float(x.w) * factor, low);
     const u32 codes = record + lane * 4, scales = record + VALUE_SCALES_AT + c * 16;
 #pragma unroll
     for (int m = 0; m < VALUE_TILES; m++) {

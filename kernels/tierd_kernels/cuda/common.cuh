@@ -22,9 +22,10 @@ constexpr bool LINED = RECORD_BYTES % LINE == 0;  // else lines begin elsewhere 
 constexpr int ITEM = DTYPE == 2 ? 4 : 2, ORIGINAL_BYTES = BLOCK * D * ITEM;
 enum { H, RK, SK, SV, AMP, C1, VALUE_NORM_MAX, KEY_NORM_MAX, OFFSET_NORM, KEYS_RAW, VALUES_RAW };  // the last two: 1 or 0, as integers
 
-// What the score pass leaves of a tile of rows and a tile of tokens: weights [ROW_TILE][TILE], then the rows' largest scores of the
-// whole block, in log2 units.
+// What the score pass leaves of a tile of rows and a tile of tokens: weights [ROW_TILE][TILE], tokens t and t + 8 side by side, as one lane
+// has them; then the rows' largest scores of the whole block, in log2 units.
 constexpr int TOPS_AT = ROW_TILE * TILE, WEIGHT_FLOATS = TOPS_AT + ROW_TILE;
+__device__ __forceinline__ int weight_at(int row, int token) { return row * TILE + token % 8 * 2 + token / 8; }
 // Statistics of a row and a block, see bound/statistics.py; TOP is the largest score in log2 units. Behind them the block's sV, amp and
 // largest norm.
 enum { SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, SUM_SQUARE_USED, SUM_SQUARE_ERROR, TOP, DELTA, D_NORM, STATISTICS };
@@ -34,9 +35,11 @@ typedef float Stats[STATISTICS + 3];
 // places by the block, so that the same ones of eight blocks lie in different banks of shared memory.
 constexpr int STATISTIC_WORDS = 8 * ROW_TILE, DELTA_WORD = SUM_SQUARES_NORM, D_AND_NOTE = SUM_SQUARE_ERROR;
 constexpr float BF16_ABOVE = 1.00788f;  // then cutting to seven bits of mantissa stays above
-__device__ __forceinline__ float both_above(float upper, float lower) {
-  return __uint_as_float(__byte_perm(__float_as_uint(lower * BF16_ABOVE), __float_as_uint(upper * BF16_ABOVE), 0x7632));
+constexpr u32 BOTH_UPPER = 0x7632, THE_OTHER = 0x7654;  // of two words: a word of their upper halves; the second one
+__device__ __forceinline__ float word_of(float upper, float lower, u32 halves) {
+  return __uint_as_float(__byte_perm(__float_as_uint(lower), __float_as_uint(upper), halves));
 }
+__device__ __forceinline__ float both_above(float upper, float lower) { return word_of(upper * BF16_ABOVE, lower * BF16_ABOVE, BOTH_UPPER); }
 __device__ __forceinline__ int word_at(int block, int word) { return (word ^ (block & 7)) * ROW_TILE; }
 // One of `Stats`, of a block and the tile's row, where the block's words lie.
 __device__ __forceinline__ float statistic(const float *words, int block, int row, int k) {

@@ -39,6 +39,9 @@ __device__ __forceinline__ u64 keep_policy() {
 __device__ __forceinline__ void store_kept(float *at, float x, u64 policy) {
   asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(at), "f"(x), "l"(policy) : "memory");
 }
+__device__ __forceinline__ void store_kept(float *at, float x, float y, u64 policy) {  // at a multiple of eight bytes
+  asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1,%2}, %3;" ::"l"(at), "f"(x), "f"(y), "l"(policy) : "memory");
+}
 __device__ __forceinline__ void bulk_stream(void *to, const void *from, u32 bytes, u64 *bar, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
                    shared_at(to)),

@@ -8,12 +8,17 @@
 // * scale, comes from MMAs over CHUNK blocks at once: 40 instructions a block where sums by lanes took 110. Those scales and offsets arrive
 // before their blocks, once: read from global memory where they were needed, and with their block again, they kept the first blocks waiting
 // for 28 MB (131,072 tokens: 13 us).
+//
+// On an H200 instructions count as much as bytes: with 420 of them a block of 16 tokens, 85 for the certificate, rung 0 of 131,072 tokens took
+// 94.1 us, with 367 it takes 89.5.
 constexpr int SCORE_STAGES = 2;  // at 131,072 tokens: 2 67 us, 3 66, 4 70; two blocks at once in a warp 73, five or six blocks resident 72 to 87
-constexpr int CHUNK = 8, SCALE_BYTES = 2 * KEY_DIM, REST_BYTES = KEY_CODES_AT - SCALE_BYTES;  // rest: a block's offsets and notes
+constexpr int CHUNK = 8, SCALE_BYTES = 2 * KEY_DIM, NOTE_BYTES = KEY_CODES_AT - 2 * SCALE_BYTES;  // of a block; its offsets take as much as its scales
 constexpr int CODE_BYTES = SCORE_BYTES - KEY_CODES_AT;                                          // and its norms
 constexpr int CODES_EACH = LINED ? (CODE_BYTES + LINE - 1) / LINE * LINE : CODE_BYTES;  // in shared memory
-constexpr int STAGED_BYTES = SCORE_STAGES * CODES_EACH + LINE + CHUNK * (2 * SCALE_BYTES + REST_BYTES);  // of a warp; scales of two chunks
+constexpr int STAGED_BYTES = SCORE_STAGES * CODES_EACH + LINE + CHUNK * (3 * SCALE_BYTES + NOTE_BYTES);  // of a warp; scales of two chunks
 constexpr float LIMB_MAX = 32512.f;
+// Whether norms are brought into units before they are summed. Sums of half precision have room for them as they are, and follow at their end.
+constexpr bool IN_UNITS = DTYPE != 0;
 constexpr float PRODUCT_FLOOR = 0x1p-90f;                            // entries of q below 2^-126 of the largest, which are flushed, times keys below 2^23
 constexpr float NORM_ROOM = 1.f + 6.103515625e-5f;                  // 2^-14: sixteen MMAs over positive terms, 34 u each, and the root
 // q . offset: parts of q, one MMA each, sums of 2 * KEY_STEPS of them; in units of ||q|| ||offset||, ||q|| >= 1/2.
@@ -109,11 +114,11 @@ __device__ __forceinline__ void prepare_operands(Operands &operands, const float
 }
 
 // Facts of block r of a chunk, for row c of the tile: rows of A are blocks, the upper eight none.
-__device__ __forceinline__ BlockFacts block_facts(u32 scales, u32 rest, const Operands &operands, int c, int lane, const RowSize &row) {
+__device__ __forceinline__ BlockFacts block_facts(u32 scales, u32 offsets, u32 notes, const Operands &operands, int c, int lane, const RowSize &row) {
   float dot[4] = {0.f, 0.f, 0.f, 0.f}, l1[4] = {0.f, 0.f, 0.f, 0.f}, l2[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int j = 0; j < KEY_STEPS; j++) {
-    const uint4 s = shared128(scales + 2 * (32 * j + 8 * c)), z = shared128(rest + 2 * (32 * j + 8 * c));
+    const uint4 s = shared128(scales + 2 * (32 * j + 8 * c)), z = shared128(offsets + 2 * (32 * j + 8 * c));
 #pragma unroll
     for (int k = 0; k < 2; k++) {
       const u32 a0 = k ? s.z : s.x, a2 = k ? s.w : s.y;
@@ -128,7 +133,7 @@ __device__ __forceinline__ BlockFacts block_facts(u32 scales, u32 rest, const Op
   }
   BlockFacts facts = {dot[0] + dot[1], 0.f, 0.f, 0.f};
   if (NAIVE) return facts;
-  auto note = [&](int i) { return __uint_as_float(shared32(rest + SCALE_BYTES + 4 * i)); };
+  auto note = [&](int i) { return __uint_as_float(shared32(notes + 4 * i)); };
   const float norm1 = l1[0] * NORM_ROOM;  // no norm is above it, where a square was infinite
   const float norm2 = fminf(sqrt_approx(l2[0]) * (NORM_ROOM / 64.f), norm1);
   facts.delta = row.size * fminf(note(H) * norm1, note(RK) * norm2);
@@ -177,7 +182,7 @@ __device__ __noinline__ void score_tail(const Call *at_call, int heads, int grou
   for (int k = 0; k < (BLOCK + 31) / 32; k++) {
     float y = s[k] - largest, w = y >= LOG2_MIN ? exp2_approx(y) : 0.f;
     const int token = k * 32 + lane;
-    if (token < BLOCK) weights[token / TILE * WEIGHT_FLOATS + row * TILE + token % TILE] = w;
+    if (token < BLOCK) weights[token / TILE * WEIGHT_FLOATS + weight_at(row, token % TILE)] = w;
     if (k * 32 + lane < seen) norm_top = fmaxf(norm_top, norms[k]);
     sum.add(w, norms[k], 0.f, norms[k]);
   }
@@ -214,35 +219,35 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     return;
   }
   unsigned char *stage = shared + warp * STAGED_BYTES + (LINED ? KEY_CODES_AT % LINE : 0);
-  const u32 scales = shared_at(shared) + warp * STAGED_BYTES + SCORE_STAGES * CODES_EACH + LINE, rest = scales + 2 * CHUNK * SCALE_BYTES;  // [2][CHUNK], [CHUNK]
+  const u32 scales = shared_at(shared) + warp * STAGED_BYTES + SCORE_STAGES * CODES_EACH + LINE;  // [2][CHUNK], then [CHUNK] each
+  const u32 offsets = scales + 2 * CHUNK * SCALE_BYTES, notes = offsets + CHUNK * SCALE_BYTES;
   __shared__ u64 bars[WARPS][SCORE_STAGES];
+  __shared__ const unsigned char *records[WARPS][LANES];  // of the warp's blocks; behind the last one that one again
 
   const int each = per / WARPS, first = split * per + warp * each, count = max(0, min(each, full - first));
   const unsigned char *pool = call.pool + (i64)h * RECORD_BYTES;
-  const i64 offset = lane < count ? call.hot[first + lane] : 0;
+  if (count > 0) records[warp][lane] = pool + call.hot[first + min(lane, count - 1)];
   const Query query = read_query(call, n, h, group, tile * ROW_TILE + (r >> 1), c, limb);
   if (lane < SCORE_STAGES) barrier_init(&bars[warp][lane]);
   barriers_ready();
   const u64 policy = stream_policy(), kept = keep_policy();
   auto issue = [&](int i, int s) {
-    i64 at = __shfl_sync(~0u, offset, i);
-    if (lane == 0) {
-      barrier_expect(&bars[warp][s], CODE_BYTES);
-      bulk_stream(stage + s * CODES_EACH, pool + at + KEY_CODES_AT, CODE_BYTES, &bars[warp][s], policy);
-    }
+    if (lane) return;
+    barrier_expect(&bars[warp][s], CODE_BYTES);
+    bulk_stream(stage + s * CODES_EACH, records[warp][i] + KEY_CODES_AT, CODE_BYTES, &bars[warp][s], policy);
   };
   auto fetch = [&](int i) {  // scales, offsets and notes of the chunk that begins with block i
     const u32 to = scales + (i / CHUNK & 1) * CHUNK * SCALE_BYTES;
-    const int end = min(CHUNK, count - i);
-#pragma unroll 1
-    for (int b = 0; b < end; b++) {
-      const unsigned char *from = pool + __shfl_sync(~0u, offset, i + b);
+    constexpr int PIECES = 2 * SCALE_BYTES / 16;  // of a block
 #pragma unroll
-      for (int k = 0; k < KEY_CODES_AT; k += 16 * LANES) {
-        const int at = k + lane * 16;
-        if (at < KEY_CODES_AT) copy16((at < SCALE_BYTES ? to + b * SCALE_BYTES : rest + b * REST_BYTES - SCALE_BYTES) + at, from + at, policy);
-      }
+    for (int k = 0; k < CHUNK * PIECES; k += LANES) {
+      if (k == CHUNK / 2 * PIECES && count - i <= CHUNK / 2) break;  // asked of each block it would be 23 instructions a chunk
+      const int b = (k + lane) / PIECES, at = (k + lane) % PIECES * 16;
+      copy16((at < SCALE_BYTES ? to : offsets - SCALE_BYTES) + b * SCALE_BYTES + at, records[warp][i + b] + at, policy);
     }
+    constexpr int NOTE_PIECES = NOTE_BYTES / 16;
+    static_assert(CHUNK * NOTE_PIECES == LANES, "a lane a piece");
+    copy16(notes + lane * 16, records[warp][i + lane / NOTE_PIECES] + NOTES_AT + lane % NOTE_PIECES * 16, policy);
   };
   if (count > 0) fetch(0);
   for (int i = 0; i < min(count, SCORE_STAGES); i++) issue(i, i);
@@ -262,8 +267,12 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   const i64 place = (i64)(h * tiles + tile) * (full + 1) + first;
   // Where a lane writes of a block: weights of row c, tokens r and r + 8; word r of row c's statistics; and the largest score to tile r's
   // weights.
-  const bool tops_weights = r < TILES;
-  float *weights = call.weights + place * TILES * WEIGHT_FLOATS + c * TILE + r, *statistics = call.statistics + place * STATISTIC_WORDS + c;
+  const bool tops_weights = r < TILES, shares_word = r == SUM_SQUARES || r == SUM_ERROR || r == D_AND_NOTE;
+  const u32 halves = shares_word ? BOTH_UPPER : THE_OTHER;
+  // By what a lane's sums are multiplied: room, and units.
+  const float above = shares_word ? BF16_ABOVE : 1.f, of_lower = r == D_AND_NOTE || IN_UNITS ? above : above * unit * unit;
+  const float of_upper = IN_UNITS ? above : r == SUM_NORM || r == SUM_ERROR ? above * unit : r == SUM_SQUARE_USED ? unit * unit : above;
+  float *weights = call.weights + place * TILES * WEIGHT_FLOATS + weight_at(c, r), *statistics = call.statistics + place * STATISTIC_WORDS + c;
   float *top_of_weights = call.weights + (place * TILES + r % TILES) * WEIGHT_FLOATS + TOPS_AT + c;
 
   __shared__ BlockFacts facts_of[WARPS][CHUNK][ROW_TILE];
@@ -271,6 +280,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   BlockFacts(*facts)[ROW_TILE] = facts_of[warp];
   int now = 0;
   u32 parity = 0;
+  const bool some_unseen = __ballot_sync(~0u, seen < (first + count) * BLOCK) != 0;
   float highest = LOWEST, running = 0.f;  // largest score, and sum r relative to it, of row c
   auto next = [&](int i) {
     statistics += STATISTIC_WORDS, weights += TILES * WEIGHT_FLOATS, top_of_weights += TILES * WEIGHT_FLOATS;
@@ -282,10 +292,10 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   for (int i = 0; i < count; i++) {
     if (i % CHUNK == 0) {
       copies_wait();
-      const u32 own = rest + r * REST_BYTES;
-      facts[r][c] = block_facts(scales + (i / CHUNK & 1) * CHUNK * SCALE_BYTES + r * SCALE_BYTES, own, operands, c, lane, {size, q_norm});
+      const u32 own = notes + r * NOTE_BYTES;
+      facts[r][c] = block_facts(scales + (i / CHUNK & 1) * CHUNK * SCALE_BYTES + r * SCALE_BYTES, offsets + r * SCALE_BYTES, own, operands, c, lane, {size, q_norm});
       if (!NAIVE) {
-        auto note = [&](int k) { return __uint_as_float(shared32(own + SCALE_BYTES + 4 * k)); };
+        auto note = [&](int k) { return __uint_as_float(shared32(own + 4 * k)); };
         notes_of[warp][r][c] = note(c == 0 ? SV : c == 1 ? AMP : c == 2 ? VALUE_NORM_MAX : C1) * (c == 3 ? 1.f : unit);
       }
       __syncwarp();
@@ -331,11 +341,13 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       for (int j = 0; j < KEY_STEPS; j++) {
         mma_s8(d[j & 1], shared128(codes + (t * KEY_STEPS + j) * LANES * 16 + lane * 16), b[2 * j], b[2 * j + 1]);
       }
-      const int left = seen - (first + i) * BLOCK - t * TILE - r;  // of the row's tokens, from this one on
-      const float x = fmaf((float)((d[0][0] + d[1][0]) * 256 + d[0][1] + d[1][1]), step, fact.offset_dot) * scale;
-      const float y = fmaf((float)((d[0][2] + d[1][2]) * 256 + d[0][3] + d[1][3]), step, fact.offset_dot) * scale;
-      s[2 * t] = left > 0 ? x : -INFINITY;
-      s[2 * t + 1] = left > 8 ? y : -INFINITY;
+      s[2 * t] = fmaf((float)((d[0][0] + d[1][0]) * 256 + d[0][1] + d[1][1]), step, fact.offset_dot) * scale;
+      s[2 * t + 1] = fmaf((float)((d[0][2] + d[1][2]) * 256 + d[0][3] + d[1][3]), step, fact.offset_dot) * scale;
+      if (some_unseen) {
+        const int left = seen - (first + i) * BLOCK - t * TILE - r;  // of the row's tokens, from this one on
+        if (left <= 0) s[2 * t] = -INFINITY;
+        if (left <= 8) s[2 * t + 1] = -INFINITY;
+      }
       largest = fmaxf(largest, fmaxf(s[2 * t], s[2 * t + 1]));
     }
 #pragma unroll
@@ -346,10 +358,10 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     if (NAIVE) {
       float mass = 0.f;
 #pragma unroll
-      for (int t = 0; t < 2 * TILES; t++) {
-        const float w = exp2_approx(s[t] - largest);
-        mass += w;
-        store_kept(weights + (t / 2) * WEIGHT_FLOATS + (t & 1) * 8, w, kept);
+      for (int t = 0; t < TILES; t++) {
+        const float first = exp2_approx(s[2 * t] - largest), second = exp2_approx(s[2 * t + 1] - largest);
+        mass += first + second;
+        store_kept(weights + t * WEIGHT_FLOATS, first, second, kept);
       }
 #pragma unroll
       for (int bit = 4; bit < 32; bit <<= 1) mass += __shfl_xor_sync(~0u, mass, bit);
@@ -359,25 +371,27 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
       continue;
     }
     RowSums sum;
+    auto norm_of = [&](u32 bits) { return IN_UNITS ? fmaxf(__uint_as_float(bits) * unit, NORM_FLOOR) : __uint_as_float(bits); };
 #pragma unroll
-    for (int t = 0; t < 2 * TILES; t++) {
-      const u32 both = shared32(codes + BLOCK * KEY_DIM + ((t / 2) * TILE + (t & 1) * 8) * 4 + r * 4);
-      const float x = s[t] - largest, nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR);
-      const float eta = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
-      const float w = exp2_approx(x);  // which is zero from 2^-126 down
-      sum.add(w, nu, eta, nu + eta);
-      store_kept(weights + (t / 2) * WEIGHT_FLOATS + (t & 1) * 8, w, kept);
+    for (int t = 0; t < TILES; t++) {
+      float w[2];
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const u32 both = shared32(codes + BLOCK * KEY_DIM + (t * TILE + half * 8) * 4 + r * 4);
+        const float nu = norm_of(both << 16), eta = norm_of(both & 0xffff0000u);
+        w[half] = exp2_approx(s[2 * t + half] - largest);  // which is zero from 2^-126 down
+        sum.add(w[half], nu, eta, nu + eta);
+      }
+      store_kept(weights + t * WEIGHT_FLOATS, w[0], w[1], kept);
     }
     float mine = fold8(sum.v, lane);  // sum r of row c
     running = fmaf(running, keep, mine * take);
     const float (&notes)[4] = notes_of[warp][i % CHUNK];
     const float eps = fmaf(notes[3] * step, size * (0.5f * (1.f + 64.f * U32F)), fact.eps);
-    float other = __shfl_xor_sync(~0u, mine, 8);  // of two sums that share a word
-    if (r == D_AND_NOTE) mine = fmaf(BLOCK_ROOT, eps, fact.d_norm) * STORE, other = notes[c];
-    if (r == SUM_SQUARES || r == SUM_ERROR || r == D_AND_NOTE) mine = both_above(mine, other);
-    if (r == DELTA_WORD) mine = (fact.delta + eps) * STORE;
-    if (r == TOP) mine = largest;
-    store_kept(statistics + word_at(first + i, r), mine, kept);
+    const float lower = __shfl_xor_sync(~0u, mine, 8);  // of two sums that share a word
+    const float of_scores = fmaf(r == D_AND_NOTE ? BLOCK_ROOT * STORE : STORE, eps, (r == D_AND_NOTE ? fact.d_norm : fact.delta) * STORE);
+    const float upper = r == D_AND_NOTE || r == DELTA_WORD ? of_scores : r == TOP ? largest : mine;
+    store_kept(statistics + word_at(first + i, r), word_of(upper * of_upper, (r == D_AND_NOTE ? notes[c] : lower) * of_lower, halves), kept);
     if (tops_weights) store_kept(top_of_weights, largest, kept);
     next(i);
   }
@@ -394,6 +408,6 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
 #pragma unroll
   for (int w = 0; w < WARPS; w++) sum = fmaf(runs[w][r][c], exp2_approx(tops[w][c] - reference), sum);
   float *out = call.partials + ((i64)(h * tiles + tile) * (splits + 1) + split) * PARTIALS * ROW_TILE + c;
-  out[(r != SUM ? RUN_NORM : NAIVE ? MASS : RUN_MASS) * ROW_TILE] = sum;
+  out[(r != SUM ? RUN_NORM : NAIVE ? MASS : RUN_MASS) * ROW_TILE] = r == SUM || IN_UNITS ? sum : sum * unit;
   if (r == SUM) out[SPLIT_TOP * ROW_TILE] = reference;
 }

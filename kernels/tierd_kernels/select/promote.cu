@@ -90,7 +90,7 @@ __device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, in
     if (lane / TILE != t % 2) continue;  // the halves of a warp take tiles in turn
     const u32 both = ((const u32 *)(stage + NORMS_STAGED_AT))[t * TILE + token];
     const float nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR), stored = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
-    const float was = weights[t * WEIGHT_FLOATS + row * TILE + token];
+    const float was = weights[t * WEIGHT_FLOATS + weight_at(row, token)];
     const float is = !key ? was : s[t] - top >= LOG2_MIN ? exp2_approx(s[t] - top) : 0.f;
     // Raw values have no codes that could err; promoted ones are used as they are.
     const float eta = value && raw ? 0.f : stored;
