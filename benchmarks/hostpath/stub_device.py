@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from device import emulated
 
 QUIET = ("score", "value", "finish", "pick", "promote", "cover", "rank", "canary", "widen")
-BOTH_KINDS = 0x11  # of a mark: the first of a tile's four rows read the block's keys and its values
 
 
 @dataclass
@@ -44,6 +43,7 @@ def at(address: int, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
 def answer(script: Script, calls: int, heads: int, group: int) -> None:
     """The last kernel of a step: the only call is certified, and its output is its queries."""
     from tierd_kernels.cuda.launch import CALL, CERTIFIED, FIELDS
+    from tierd_kernels.reads import words_of
 
     call = at(calls, (1,), CALL)[0]
     assert call["n"] == 1, "one token a call"
@@ -56,9 +56,11 @@ def answer(script: Script, calls: int, heads: int, group: int) -> None:
     at(call["failures"], (int(call["num_canaries"]) * heads,), np.uint8)[...] = 0
     if len(script.promoted):
         head, block = script.promoted.T
-        marks = at(call["marks"], (heads * -(-group // 4), full), np.uint32)
-        marks[...] = 0
-        marks[head * -(-group // 4), block] = BOTH_KINDS
+        read = np.zeros((2, heads, full), np.bool_)
+        read[:, head, block] = True
+        words = words_of(read)
+        at(call["reads"], words.shape, np.uint32)[...] = words
+        at(call["cold"], (rows,), np.int32)[...] = 0
         for name in ("promoted_key_blocks", "promoted_value_blocks"):
             fields[FIELDS.index(name), ::group] = np.bincount(head, minlength=heads)
 

@@ -23,7 +23,7 @@ from tierd_kernels.kvview import KVView, narrow, widen
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.numerics import SAFETY, U64, Array
 from tierd_kernels.policy import Budget, Coverage
-from tierd_kernels.reads import KEY, NONE_READ, VALUE, exact_heads, listed
+from tierd_kernels.reads import NONE_READ, exact_heads, listed, words_of
 from tierd_kernels.score.cpu import NORM_FLOOR, score
 from tierd_kernels.select.candidates import largest, near
 from tierd_kernels.select.cpu import skip_blocks
@@ -329,8 +329,7 @@ class Step:
             cold = locations[: self.full].T[:, None] < 0
             host += np.sum(stored & cold, axis=2).reshape(-1) * self.layout.original_record_bytes
         if promotions:  # what rows promoted that came to be exact was read as well
-            marks = promotions[0] * KEY | promotions[1] * VALUE
-            reads, _ = listed(marks, exact_heads(exact, self.heads), self.call.in_scratch)
+            reads = listed(words_of(np.stack(promotions)), self.full, exact_heads(exact, self.heads), self.call.in_scratch)
         keys, values = counts
         rung = np.where(values > 0, 2, np.where(keys > 0, 1, 0))
         shape = (self.heads * self.used // self.n, self.n)

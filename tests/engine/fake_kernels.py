@@ -14,9 +14,7 @@ from tierd_kernels.call import Call, Result
 from tierd_kernels.copying import Copying
 from tierd_kernels.kvview import narrow, widen
 from tierd_kernels.layout import NUMPY_DTYPE, Layout, Memory
-from tierd_kernels.reads import KEY as KEYS
-from tierd_kernels.reads import VALUE as VALUES
-from tierd_kernels.reads import listed
+from tierd_kernels.reads import listed, words_of
 from tierd_kernels.select.candidates import largest
 
 Raw = NDArray[Any]
@@ -137,7 +135,7 @@ class FakeKernels:
         return Result(
             attention(k, v, call.q, call.softmax_scale, layout.dtype),
             self._certificate(call, exact, promoted, layout),
-            listed(np.ascontiguousarray(promoted.T) * (KEYS | VALUES), np.full(heads, exact), call.in_scratch)[0],
+            listed(words_of(np.stack([promoted.T, promoted.T])), len(promoted), np.full(heads, exact), call.in_scratch),
             candidates=lambda: largest(np.stack([promoted, promoted]).astype(np.float32) * (not exact), call.candidates_max),
             canary_failures=[] if exact else self._canary_failures(layout, memory, call),
         )

@@ -88,6 +88,23 @@ def test_a_negative_number_of_candidates_is_refused() -> None:
         largest(np.zeros((2, 4, 1), np.float32), -1)
 
 
+def unstored(full: int, n: int, **asked: Any) -> tuple[Any, Any]:
+    """A step of one call with two query heads a KV head over so many blocks, none of which is stored, and its memory."""
+    from tierd_kernels.cuda.packing import Part
+    from tierd_kernels.cuda.step import Step
+
+    layout = LAYOUTS[0]
+    k, v, q = draw(layout, 40, 4, n, "diffuse", 1)
+    cache, nowhere, none = store(layout, k, v), np.zeros(full, np.int64), np.zeros((0, 2), np.float32)
+    call = replace(
+        cache.call(q, 0.1, Budget()), num_tokens=full * layout.block_size, hot_offsets=nowhere, original_offsets=nowhere,
+        group_value_norms=none, group_error_norms=none, **asked,
+    )  # fmt: skip
+    step = Step(layout, cache.memory, [Part(layout, call, 0, n)])  # type: ignore[arg-type]
+    step.upload()
+    return step, cache.memory
+
+
 class Left:
     """What a step of one call has left on the device, in float64."""
 
@@ -99,8 +116,7 @@ class Left:
         self.rows = step.grid.group * self.call["n"]
         tiles = -(-self.rows // 4)
         self.statistics = self._statistics(self._read("statistics", (heads, tiles, self.full + 1, 8, 4), np.uint32)[:, :, : self.full])
-        marks = step.memory.outputs.device[int(self.call["marks"]) - step.memory.outputs.at :]
-        self.marks = np.asarray(marks[: 4 * heads * tiles * self.full].get()).view(np.uint32).reshape(heads, tiles, self.full)
+        self.marks = self._read("marks", (heads, tiles, self.full), np.uint32)
         self.facts = self._read("facts", (heads, self.rows, 7), np.float32).astype(np.float64)
 
     def _read(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
@@ -196,19 +212,8 @@ def test_the_devices_candidates_are_the_largest_shares(
 @pytest.mark.parametrize("most", [40, 9000])
 def test_the_largest_are_chosen_from_more_blocks_than_are_held_at_once(most: int) -> None:
     """What the passes would leave of 131,680 tokens is drawn, many of it alike, instead of worked out."""
-    from tierd_kernels.cuda.packing import Part
-    from tierd_kernels.cuda.step import Step
-
-    layout, full, rng = LAYOUTS[0], 8230, np.random.default_rng(most)
-    k, v, q = draw(layout, 40, 4, 1, "diffuse", 1)
-    cache, nowhere, none = store(layout, k, v), np.zeros(full, np.int64), np.zeros((0, 2), np.float32)
-    call = replace(
-        cache.call(q, 0.1, Budget(), candidates_max=most), num_tokens=full * layout.block_size, hot_offsets=nowhere,
-        original_offsets=nowhere, group_value_norms=none, group_error_norms=none,
-    )  # fmt: skip
-    memory: Any = cache.memory
-    step = Step(layout, memory, [Part(layout, call, 0, 1)])
-    step.upload()
+    full, rng = 8230, np.random.default_rng(most)
+    step, memory = unstored(full, 1, candidates_max=most)
     kinds = rng.lognormal(-3, 2, (2, 300, 8, 4)).astype(np.float32).view(np.uint32)  # of blocks
     block = np.arange(full + 1)[:, None]
     words = ((kinds[0] & np.uint32(0xFFFF0000)) | kinds[1] >> np.uint32(16))[rng.integers(0, 300, (2, full + 1))]

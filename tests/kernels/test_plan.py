@@ -44,6 +44,7 @@ def test_arrays_of_a_plan_hold_what_they_are_for() -> None:
     for place, sizes in (
         (INPUTS, {"q": rows * 2 * layout.head_dim, "canaries": 20, "tickets": 4 * found.tickets}),
         (ANSWERS, {"output": rows * 2 * layout.head_dim, "state": 4 * rows, "failures": 5 * layout.num_kv_heads}),
+        (ANSWERS, {"reads": 4 * -(-2 * 129 * layout.num_kv_heads // 32), "cold": 4 * rows}),
         (LATE, {"candidate_blocks": 8 * layout.num_kv_heads * 7, "candidate_scores": 8 * layout.num_kv_heads * 7}),
     ):
         room = rooms(found, place)

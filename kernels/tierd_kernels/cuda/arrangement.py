@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from tierd_kernels.cuda.late import Place
 from tierd_kernels.cuda.launch import CALL, FIELDS, Grid, above, kernels
 from tierd_kernels.cuda.memory import DeviceMemory
-from tierd_kernels.cuda.plan import ANSWERS, ASKED, INPUTS, LATE, SIZED, WORKSPACE, Plan, Shape, plan_of
+from tierd_kernels.cuda.plan import ANSWERS, INPUTS, LATE, SIZED, WORKSPACE, Plan, Shape, plan_of
 from tierd_kernels.cuda.sources import SPLITS_MAX
 from tierd_kernels.cuda.staging import Region, Staging
 from tierd_kernels.in_scratch import RECORDS
@@ -21,7 +21,7 @@ class Placed(NamedTuple):
 
     Views of what a launch carries in: q raw [Hq, n, d], tickets, canaries, and what lies in scratch as `InScratch` has it; of canaries and
     copies there may be fewer. Of what comes back: output raw [Hq, n, d], fields [FIELDS, Hq, n], state [Hq, n], failures [canaries, Hkv];
-    late, the candidates; only where they are asked for, marks [tiles, full], which begin at byte `marks_start` of the range."""
+    where anything was promoted reads, a bit of each record, and cold [Hq, n], of a row how many had no copy; late, the candidates."""
 
     splits: int
     per: int
@@ -35,9 +35,9 @@ class Placed(NamedTuple):
     fields: NDArray[np.float64]
     state: NDArray[np.int32]
     failures: NDArray[np.bool_]
+    reads: NDArray[np.uint32]
+    cold: NDArray[np.int32]
     late: Place
-    marks: NDArray[np.uint32]
-    marks_start: int
 
 
 class Arrangement:
@@ -59,14 +59,14 @@ class Arrangement:
             for place, region in ((WORKSPACE, workspace), (INPUTS, inputs), (ANSWERS, outputs))
         }
         self.inputs_end, self.answers_end = inputs.used, outputs.used
-        starts |= {place: [outputs.take(plan.sizes[place]) for plan in plans] for place in (LATE, ASKED)}
+        starts[LATE] = [outputs.take(plan.sizes[LATE]) for plan in plans]
         tiles = [shape.tiles(heads) for shape in shapes]
         self.parts = [
             _placed(layout, memory, shape, plan, [starts[place][i] for place in range(SIZED)], sum(tiles), split_blocks)
             for i, (shape, plan) in enumerate(zip(shapes, plans, strict=True))
         ]
         self.late, self.candidates = [x.late for x in self.parts], any(shape.candidates for shape in shapes)
-        group, splits = shapes[0].group, max(x.splits for x in self.parts) + 1
+        group, splits = shapes[0].group, max(x.splits for x in self.parts)
         self.grid = Grid(
             number, splits, max(tiles), group * max(shape.n for shape in shapes), group, max(shape.canaries for shape in shapes)
         ).rounded()  # fmt: skip
@@ -83,7 +83,7 @@ def _placed(
     if splits >= SPLITS_MAX:
         raise ValueError(f"{full} blocks are {splits} splits; at most {SPLITS_MAX - 1}")
     # In the order of the plan's places. Candidates are a few KB, which their kernel writes over the link by itself.
-    ranges = memory.workspace_at, memory.inputs.at, memory.outputs.at, memory.outputs.host_at, memory.outputs.at
+    ranges = memory.workspace_at, memory.inputs.at, memory.outputs.at, memory.outputs.host_at
     bases = [base + start for base, start in zip(ranges, starts, strict=True)]
     bases += [memory.hot_at, memory.scratch_at, memory.originals_at, 0, 0]
 
@@ -99,8 +99,8 @@ def _placed(
         view(inputs, "copied", (2 * full * heads // RECORDS + 1,), np.int64), view(inputs, "copies", (shape.copies,), np.uint32),
         view(outputs, "output", (*rows, d), raw), view(outputs, "fields", (len(FIELDS), *rows), np.float64),
         view(outputs, "state", rows, np.int32), view(outputs, "failures", (shape.canaries, heads), np.bool_),
+        view(outputs, "reads", (-(-2 * full * heads // RECORDS),), np.uint32), view(outputs, "cold", rows, np.int32),
         Place(view(outputs, "candidate_blocks", found, np.int32), view(outputs, "candidate_scores", found, np.float32)),
-        view(outputs, "marks", (shape.tiles(heads), full), np.uint32), starts[ASKED] + plan.places["marks"][1],
     )  # fmt: skip
 
 

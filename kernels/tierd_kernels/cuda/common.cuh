@@ -97,9 +97,10 @@ struct Call {
   int *candidate_blocks;                           // [2][Hkv][candidates_max]
   float *candidate_scores;
   float2 *row_weights;                             // [tiles][full][ROW_TILE]: keys' and values' shares of the row's target
+  u32 *reads;                                      // of all records of full blocks, as `copied` has them, a bit: some row has read it
+  int *cold;                                       // [Hkv * rows]: of the records that the row has read, those without a copy
   double rtol, atol, skip_share;                   // of the budget, for skipped blocks
   double tau_cov, key_bound_max, v_tol;            // of the coverage policy
-  int end[4];                                      // to whole lines
 };
 static_assert(sizeof(Call) == 384, "as in launch.py");
 
@@ -114,11 +115,12 @@ enum { ROW_TOP, ROW_MASS, ROW_NORM, ROW_BUDGET, ROW_FIXED, ROW_TAIL, ROW_LIMIT, 
 // Of a split, exactly: largest score, sum of weights, of weights times norms, largest |score|, squares of the largest norms.
 enum { DENSE_TOP, DENSE_MASS, DENSE_NORM, DENSE_SCORE, DENSE_KEY, DENSE_VALUE, DENSE_FACTS };
 
-// Where a record of original keys (kind 0) or values (1) of a full block lies: a copy, or the original itself.
+// Records of original keys (kind 0) and values (1) of full blocks, as they are numbered; and where one lies: a copy, or the original itself.
+__device__ __forceinline__ u32 record_of(int kind, int heads, int h, int block) { return (2 * block + kind) * heads + h; }
 __device__ __forceinline__ const unsigned char *located(const Call &call, int kind, int heads, int h, int block) {
   const unsigned char *original = call.originals + call.original[block] + (i64)(kind * heads + h) * ORIGINAL_BYTES;
   if (!call.copied) return original;
-  const u32 record = (2 * block + kind) * heads + h, bit = 1u << record % 32;
+  const u32 record = record_of(kind, heads, h, block), bit = 1u << record % 32;
   const u64 word = call.copied[record / 32];
   return (u32)word & bit ? call.scratch + (i64)call.copies[(word >> 32) + __popc((u32)word & (bit - 1))] * PLACE_BYTES : original;
 }

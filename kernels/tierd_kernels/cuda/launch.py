@@ -24,9 +24,11 @@ from tierd_kernels.cuda.sources import (
     PICK_THREADS,
     QUANTISE_THREADS,
     RANK_THREADS,
+    READERS,
     RESIDENT,
     SKIPS,
     SPLIT_TOKENS_MAX,
+    SPLITS_MAX,
     SUMMED,
     WARPS,
     shared_bytes,
@@ -50,14 +52,14 @@ NUMBERS = (
 POINTERS = (
     "q", "hot", "pool", "weights", "statistics", "partials", "marks", "scratch", "originals", "output", "original", "copied", "copies",
     "group_values", "group_errors", "sums", "skips", "fields", "facts", "dots", "state", "counts", "picks", "dense", "canaries", "failures",
-    "shares", "tickets", "candidate_blocks", "candidate_scores", "row_weights",
+    "shares", "tickets", "candidate_blocks", "candidate_scores", "row_weights", "reads", "cold",
 )  # fmt: skip
 REALS = ("rtol", "atol", "skip_share", "tau_cov", "key_bound_max", "v_tol")
 CALL = np.dtype([
     *((name, np.int32) for name in NUMBERS), ("scale", np.float64), *((name, np.uint64) for name in POINTERS),
-    *((name, np.float64) for name in REALS), ("end", np.int32, (4,)),
+    *((name, np.float64) for name in REALS),
 ])  # fmt: skip
-PACKED = Struct(f"={len(NUMBERS)}id{len(POINTERS)}Q{len(REALS)}d16x")  # the same: a record of numpy takes five times as long to fill
+PACKED = Struct(f"={len(NUMBERS)}id{len(POINTERS)}Q{len(REALS)}d")  # the same: a record of numpy takes five times as long to fill
 assert CALL.itemsize == PACKED.size == 384
 
 
@@ -89,8 +91,9 @@ def prepare(layout: Layout) -> None:
 
 
 class Grid(NamedTuple):
-    """Of a launch, the largest of any call: calls, splits with the trailing block, tiles of rows of all KV heads, rows of a KV head, query
-    heads of a KV head, canaries. What lies beyond a call's own returns at once."""
+    """Of a launch, the largest of any call: calls, splits without the trailing block, tiles of rows of all KV heads, rows of a KV head,
+    query heads of a KV head, canaries. What lies beyond a call's own returns at once, but not before it has had a place on a
+    multiprocessor."""
 
     calls: int
     splits: int
@@ -153,13 +156,13 @@ class Kernels:
             self._over("canary", (grid.canaries, self.layout.num_kv_heads, grid.calls), WARPS * LANES, calls, grid, stream, first=True)
         if program.certifies:
             self.certify(calls, grid, program.ranks, stream)
-            self._over("pick", (grid.tiles, min(PICK_PARTS, grid.splits), grid.calls), PICK_THREADS, calls, grid, stream)
+            self._over("pick", (grid.tiles, min(PICK_PARTS, grid.splits + 1), grid.calls), PICK_THREADS, calls, grid, stream)
             if program.covers:
                 self._rows("cover", COVER_THREADS, calls, grid, stream)
-            self._passes("promote", calls, grid, stream)
+            self._over("promote", (grid.tiles, max(1, grid.splits), grid.calls), WARPS * LANES, calls, grid, stream)
             if program.covers:
                 self._rows("rank", RANK_THREADS, calls, grid, stream, 1)
-            self._finish(calls, grid, 1, stream)
+            self._finish(calls, grid, grid.rows, stream)
         else:
             self._finish(calls, grid, 0, stream, first=True)
         self._passes("dense", calls, grid, stream)
@@ -178,19 +181,21 @@ class Kernels:
         self._finish(calls, grid, 0, stream)
 
     def _passes(self, name: str, calls: int, grid: Grid, stream: Any, first: bool = False) -> None:
-        """One thread block a tile of rows, split and call."""
-        self._over(name, (grid.tiles, grid.splits, grid.calls), WARPS * LANES, calls, grid, stream, first=first)
+        """One thread block a tile of rows, split or trailing block, and call."""
+        self._over(name, (grid.tiles, grid.splits + 1, grid.calls), WARPS * LANES, calls, grid, stream, first=first)
 
     def _rows(
-        self, name: str, threads: int, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None, first: bool = False
-    ) -> None:
-        """One thread block a row, KV head and call."""
-        shape = (grid.rows, self.layout.num_kv_heads, grid.calls)
+        self, name: str, threads: int, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None, first: bool = False,
+        others: int = 0,
+    ) -> None:  # fmt: skip
+        """One thread block a row, and `others`, of each KV head and call."""
+        shape = (grid.rows + others, self.layout.num_kv_heads, grid.calls)
         self._over(name, shape, threads, calls, grid, stream, *more, shared=shared, first=first)
 
     def _finish(self, calls: int, grid: Grid, again: int, stream: Any, first: bool = False) -> None:
-        shared = 4 * grid.splits * (SUMMED + SKIPS)
-        self._rows("finish", FINISH_THREADS, calls, grid, stream, again, shared=shared, first=first)
+        shared = 4 * min(grid.splits + 1, SPLITS_MAX) * (SUMMED + SKIPS)
+        others = READERS if again else 0
+        self._rows("finish", FINISH_THREADS, calls, grid, stream, again, shared=shared, first=first, others=others)
 
     def _over(
         self, name: str, shape: tuple[int, ...], threads: int, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None,

@@ -27,9 +27,9 @@ from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Coverage, Policy
 
 # Where an address may lie: in the workspace; in what a launch carries in; in what comes back with the answers; in the host's part of that;
-# in what comes back only where it is asked for; in a pool; where an array is kept, which each has for itself.
-WORKSPACE, INPUTS, ANSWERS, LATE, ASKED, HOT, SCRATCH, ORIGINALS, KEPT, NOWHERE = range(10)
-SIZED = 5  # the first of these hold arrays of calls
+# in a pool; where an array is kept, which each has for itself.
+WORKSPACE, INPUTS, ANSWERS, LATE, HOT, SCRATCH, ORIGINALS, KEPT, NOWHERE = range(9)
+SIZED = 4  # the first of these hold arrays of calls
 KEPT_ARRAYS = "hot", "original", "group_values", "group_errors"
 CALL_ROOM = 2 * CALL.itemsize + ALIGNMENT  # of a call's numbers, of which a launch may carry twice as many as it has calls
 PLANS_MAX, POLICIES_MAX = 4096, 256
@@ -89,14 +89,16 @@ def plan(layout: Layout, shape: Shape, per: int) -> Plan:
             "weights": 4 * tiles * (full + 1) * weights, "statistics": 4 * tiles * (full + 1) * STATISTIC_WORDS,
             "partials": 4 * tiles * (splits + 1) * PARTIALS * ROW_TILE, "sums": 4 * tiles * (splits + 1) * ROW_TILE * d,
             "skips": 4 * tiles * (splits + 1) * SKIPS * ROW_TILE, "dense": 8 * tiles * (splits + 1) * ROW_TILE * (DENSE_FACTS + d),
-            "facts": 4 * rows * ROW_FACTS, "dots": 4 * rows * (splits + 1), "counts": 8 * rows,
+            "facts": 4 * rows * ROW_FACTS, "dots": 4 * rows * (splits + 1), "counts": 8 * rows, "marks": 4 * tiles * full,
             "picks": tiles * 4 * 2 * min(PICK_PARTS, splits + 1) * ROW_TILE * PICK_BINS, "shares": 8 * heads * full,
             "row_weights": 8 * tiles * full * ROW_TILE,
         },
         INPUTS: {"q": outputs, "canaries": 4 * shape.canaries, "tickets": 4 * tickets, **in_scratch},
-        ANSWERS: {"fields": 8 * len(FIELDS) * rows, "state": 4 * rows, "output": outputs, "failures": shape.canaries * heads},
+        ANSWERS: {
+            "fields": 8 * len(FIELDS) * rows, "state": 4 * rows, "output": outputs, "failures": shape.canaries * heads,
+            "reads": 4 * -(-2 * full * heads // RECORDS), "cold": 4 * rows,
+        },
         LATE: {"candidate_blocks": of_candidates, "candidate_scores": of_candidates},
-        ASKED: {"marks": 4 * tiles * full},
     }  # fmt: skip
     places = {"pool": (HOT, 0), "scratch": (SCRATCH, 0), "originals": (ORIGINALS, 0), **dict.fromkeys(KEPT_ARRAYS, (KEPT, 0))}
     if not shape.copies:
@@ -108,7 +110,7 @@ def plan(layout: Layout, shape: Shape, per: int) -> Plan:
             places[name] = place, used
             used += aligned(nbytes)
         sizes.append(used)
-    needs = sizes[WORKSPACE], sizes[INPUTS] + CALL_ROOM, sizes[ANSWERS] + sizes[LATE] + sizes[ASKED]
+    needs = sizes[WORKSPACE], sizes[INPUTS] + CALL_ROOM, sizes[ANSWERS] + sizes[LATE]
     return Plan(tuple(sizes), needs, places, tuple(places[name] for name in POINTERS), tickets)
 
 

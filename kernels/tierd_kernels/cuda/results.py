@@ -28,7 +28,7 @@ def result(layout: Layout, call: Call, answers: list[Answer]) -> Result:
     score_top = found.pop("score_top")
     rung, host = np.zeros(exact.shape, np.int64), np.zeros(exact.shape, np.int64)
     if reads.from_host.size:
-        host += whole.cold * layout.original_record_bytes
+        host += whole.cold * np.int64(layout.original_record_bytes)
         rung = np.where(found["promoted_value_blocks"] > 0, 2, found["promoted_key_blocks"] > 0)
     if np.count_nonzero(exact):
         _require_exact(whole.states[exact], exact.size, score_top[exact])

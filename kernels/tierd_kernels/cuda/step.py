@@ -22,7 +22,7 @@ from tierd_kernels.cuda.packing import Part
 from tierd_kernels.cuda.plan import KEPT_ARRAYS, Terms
 from tierd_kernels.layout import Layout
 from tierd_kernels.numerics import Array
-from tierd_kernels.reads import NONE_READ, Reads, exact_heads, listed
+from tierd_kernels.reads import NONE_READ, Reads, Words, exact_heads, listed
 from tierd_kernels.select.candidates import Candidates
 
 PROMOTED = slice(FIELDS.index("promoted_key_blocks"), FIELDS.index("promoted_value_blocks") + 1)
@@ -30,8 +30,8 @@ PROMOTED = slice(FIELDS.index("promoted_key_blocks"), FIELDS.index("promoted_val
 
 @dataclass
 class Answer:
-    """Of a part: output raw [Hq, n, d]; fields by name, float64 [Hq, n]; states int32 [Hq, n]; failures bool [canaries, Hkv]; reads, and of
-    the records promoted for a row how many had no copy in scratch, int64 [Hq, n]; candidates of this part, once the device has them, or
+    """Of a part: output raw [Hq, n, d]; fields by name, float64 [Hq, n]; states int32 [Hq, n]; failures bool [canaries, Hkv]; reads, and
+    of the records promoted for a row how many had no copy in scratch, int32 [Hq, n]; candidates of this part, once the device has them, or
     none."""
 
     output: NDArray[Any]
@@ -39,7 +39,7 @@ class Answer:
     states: NDArray[np.int32]
     failures: NDArray[np.bool_]
     reads: Reads
-    cold: NDArray[np.int64]
+    cold: NDArray[np.int32]
     candidates: Callable[[], Candidates]
 
 
@@ -107,24 +107,15 @@ class Step:
     def _answer(self, part: Part, placed: Placed) -> Answer:
         """Copies, for the next step writes there."""
         fields, states = placed.fields.copy(), placed.state.copy()
-        reads, cold = self._reads(part, placed, states != CERTIFIED, bool(part.full and np.count_nonzero(fields[PROMOTED])))
+        reads = self._reads(part, placed.reads, states != CERTIFIED, bool(part.full and np.count_nonzero(fields[PROMOTED])))
         return Answer(
-            placed.output.copy(), dict(zip(FIELDS, fields, strict=True)), states, placed.failures[: len(part.canaries)].copy(), reads, cold,
-            partial(Candidates.none, self.layout.num_kv_heads),
+            placed.output.copy(), dict(zip(FIELDS, fields, strict=True)), states, placed.failures[: len(part.canaries)].copy(), reads,
+            placed.cold.copy(), partial(Candidates.none, self.layout.num_kv_heads),
         )  # fmt: skip
 
-    def _reads(self, part: Part, placed: Placed, exact: NDArray[np.bool_], promoted: bool) -> tuple[Reads, NDArray[np.int64]]:
-        """As `Answer` has them, of a part whose rows [Hq, n] are `exact` or not. Most often none is, and nothing was `promoted`."""
+    def _reads(self, part: Part, read: Words, exact: NDArray[np.bool_], promoted: bool) -> Reads:
+        """Of a part whose rows [Hq, n] are `exact` or not. Most often none is, and nothing was `promoted`: then `read` says nothing."""
         if not promoted and not np.count_nonzero(exact):
-            return NONE_READ, np.zeros(exact.shape, np.int64)
-        heads = self.layout.num_kv_heads
-        marks = self._marks(placed) if promoted else np.zeros_like(placed.marks)
-        reads, cold = listed(marks, exact_heads(exact, heads), part.call.in_scratch)
-        return reads, cold.reshape(heads, -1)[:, : exact.size // heads].reshape(exact.shape)
-
-    def _marks(self, placed: Placed) -> NDArray[np.uint32]:
-        """Where they lie in pinned memory, until the next step."""
-        memory, start = self.memory, placed.marks_start
-        memory.outputs.download(memory.stream, start, start + placed.marks.nbytes)
-        memory.stream.synchronize()
-        return placed.marks
+            return NONE_READ
+        words = read if promoted else np.zeros_like(read)
+        return listed(words, part.full, exact_heads(exact, self.layout.num_kv_heads), part.call.in_scratch)

@@ -401,6 +401,10 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   __syncthreads();
   const int place_of_split = split * per + threadIdx.x;
   if (threadIdx.x < per && place_of_split < full) call.marks[(i64)(h * tiles + tile) * full + place_of_split] = 0;
+  if (h == 0 && tile == 0) {  // for all tiles: words that begin with a record of the split
+    const int records = 2 * heads, end = (min((split + 1) * per, full) * records + 31) / 32;
+    for (int i = (split * per * records + 31) / 32 + threadIdx.x; i < end; i += WARPS * LANES) call.reads[i] = 0;
+  }
   if (warp || (r != SUM && r != SUM_NORM)) return;
   float reference = highest, sum = 0.f;
 #pragma unroll
