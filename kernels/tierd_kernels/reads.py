@@ -41,8 +41,9 @@ def words_of(read: Mask) -> Words:
 def listed(read: Words, blocks: int, exact: Mask, in_scratch: InScratch | None) -> Reads:
     """What `read` names of a call of m `blocks`, and all of the heads that are `exact` [Hkv]. `in_scratch`: what the call's kernels were
     told."""
-    words = _with_all(read, blocks, exact) if np.count_nonzero(exact) else read
-    return Reads(*_listed(words, exact, NOTHING if in_scratch is None else in_scratch.words))
+    if np.count_nonzero(exact):
+        read = read | words_of(np.broadcast_to(exact[:, None], (2, len(exact), blocks)))
+    return Reads(*_listed(read, exact, NOTHING if in_scratch is None else in_scratch.words))
 
 
 def united(parts: list[Reads], blocks: int, exact: Mask, in_scratch: InScratch | None) -> Reads:
@@ -51,11 +52,6 @@ def united(parts: list[Reads], blocks: int, exact: Mask, in_scratch: InScratch |
     for kind, block, head in (part.records for part in parts):
         read[kind, head, block] = True
     return listed(words_of(read), blocks, exact, in_scratch)
-
-
-def _with_all(read: Words, blocks: int, exact: Mask) -> Words:
-    every = np.broadcast_to(exact[:, None], (2, len(exact), blocks))
-    return read | words_of(every)
 
 
 @compiled()

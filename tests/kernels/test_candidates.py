@@ -88,8 +88,8 @@ def test_a_negative_number_of_candidates_is_refused() -> None:
         largest(np.zeros((2, 4, 1), np.float32), -1)
 
 
-def unstored(full: int, n: int, **asked: Any) -> tuple[Any, Any]:
-    """A step of one call with two query heads a KV head over so many blocks, none of which is stored, and its memory."""
+def unstored(full: int, n: int, **asked: Any) -> Any:
+    """A step of one call with two query heads a KV head over so many blocks, none of which is stored."""
     from tierd_kernels.cuda.packing import Part
     from tierd_kernels.cuda.step import Step
 
@@ -102,7 +102,7 @@ def unstored(full: int, n: int, **asked: Any) -> tuple[Any, Any]:
     )  # fmt: skip
     step = Step(layout, cache.memory, [Part(layout, call, 0, n)])  # type: ignore[arg-type]
     step.upload()
-    return step, cache.memory
+    return step
 
 
 class Left:
@@ -213,7 +213,7 @@ def test_the_devices_candidates_are_the_largest_shares(
 def test_the_largest_are_chosen_from_more_blocks_than_are_held_at_once(most: int) -> None:
     """What the passes would leave of 131,680 tokens is drawn, many of it alike, instead of worked out."""
     full, rng = 8230, np.random.default_rng(most)
-    step, memory = unstored(full, 1, candidates_max=most)
+    step = unstored(full, 1, candidates_max=most)
     kinds = rng.lognormal(-3, 2, (2, 300, 8, 4)).astype(np.float32).view(np.uint32)  # of blocks
     block = np.arange(full + 1)[:, None]
     words = ((kinds[0] & np.uint32(0xFFFF0000)) | kinds[1] >> np.uint32(16))[rng.integers(0, 300, (2, full + 1))]
@@ -221,8 +221,8 @@ def test_the_largest_are_chosen_from_more_blocks_than_are_held_at_once(most: int
         statistics=words[:, block, np.arange(8) ^ (block & 7)], facts=np.tile(np.float32([0, 1e4, 1, 0.1, 0.01, 0, 1]), (2, 2, 1)),
         state=np.ones((2, 2), np.int32), counts=np.zeros((2, 2, 2), np.int32), marks=np.zeros((2, 1, full), np.uint32),
     )  # fmt: skip
-    step.kernels.candidates(step.at, step.grid, memory.stream)
-    memory.stream.synchronize()
+    step.kernels.candidates(step.at, step.grid, step.memory.stream)
+    step.memory.stream.synchronize()
     found, left = Candidates(*(x.copy() for x in step.arranged.late[0])), Left(step)
     shares = np.stack([np.stack([left.shares(h, row) for row in range(left.rows)]).max(axis=0) for h in range(2)], axis=2)
     assert shares.all() and len(np.unique(shares)) <= 2 * 2 * 300

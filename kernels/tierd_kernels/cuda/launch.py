@@ -162,9 +162,9 @@ class Kernels:
             self._over("promote", (grid.tiles, max(1, grid.splits), grid.calls), WARPS * LANES, calls, grid, stream)
             if program.covers:
                 self._rows("rank", RANK_THREADS, calls, grid, stream, 1)
-            self._finish(calls, grid, grid.rows, stream)
+            self._finish(calls, grid, stream, again=True)
         else:
-            self._finish(calls, grid, 0, stream, first=True)
+            self._finish(calls, grid, stream, first=True)
         self._passes("dense", calls, grid, stream)
 
     def candidates(self, calls: int, grid: Grid, stream: Any) -> None:
@@ -178,24 +178,22 @@ class Kernels:
         if ranks:
             self._rows("rank", RANK_THREADS, calls, grid, stream, 0)
         self._passes("value", calls, grid, stream)
-        self._finish(calls, grid, 0, stream)
+        self._finish(calls, grid, stream)
 
     def _passes(self, name: str, calls: int, grid: Grid, stream: Any, first: bool = False) -> None:
         """One thread block a tile of rows, split or trailing block, and call."""
         self._over(name, (grid.tiles, grid.splits + 1, grid.calls), WARPS * LANES, calls, grid, stream, first=first)
 
-    def _rows(
-        self, name: str, threads: int, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None, first: bool = False,
-        others: int = 0,
-    ) -> None:  # fmt: skip
-        """One thread block a row, and `others`, of each KV head and call."""
-        shape = (grid.rows + others, self.layout.num_kv_heads, grid.calls)
-        self._over(name, shape, threads, calls, grid, stream, *more, shared=shared, first=first)
+    def _rows(self, name: str, threads: int, calls: int, grid: Grid, stream: Any, *more: int) -> None:
+        """One thread block a row, KV head and call."""
+        self._over(name, (grid.rows, self.layout.num_kv_heads, grid.calls), threads, calls, grid, stream, *more)
 
-    def _finish(self, calls: int, grid: Grid, again: int, stream: Any, first: bool = False) -> None:
-        shared = 4 * min(grid.splits + 1, SPLITS_MAX) * (SUMMED + SKIPS)
-        others = READERS if again else 0
-        self._rows("finish", FINISH_THREADS, calls, grid, stream, again, shared=shared, first=first, others=others)
+    def _finish(self, calls: int, grid: Grid, stream: Any, again: bool = False, first: bool = False) -> None:
+        """One thread block a row, KV head and call; after promotion, `again`, behind those of the rows others tell what was read."""
+        shape = (grid.rows + (READERS if again else 0), self.layout.num_kv_heads, grid.calls)
+        shared = 4 * min(grid.splits + 1, SPLITS_MAX) * (SUMMED + SKIPS)  # rounded up, splits may be more than any call has
+        readers_from = grid.rows if again else 0
+        self._over("finish", shape, FINISH_THREADS, calls, grid, stream, readers_from, shared=shared, first=first)
 
     def _over(
         self, name: str, shape: tuple[int, ...], threads: int, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None,
