@@ -16,7 +16,7 @@ constexpr int AHEAD = 4, AT_ONCE = AHEAD * FINISH_WARPS;  // splits of a warp, e
 // What rows have read of a KV head's originals once some were promoted: of each record a bit, and of each row how many had no copy. By thread
 // blocks of their own, on multiprocessors that those of the rows leave idle. It makes a step that promotes 1.3 us longer, as it did where
 // promotion told it, and spares the host the marks of all tiles: 40 us and their way.
-constexpr int READERS = 16;  // of a KV head
+constexpr int READERS = 8;  // of a KV head
 __device__ __forceinline__ void tell_reads(const Call &call, int heads, int h, int rows, int tiles, int reader) {
   const int lane = threadIdx.x % LANES, full = call.full;
   const u32 *marks = call.marks + (i64)h * tiles * full;

@@ -187,12 +187,6 @@ __device__ __forceinline__ float half_bits(u32 w, int upper) { return __half2flo
 constexpr u32 SKIPPED_BLOCK = 256;
 constexpr int PICK_PARTS = 32;
 
-// Whether a row of the tile is in this state. For whole warps.
-__device__ __forceinline__ bool any_row(const Call &call, int h, int group, int tile, int state) {
-  const int rows = group * call.n, row = tile * ROW_TILE + threadIdx.x % ROW_TILE;
-  return __ballot_sync(~0u, row < rows && call.state[h * rows + row] == state) != 0;
-}
-
 // Whether this thread block is the last of `parts` to come here, by a ticket that is zero before and after all have; it sees what the others
 // have written before. For all threads.
 __device__ __forceinline__ bool ends_last(int *ticket, int parts) {

@@ -4,14 +4,16 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) dense(const Call *cal
   extern __shared__ __align__(128) unsigned char shared[];
   let_next_begin();
   const Call &call = calls[blockIdx.z];
-  wait_for_previous();
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, split = blockIdx.y;
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE;
   if (blockIdx.x >= heads * tiles) return;
   const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = h * tiles + tile;
   const int first = split * call.per, last = split == call.splits ? (call.tokens + BLOCK - 1) / BLOCK : min(first + call.per, call.full);
   const int begin = split == call.splits ? call.full : first, count = (last - begin) * BLOCK;
-  if (split > call.splits || begin >= last || !any_row(call, h, group, tile, DUE)) return;
+  if (split > call.splits || begin >= last) return;
+  const int index = tile * ROW_TILE + lane % ROW_TILE, *state = call.state + h * rows + min(index, rows - 1);
+  wait_for_previous();
+  if (!__ballot_sync(~0u, index < rows && *state == DUE)) return;
   double *scores = (double *)shared;                         // [ROW_TILE][SPLIT_TOKENS]
   float *x = (float *)(scores + ROW_TILE * SPLIT_TOKENS);    // [BLOCK][D + 1]
   __shared__ float q[ROW_TILE][D + 1];
