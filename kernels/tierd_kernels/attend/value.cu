@@ -1,12 +1,12 @@
-// Value pass: a split's sum of weights times values, per tile of rows, relative to the split's largest score; and, while the first values are
-// on their way, its sums of the bound.
+// Value pass: a split's sum of weights times values, per tile of rows, relative to the split's largest score; and, while values are on their
+// way, its sums of the bound.
 //
 // Sixteen channels are the M of mma.m16n8k16 and sixteen tokens its K. A value is code * scale + offset, rounded once to FP16
 // (`E_out` has that rounding); the weights, times 2^14, are the B operand as FP16 high and low parts: columns part * 4 + row.
 // Codes lie in fragment order, scales and offsets by token pairs as lanes want them: no conversion, no shuffle.
 //
 // Blocks of so little mass in all rows of the tile that leaving them out costs at most a share of the budget are not read: a block may
-// spend an equal part of that share. Those whose copies are issued first, before masses are known, are read anyhow.
+// spend an equal part of that share. Those whose copies are issued before masses are known are read anyhow.
 constexpr int VALUE_STAGES = 4;  // at 131,072 tokens: 3 42 us, 4 40, 6 42
 constexpr float WEIGHT_SCALE = 16384.f;
 
@@ -25,39 +25,39 @@ __device__ __forceinline__ u32 part(float x, float y, float low) {
 // it is not known.
 struct Limits { float top[ROW_TILE], most[ROW_TILE], output[ROW_TILE]; };
 
-// Of each row of the tile: never so much that the heaviest block could go. For a thread block of WARPS warps, all of whose threads come here:
-// a thread a row and every 32nd split. `meanwhile` runs while the first sums are on their way. Nothing else is done unless `skipping`.
-template <typename Work>
-__device__ __forceinline__ void row_limits(const Call &call, int splits, int base, bool skipping, Limits &limits, Work meanwhile) {
-  constexpr int EACH = WARPS * LANES / ROW_TILE, AT_ONCE = 4;  // loads under way together: one after the other took 6 us at 131,072 tokens
-  __shared__ float of_warp[3][WARPS][ROW_TILE];
-  const int number = splits + (call.tokens > call.full * BLOCK), lane = threadIdx.x % LANES, row = threadIdx.x % ROW_TILE, warp = threadIdx.x / LANES;
-  const float *partials = call.partials + (i64)base * (splits + 1) * PARTIALS * ROW_TILE + row;
-  float top = LOWEST, mass = 0.f, norm = 0.f;
-  float its_top[AT_ONCE], its_mass[AT_ONCE], its_norm[AT_ONCE];
-  auto read = [&](int first) {
+// What the score pass left of splits of a row, every 32nd from `first` on: largest score, mass and mass times norms.
+constexpr int SPLITS_APART = WARPS * LANES / ROW_TILE;
+struct Runs {
+  static constexpr int COUNT = 4;  // loads under way together: one after the other took 6 us at 131,072 tokens
+  float top[COUNT], mass[COUNT], norm[COUNT];
+  __device__ __forceinline__ void read(const float *partials, int first, int number) {
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; k++) {
-      const int i = first + k * EACH;
+    for (int k = 0; k < COUNT; k++) {
+      const int i = first + k * SPLITS_APART;
       const float *p = partials + (i64)min(i, number - 1) * PARTIALS * ROW_TILE;
-      its_top[k] = i < number ? p[SPLIT_TOP * ROW_TILE] : -INFINITY, its_mass[k] = p[RUN_MASS * ROW_TILE], its_norm[k] = p[RUN_NORM * ROW_TILE];
+      top[k] = i < number ? p[SPLIT_TOP * ROW_TILE] : -INFINITY, mass[k] = p[RUN_MASS * ROW_TILE], norm[k] = p[RUN_NORM * ROW_TILE];
     }
-  };
-  if (skipping) read(threadIdx.x / ROW_TILE);
-  meanwhile();
-  if (!skipping) return;
+  }
+};
+
+// Of each row of the tile: never so much that the heaviest block could go. For a thread block of WARPS warps, all of whose threads come here:
+// a thread a row and every 32nd of the `number` splits, of which it has read the first `runs`.
+__device__ __forceinline__ void row_limits(const Call &call, const float *partials, int number, Runs &runs, Limits &limits) {
+  __shared__ float of_warp[3][WARPS][ROW_TILE];
+  const int lane = threadIdx.x % LANES, row = threadIdx.x % ROW_TILE, warp = threadIdx.x / LANES;
+  float top = LOWEST, mass = 0.f, norm = 0.f;
 #pragma unroll 1
-  for (int i = 0; i < number; i += AT_ONCE * EACH) {
-    if (i) read(i + threadIdx.x / ROW_TILE);
+  for (int i = 0; i < number; i += Runs::COUNT * SPLITS_APART) {
+    if (i) runs.read(partials, i + threadIdx.x / ROW_TILE, number);
     float largest = top;
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; k++) largest = fmaxf(largest, its_top[k]);
+    for (int k = 0; k < Runs::COUNT; k++) largest = fmaxf(largest, runs.top[k]);
     const float f = exp2_approx(top - largest);
     mass *= f, norm *= f;
 #pragma unroll
-    for (int k = 0; k < AT_ONCE; k++) {
-      const float g = exp2_approx(its_top[k] - largest);
-      mass = fmaf(g, its_mass[k], mass), norm = fmaf(g, its_norm[k], norm);
+    for (int k = 0; k < Runs::COUNT; k++) {
+      const float g = exp2_approx(runs.top[k] - largest);
+      mass = fmaf(g, runs.mass[k], mass), norm = fmaf(g, runs.norm[k], norm);
     }
     top = largest;
   }
@@ -88,7 +88,38 @@ __device__ __forceinline__ void row_limits(const Call &call, int splits, int bas
   __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *calls, int heads, int group) {
+// Which of a warp's blocks are left out, a block a lane: of those that `may`. `x`: the statistics of the lane's block, which is block `b`. What
+// rows lose by it, to `skipped`.
+__device__ __forceinline__ u32 leave_out(const float *x, int b, bool may, const Limits &limits, float (&skipped)[SKIPS][ROW_TILE]) {
+  float mass[ROW_TILE];
+#pragma unroll
+  for (int k = 0; k < ROW_TILE; k++) {
+    const float sum = statistic(x, b, k, SUM);
+    mass[k] = sum != 0.f ? exp2_approx(statistic(x, b, k, TOP) - limits.top[k]) * sum : 0.f;
+    may = may && !(mass[k] * limits.output[k] > limits.most[k]);
+  }
+  if (!__ballot_sync(~0u, may)) return 0;  // so it is most often
+  float grown[ROW_TILE], nu = statistic(x, b, 0, STATISTICS + 2);
+#pragma unroll
+  for (int k = 0; k < ROW_TILE; k++) {
+    grown[k] = mass[k] != 0.f ? mass[k] * expf(statistic(x, b, k, DELTA)) * (1.f + 1e-6f) : 0.f;
+    may = may && (mass[k] == 0.f || grown[k] * (nu + limits.output[k]) <= limits.most[k]);
+  }
+  const u32 gone = __ballot_sync(~0u, may);
+  if (!gone) return 0;
+#pragma unroll
+  for (int k = 0; k < ROW_TILE; k++) {
+    const float left = may ? grown[k] : 0.f, parts[SKIPS] = {may ? mass[k] : 0.f, left, left > 0.f ? left * nu : 0.f, may ? 1.f : 0.f};
+#pragma unroll
+    for (int i = 0; i < SKIPS; i++) {
+      const float sum = warp_sum(parts[i]);
+      if (threadIdx.x % LANES == 0) skipped[i][k] = sum;
+    }
+  }
+  return gone;
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) value(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];
   let_next_begin();
   const Call &call = calls[blockIdx.z];
@@ -117,6 +148,8 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
   // Here, before what is waited for: the first look at a line of the call takes as long as one at what it waits for.
   float *sums = call.sums + ((i64)base * (splits + 1) + split) * ROW_TILE * D;
   float *skips = call.skips + ((i64)base * (splits + 1) + split) * SKIPS * ROW_TILE;
+  float *partials = call.partials + ((i64)base * (splits + 1) + split) * PARTIALS * ROW_TILE;
+  const float *of_blocks = call.statistics + ((i64)base * (full + 1) + split * per) * STATISTIC_WORDS;
   const u64 policy = stream_policy();
   auto issue_codes = [&](int i, int s) {  // and what the barrier waits for: their weights too
     i64 at = __shfl_sync(~0u, offset, i / TILES) + i % TILES * VALUE_BYTES;
@@ -129,7 +162,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
     const int tile_of_tokens = __shfl_sync(~0u, block, i / TILES) * TILES + i % TILES;
     if (lane == 0) bulk_copy(of_weights + s * WEIGHTS_EACH, weights + tile_of_tokens * WEIGHT_FLOATS, WEIGHT_FLOATS * 4, &bars[warp][s]);
   };
-  constexpr int BLOCKS_AHEAD = (VALUE_STAGES + TILES - 1) / TILES;
+  constexpr int BLOCKS_AHEAD = (2 * VALUE_STAGES + TILES - 1) / TILES;  // those whose copies are issued before masses are known
   int items = count * TILES;
   for (int i = 0; i < min(items, VALUE_STAGES); i++) issue_codes(i, i);
   __syncthreads();      // all warps wait on `statistics_here`
@@ -147,71 +180,23 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
     }
     return;
   }
-  const bool skipping = may_skip && each > BLOCKS_AHEAD;  // not at 8,192 tokens: a split has no more than what is read anyhow
+  const bool skipping = may_skip && each > BLOCKS_AHEAD;  // not at 32,768 tokens: a split has no more than what is read anyhow
   __shared__ Limits limits;
-  __shared__ float lightest[ROW_TILE];  // mass of the split's lightest block, relative to the split's largest score
-  const float own_top = split_top(call, splits, base, split);
-  row_limits(call, splits, base, skipping, limits, [&] {
-    const u32 bytes = min(per, full - split * per) * STATISTIC_WORDS * 4;
-    if (!NAIVE && threadIdx.x == 0) {
-      barrier_expect(&statistics_here, bytes);
-      bulk_copy(statistics, call.statistics + ((i64)base * (full + 1) + split * per) * STATISTIC_WORDS, bytes, &statistics_here);
-    }
-    for (int i = 0; i < min(items, VALUE_STAGES); i++) issue_weights(i, i);
-  });
-  if (!NAIVE) {
-    barrier_wait(&statistics_here, 0);
-    const float least = split_sums<false>(call, statistics, base, split, own_top);
-    if (threadIdx.x < ROW_TILE) lightest[threadIdx.x] = least;
-    __syncthreads();
+  const float own_top = partials[SPLIT_TOP * ROW_TILE + threadIdx.x % ROW_TILE];
+  const int number = splits + (call.tokens > full * BLOCK), blocks = min(per, full - split * per);
+  const float *of_splits = partials - split * PARTIALS * ROW_TILE + threadIdx.x % ROW_TILE;
+  Runs runs;
+  if (skipping) runs.read(of_splits, threadIdx.x / ROW_TILE, number);
+  if (!NAIVE && threadIdx.x == 0) {
+    const u32 bytes = blocks * STATISTIC_WORDS * 4;
+    barrier_expect(&statistics_here, bytes);
+    bulk_copy(statistics, of_blocks, bytes, &statistics_here);
   }
+  for (int i = 0; i < min(items, VALUE_STAGES); i++) issue_weights(i, i);
   const int row = r & 3;
   const float top = __shfl_sync(~0u, own_top, row);
   __shared__ float skipped[WARPS][SKIPS][ROW_TILE];
   if (lane < SKIPS * ROW_TILE) skipped[warp][lane / ROW_TILE][lane % ROW_TILE] = 0.f;
-
-  if (skipping) {
-    __shared__ unsigned char order[WARPS][LANES];
-    bool any = count > BLOCKS_AHEAD;  // and each row has a block that it could do without
-#pragma unroll
-    for (int k = 0; k < ROW_TILE; k++) {
-      const float least = exp2_approx(__shfl_sync(~0u, own_top, k) - limits.top[k]) * lightest[k];
-      any = any && !(least * limits.output[k] > limits.most[k]);
-    }
-    if (any) {
-      const int own = first + min(lane, count - 1);
-      const float *x = statistics + (own - split * per) * STATISTIC_WORDS;
-      float mass[ROW_TILE], grown[ROW_TILE], nu = statistic(x, own, 0, STATISTICS + 2);
-      bool skip = lane >= BLOCKS_AHEAD && lane < count;
-#pragma unroll
-      for (int k = 0; k < ROW_TILE; k++) {
-        const float sum = statistic(x, own, k, SUM);
-        mass[k] = sum > 0.f ? exp2_approx(statistic(x, own, k, TOP) - limits.top[k]) * sum : 0.f;
-        grown[k] = mass[k] > 0.f ? mass[k] * expf(statistic(x, own, k, DELTA)) * (1.f + 1e-6f) : 0.f;
-        skip = skip && (mass[k] == 0.f || grown[k] * (nu + limits.output[k]) <= limits.most[k]);
-      }
-      const u32 gone = __ballot_sync(~0u, skip), wanted = (count == LANES ? ~0u : (1u << count) - 1) & ~gone;
-      if (gone) {
-        if (skip) call.marks[(i64)base * full + first + lane] = SKIPPED_BLOCK;
-#pragma unroll
-        for (int k = 0; k < ROW_TILE; k++) {
-          const float left = skip ? grown[k] : 0.f, parts[SKIPS] = {skip ? mass[k] : 0.f, left, left > 0.f ? left * nu : 0.f, skip ? 1.f : 0.f};
-#pragma unroll
-          for (int i = 0; i < SKIPS; i++) {
-            float sum = parts[i];
-#pragma unroll
-            for (int bit = 1; bit < 32; bit <<= 1) sum += __shfl_xor_sync(~0u, sum, bit);
-            if (lane == 0) skipped[warp][i][k] = sum;
-          }
-        }
-        if (wanted >> lane & 1) order[warp][__popc(wanted & ((1u << lane) - 1))] = lane;
-        __syncwarp();
-        items = __popc(wanted) * TILES;
-        block = lane < __popc(wanted) ? order[warp][lane] : 0;
-        offset = __shfl_sync(~0u, offset, block);
-      }
-    }
-  }
 
   float acc[VALUE_TILES][4];
 #pragma unroll
@@ -220,30 +205,63 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
     for (int k = 0; k < 4; k++) acc[m][k] = 0.f;
   const float low = r < 4 ? 0.f : 1.f;
   const __half2 thousand = __half2half2(__ushort_as_half(0x6400)), sixty = __half2half2(__ushort_as_half(0x5400));  // 1024 and 64
-  int now = 0;
+  // A warp takes its tiles of tokens in legs. Behind the first, which does with what is under way already, limits are found and blocks left out;
+  // each other leg begins with a part of the bound's sums: values are on their way meanwhile. (With all of that ahead of the first tile a device's
+  // memory was idle for 5 of the pass's 32 us at 131,072 tokens.) Where all values are there at once there is no first leg.
+  constexpr int BLOCKS_A_LEG = WARPS * LANES / ROW_TILE;  // of the split: a thread a block and row
+  const int legs = NAIVE ? 2 : 1 + (blocks + BLOCKS_A_LEG - 1) / BLOCKS_A_LEG;
+  SplitSums<false> split_sums;
+  __shared__ OfWarps of_warps;
+  int now = 0, i = 0;
   u32 parity = 0;
-  for (int i = 0; i < items; i++) {
-    const u32 record = shared_at(stage) + now * CODES_EACH, own = shared_at(of_weights) + now * WEIGHTS_EACH, w = own + row * TILE * 4 + 16 * c;
-    barrier_wait(&bars[warp][now], parity);
-    const float factor = exp2_approx(__uint_as_float(shared32(own + (TOPS_AT + row) * 4)) - top) * WEIGHT_SCALE;
-    const uint4 x = shared128(w);  // of tokens 2c, 2c + 8, 2c + 1 and 2c + 9
-    const u32 b0 = part(__uint_as_float(x.x) * factor, __uint_as_float(x.z) * factor, low);
-    const u32 b1 = part(__uint_as_float(x.y) * factor, __uint_as_float(x.w) * factor, low);
-    const u32 codes = record + lane * 4, scales = record + VALUE_SCALES_AT + c * 16;
-#pragma unroll
-    for (int m = 0; m < VALUE_TILES; m++) {
-      const u32 code = shared32(codes + m * LANES * 4), upper = code >> 8;
-      const uint4 s = shared128(scales + m * 16 / GROUP * 64);  // scales of tokens (2c, 2c+1), (2c+8, 2c+9), then their offsets
-      const u32 a0 = dequantise(either(code, 0x000f000fu, 0x64006400u), thousand, s.x, s.z);
-      const u32 a1 = dequantise(either(upper, 0x000f000fu, 0x64006400u), thousand, s.x, s.z);
-      const u32 a2 = dequantise(either(code, 0x00f000f0u, 0x54005400u), sixty, s.y, s.w);
-      const u32 a3 = dequantise(either(upper, 0x00f000f0u, 0x54005400u), sixty, s.y, s.w);
-      mma_f16(acc[m], a0, a1, a2, a3, b0, b1);
+#pragma unroll 1
+  for (int leg = each * TILES > VALUE_STAGES ? 0 : 1; leg < legs; leg++) {
+    const int b = (leg - 1) * BLOCKS_A_LEG + threadIdx.x / ROW_TILE;
+    if (!NAIVE && leg) {
+      barrier_wait(&statistics_here, 0);
+      if (b < blocks) split_sums.add(statistics, split * per, b, own_top);
+      if (leg + 1 == legs) split_sums.leave(of_warps, own_top);
     }
+    const int until = leg == 0 ? VALUE_STAGES : leg + 1 < legs ? leg * BLOCKS_A_LEG / WARPS * TILES : items;
+#pragma unroll 1
+    for (; i < min(until, items); i++) {
+      const u32 record = shared_at(stage) + now * CODES_EACH, own = shared_at(of_weights) + now * WEIGHTS_EACH, w = own + row * TILE * 4 + 16 * c;
+      barrier_wait(&bars[warp][now], parity);
+      const float factor = exp2_approx(__uint_as_float(shared32(own + (TOPS_AT + row) * 4)) - top) * WEIGHT_SCALE;
+      const uint4 x = shared128(w);  // of tokens 2c, 2c + 8, 2c + 1 and 2c + 9
+      const u32 b0 = part(__uint_as_float(x.x) * factor, __uint_as_float(x.z) * factor, low);
+      const u32 b1 = part(__uint_as_float(x.y) * factor, __uint_as_float(x.w) * factor, low);
+      const u32 codes = record + lane * 4, scales = record + VALUE_SCALES_AT + c * 16;
+#pragma unroll
+      for (int m = 0; m < VALUE_TILES; m++) {
+        const u32 code = shared32(codes + m * LANES * 4), upper = code >> 8;
+        const uint4 s = shared128(scales + m * 16 / GROUP * 64);  // scales of tokens (2c, 2c+1), (2c+8, 2c+9), then their offsets
+        const u32 a0 = dequantise(either(code, 0x000f000fu, 0x64006400u), thousand, s.x, s.z);
+        const u32 a1 = dequantise(either(upper, 0x000f000fu, 0x64006400u), thousand, s.x, s.z);
+        const u32 a2 = dequantise(either(code, 0x00f000f0u, 0x54005400u), sixty, s.y, s.w);
+        const u32 a3 = dequantise(either(upper, 0x00f000f0u, 0x54005400u), sixty, s.y, s.w);
+        mma_f16(acc[m], a0, a1, a2, a3, b0, b1);
+      }
+      __syncwarp();
+      if (i + VALUE_STAGES < items) issue_codes(i + VALUE_STAGES, now), issue_weights(i + VALUE_STAGES, now);
+      now = now + 1 == VALUE_STAGES ? 0 : now + 1;
+      parity ^= now == 0;
+    }
+    if (leg || !skipping) continue;
+    row_limits(call, of_splits, number, runs, limits);
+    barrier_wait(&statistics_here, 0);
+    if (count <= BLOCKS_AHEAD) continue;
+    const int own = warp * each + min(lane, count - 1);
+    const u32 gone = leave_out(statistics + own * STATISTIC_WORDS, split * per + own, lane >= BLOCKS_AHEAD && lane < count, limits, skipped[warp]);
+    if (!gone) continue;
+    __shared__ unsigned char order[WARPS][LANES];
+    const u32 wanted = (count == LANES ? ~0u : (1u << count) - 1) & ~gone;
+    if (gone >> lane & 1) call.marks[(i64)base * full + first + lane] = SKIPPED_BLOCK;
+    if (wanted >> lane & 1) order[warp][__popc(wanted & ((1u << lane) - 1))] = lane;
     __syncwarp();
-    if (i + VALUE_STAGES < items) issue_codes(i + VALUE_STAGES, now), issue_weights(i + VALUE_STAGES, now);
-    now = now + 1 == VALUE_STAGES ? 0 : now + 1;
-    parity ^= now == 0;
+    items = __popc(wanted) * TILES;
+    block = lane < __popc(wanted) ? order[warp][lane] : 0;
+    offset = __shfl_sync(~0u, offset, block);
   }
   __syncthreads();
 
@@ -256,6 +274,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) value(const Call *cal
       if (c < 2) out[(2 * c + (k & 1)) * D + m * 16 + r + (k >> 1) * 8] = x;
     }
   }
+  if (!NAIVE) write_sums<false>(partials, of_warps);
   __syncthreads();
   for (int i = threadIdx.x; i < ROW_TILE * D; i += WARPS * LANES) {
     float x = 0.f;

@@ -61,74 +61,64 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
   return t;
 }
 
-// The sums of a split over its blocks' statistics, relative to `reference`, the row's largest score in it, to call.partials; thread (block,
-// row), rows fastest. All threads of the thread block come here. `marked`: some blocks were promoted, as `marks` says, and scores changed;
-// `error`: what is added to the row's ERROR.
-// Returns, in a tile's first threads, the mass of the lightest block.
+// The sums of a split over its blocks' statistics, relative to `reference`, the row's largest score in it: what each thread adds up, a block and
+// row at a time, and what the thread block makes of it. `marked`: some blocks were promoted, as `marks` says, and scores changed.
+typedef float OfWarps[WARPS][RUN_MASS][ROW_TILE];
 template <bool marked>
-__device__ __forceinline__ float split_sums(const Call &call, const float *of_split, int base, int split, float reference, const u32 *marks = nullptr,
-                                            float error = 0.f) {
-  __shared__ float sums[WARPS][RUN_MASS][ROW_TILE], least[WARPS][ROW_TILE];
-  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4, row = threadIdx.x % ROW_TILE;
-  const int pairs = max(0, min(call.per, call.full - split * call.per)) * ROW_TILE;
-  float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f, lightest = INFINITY;
-  p1[ERROR - 8] = error;
-#pragma unroll 1  // instructions that run once are waited for as they come
-  for (int p = threadIdx.x; p < pairs; p += WARPS * LANES) {
-    const float *from = of_split + p / ROW_TILE * STATISTIC_WORDS;
+struct SplitSums {
+  float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
+
+  // Block `b` of the split and row threadIdx.x % ROW_TILE; `first`: the split's first block.
+  __device__ __forceinline__ void add(const float *of_split, int first, int b, float reference, const u32 *marks = nullptr) {
+    const int row = threadIdx.x % ROW_TILE;
     Stats x;
 #pragma unroll
-    for (int k = 0; k < STATISTICS + 3; k++) x[k] = statistic(from, split * call.per + p / ROW_TILE, row, k);
-    if (!(x[SUM] > 0.f)) {
-      lightest = 0.f;
-      continue;
-    }
-    const bool exact_values = marked && marks[p / ROW_TILE] >> (4 + row) & 1;
+    for (int k = 0; k < STATISTICS + 3; k++) x[k] = statistic(of_split + b * STATISTIC_WORDS, first + b, row, k);
+    if (!(x[SUM] > 0.f)) return;
+    const bool exact_values = marked && marks[b] >> (4 + row) & 1;
     const Terms t = block_terms(x, exp2_approx(x[TOP] - reference), exact_values);
     p0[MASS] += t.rho, p0[LOW] += t.low, p0[T1] += t.t1, p0[MASS_ERROR] += t.g, p0[SPREAD] += t.spread, p0[USED] += t.used;
     p0[ERROR2] += t.error2, p0[AMPLITUDE] += t.amplitude;
     p1[KEY_SQUARES - 8] += t.squares, p1[VALUE - 8] += t.value, p1[SQUARES - 8] += t.coded, p1[NORM - 8] += t.norm, p1[ERROR - 8] += t.bad;
     const float nu = x[STATISTICS + 2], amp = x[STATISTICS + 1];
-    lightest = fminf(lightest, t.rho);
     delta_max = fmaxf(delta_max, x[DELTA]);
     norm_top = fmaxf(norm_top, nu);
     amplitude_top = fmaxf(amplitude_top, exact_values && !(amp < INFINITY) ? nu : fmaxf(amp, nu));
   }
-#pragma unroll
-  for (int bit = 4; bit < 32; bit <<= 1) {
-    lightest = fminf(lightest, __shfl_xor_sync(~0u, lightest, bit));
-    delta_max = fmaxf(delta_max, __shfl_xor_sync(~0u, delta_max, bit));
-    norm_top = fmaxf(norm_top, __shfl_xor_sync(~0u, norm_top, bit));
-    amplitude_top = fmaxf(amplitude_top, __shfl_xor_sync(~0u, amplitude_top, bit));
-  }
-  float low = fold8(p0, lane), high = fold8(p1, lane);
-  if (r == SPLIT_TOP - 8) high = reference;
-  if (r == DELTA_MAX - 8) high = delta_max;
-  if (r == NORM_TOP - 8) high = norm_top;
-  sums[warp][r][c] = low;
-  sums[warp][8 + r][c] = high;
-  if (r == 0) sums[warp][AMPLITUDE_TOP][c] = amplitude_top;
-  if (r == 1) least[warp][c] = lightest;
-  __syncthreads();
-  const int k = threadIdx.x / ROW_TILE;
-  if (k < RUN_MASS && (marked || k != SPLIT_TOP)) {  // which others read meanwhile, where it is what it was
-    float x = sums[0][k][row];
-#pragma unroll
-    for (int w = 1; w < WARPS; w++) {
-      const float y = sums[w][k][row];
-      const bool largest = k == SPLIT_TOP || k == DELTA_MAX || k == NORM_TOP || k == AMPLITUDE_TOP;
-      x = largest ? fmaxf(x, y) : x + y;
-    }
-    call.partials[((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE + threadIdx.x] = x;
-  }
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) lightest = fminf(lightest, least[w][row]);
-  return lightest;
-}
 
-// The split's largest score, of row lane % ROW_TILE.
-__device__ __forceinline__ float split_top(const Call &call, int splits, int base, int split) {
-  return call.partials[(((i64)base * (splits + 1) + split) * PARTIALS + SPLIT_TOP) * ROW_TILE + threadIdx.x % ROW_TILE];
+  // A warp's, to `room`; `write` comes behind a barrier. Once: the sums are folded away.
+  __device__ __forceinline__ void leave(OfWarps &room, float reference) {
+    const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4;
+#pragma unroll
+    for (int bit = 4; bit < 32; bit <<= 1) {
+      delta_max = fmaxf(delta_max, __shfl_xor_sync(~0u, delta_max, bit));
+      norm_top = fmaxf(norm_top, __shfl_xor_sync(~0u, norm_top, bit));
+      amplitude_top = fmaxf(amplitude_top, __shfl_xor_sync(~0u, amplitude_top, bit));
+    }
+    const float low = fold8(p0, lane);
+    float high = fold8(p1, lane);
+    if (r == SPLIT_TOP - 8) high = reference;
+    if (r == DELTA_MAX - 8) high = delta_max;
+    if (r == NORM_TOP - 8) high = norm_top;
+    room[warp][r][c] = low;
+    room[warp][8 + r][c] = high;
+    if (r == 0) room[warp][AMPLITUDE_TOP][c] = amplitude_top;
+  }
+};
+
+// What all warps left, to the split's `partials`.
+template <bool marked>
+__device__ __forceinline__ void write_sums(float *partials, const OfWarps &room) {
+  const int k = threadIdx.x / ROW_TILE, row = threadIdx.x % ROW_TILE;
+  if (k >= RUN_MASS || (!marked && k == SPLIT_TOP)) return;  // which others read meanwhile, where it is what it was
+  float x = room[0][k][row];
+#pragma unroll
+  for (int w = 1; w < WARPS; w++) {
+    const float y = room[w][k][row];
+    const bool largest = k == SPLIT_TOP || k == DELTA_MAX || k == NORM_TOP || k == AMPLITUDE_TOP;
+    x = largest ? fmaxf(x, y) : x + y;
+  }
+  partials[threadIdx.x] = x;
 }
 
 // Groups of 1024 tokens, or splits where they are larger; the trailing block is a group of its own, the last.
@@ -156,18 +146,31 @@ __device__ __forceinline__ void add_split(Group &x, float f, Part part) {
   x.rho += f * part(MASS);
 }
 
-// Spectral norms of group k's values and of their errors, in units; infinite where the group is not complete.
-__device__ __forceinline__ float2 group_norms(const Call &call, const Groups &groups, int k, int heads, int h) {
-  const float unit = unit_factor(call.unit);
-  const bool complete = k * groups.together < call.splits && (k + 1) * groups.spanned * GROUP_TOKENS <= call.groups * GROUP_TOKENS;
-  float value = complete ? 0.f : INFINITY, error = value;  // of several groups: the root of their squares' sum
-#pragma unroll 1
-  for (int i = k * groups.spanned; i < (k + 1) * groups.spanned && complete; i++) {
-    const float x = call.group_values[i * heads + h] * unit, y = call.group_errors[i * heads + h] * unit;
-    value += x * x, error += y * y;
+// Spectral norms of group k's values and of their errors; infinite where the group is not complete. Read apart from what is made of them, so that
+// who asks before a wait does not wait for them first.
+struct GroupNorms {
+  static constexpr int SPANNED_MAX = SPLIT_TOKENS / GROUP_TOKENS;
+  float value[SPANNED_MAX], error[SPANNED_MAX];
+  __device__ __forceinline__ GroupNorms(const Call &call, const Groups &groups, int k, int heads, int h) {
+    const bool complete = k * groups.together < call.splits && (k + 1) * groups.spanned * GROUP_TOKENS <= call.groups * GROUP_TOKENS;
+#pragma unroll
+    for (int i = 0; i < SPANNED_MAX; i++) {
+      const int at = (k * groups.spanned + i) * heads + h;
+      value[i] = error[i] = complete ? 0.f : INFINITY;
+      if (complete && i < groups.spanned) value[i] = call.group_values[at], error[i] = call.group_errors[at];
+    }
   }
-  return make_float2(sqrt_approx(value) * ROOM + LEAST, sqrt_approx(error) * ROOM + LEAST);
-}
+  // Of several groups: the root of their squares' sum.
+  __device__ __forceinline__ float2 in_units(float unit) const {
+    float2 squares = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < SPANNED_MAX; i++) {
+      const float x = value[i] * unit, y = error[i] * unit;
+      squares.x += x * x, squares.y += y * y;
+    }
+    return make_float2(sqrt_approx(squares.x) * ROOM + LEAST, sqrt_approx(squares.y) * ROOM + LEAST);
+  }
+};
 
 // What the second bound of a group's key error multiplies the root of its `spread` by; o: the norm of the output.
 __device__ __forceinline__ float spread_factor(const Group &x, float o) {

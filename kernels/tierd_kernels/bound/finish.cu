@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   const Groups groups(call);
   int share = 1;  // lanes to a group
   while (share < LANES && share < groups.together) share <<= 1;
-  const float2 ahead = group_norms(call, groups, warp * (LANES / share) + lane / share, heads, h);
+  const GroupNorms ahead(call, groups, warp * (LANES / share) + lane / share, heads, h);
   int *state = call.state + h * rows + index, *counts = call.counts + 2 * (h * rows + index), *cold = call.cold + h * rows + index;
   float *facts = call.facts + (i64)(h * rows + index) * ROW_FACTS;
   // What is needed last, and by one thread: each first look at a line of the call costs as much as a look at the splits' sums.
@@ -221,8 +221,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
     }
 #pragma unroll 1
     for (int bit = 1; bit < share; bit <<= 1) x.join(bit);
-    const float2 of_group = of_warp < FINISH_WARPS * (LANES / share) ? ahead : group_norms(call, groups, k, heads, h);
-    const float2 terms = group_terms(x, spread_factor(x, o), of_group, o);
+    const GroupNorms of_group = of_warp < FINISH_WARPS * (LANES / share) ? ahead : GroupNorms(call, groups, k, heads, h);
+    const float2 terms = group_terms(x, spread_factor(x, o), of_group.in_units(unit_factor(unit)), o);
     const bool counts = k < groups.count && lane % share == 0;  // once for the lanes that share it
     own_sums[OF_KEYS] += counts ? terms.x : 0.f, own_sums[OF_VALUES] += counts ? terms.y : 0.f;
   }

@@ -31,7 +31,7 @@ __device__ __forceinline__ void reduce_rows(const Call &call, int kind, int h, i
   const int row = threadIdx.x % ROW_TILE;
   for (int tile = 0; tile < tiles; tile++) {
     const int base = h * tiles + tile, index = tile * ROW_TILE + row;
-    const RowState own(call, h, rows, min(index, rows - 1));
+    const RowState own(RowPlace(call, h, rows, min(index, rows - 1)));
     const float aim = own.target * limit_of(call, h * rows + min(index, rows - 1));
     for (int start = first; start < last; start += THREADS / ROW_TILE) {
       const int b = start + threadIdx.x / ROW_TILE;

@@ -179,9 +179,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
   const bool tail = call.tokens > call.full * BLOCK;
   auto trailing = [&](int k) { return tail && k == groups.count - 1; };
   auto end_of = [&](int k) { return k >= groups.count || trailing(k) ? k * per_group : min((k + 1) * per_group, call.full); };
-  const float2 ahead = group_norms(call, groups, blockIdx.y + side * PICK_PARTS, heads, h);  // which no kernel of the step writes
+  const GroupNorms ahead(call, groups, blockIdx.y + side * PICK_PARTS, heads, h);  // which no kernel of the step writes
+  const RowPlace own_place(call, h, rows, tile * ROW_TILE + threadIdx.x % ROW_TILE), summed_place(call, h, rows, index);
   wait_for_previous();
-  const RowState own(call, h, rows, tile * ROW_TILE + threadIdx.x % ROW_TILE), summed(call, h, rows, index);
+  const RowState own(own_place), summed(summed_place);
   if (!__ballot_sync(~0u, own.open)) return;
   __shared__ Room room;
   if (threadIdx.x < ROW_TILE) room.target[threadIdx.x] = own.target, room.fixed[threadIdx.x] = own.fixed;
@@ -195,8 +196,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
     const bool sums = mine < groups.count && index < rows;
     Foreseen foreseen;  // while the blocks are on their way
     if (sums) {
-      const float2 norms = begin == blockIdx.y ? ahead : group_norms(call, groups, mine, heads, h);
-      foreseen = foresee(call, groups, mine, trailing(mine), end_of(mine) - mine * per_group, h, rows, index, base, summed, scale, norms, room.to_units[side][row]);
+      const GroupNorms norms = begin == blockIdx.y ? ahead : GroupNorms(call, groups, mine, heads, h);
+      foreseen = foresee(call, groups, mine, trailing(mine), end_of(mine) - mine * per_group, h, rows, index, base, summed, scale,
+                         norms.in_units(unit_factor(call.unit)), room.to_units[side][row]);
     }
     __syncthreads();
 #pragma unroll 1

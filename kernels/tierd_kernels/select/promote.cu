@@ -172,7 +172,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   float q[PER_LANE];
   const int seen = read_query(call, h, group, tile * ROW_TILE + warp, q);
   const float2 *of_rows = call.row_weights + ((i64)base * call.full + first) * ROW_TILE;
-  const float chosen = call.facts[(i64)at_row * ROW_FACTS + ROW_LIMIT], top = split_top(call, call.splits, base, split);
+  float *partials = call.partials + ((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE;
+  const float chosen = call.facts[(i64)at_row * ROW_FACTS + ROW_LIMIT], top = partials[SPLIT_TOP * ROW_TILE + lane % ROW_TILE];
   const bool open = index < rows && call.state[at_row] == OPEN;
   float2 weights[ROUNDS];
 #pragma unroll
@@ -254,6 +255,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
       const int channel = step * THREADS + threadIdx.x;
       if (channel < D) sums[row * D + channel] = (were[step][row] + change[step][row]) * factors[row];
     }
-  const float error = threadIdx.x < ROW_TILE ? errors[threadIdx.x] : 0.f;
-  split_sums<true>(call, of_split, base, split, after[threadIdx.x % ROW_TILE], room.marks, error);
+  __shared__ OfWarps of_warps;
+  const float reference = after[threadIdx.x % ROW_TILE];
+  SplitSums<true> split_sums;
+  if (threadIdx.x < ROW_TILE) split_sums.p1[ERROR - 8] = errors[threadIdx.x];
+#pragma unroll 1  // instructions that run once are waited for as they come
+  for (int b = threadIdx.x / ROW_TILE; b < count; b += THREADS / ROW_TILE) split_sums.add(of_split, first, b, reference, room.marks);
+  split_sums.leave(of_warps, reference);
+  __syncthreads();
+  write_sums<true>(partials, of_warps);
 }

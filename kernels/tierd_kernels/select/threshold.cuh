@@ -4,14 +4,21 @@ constexpr float TARGET = 0.85f;  // of the budget
 // lowest have, all together, at most a thirty-second of the target.
 constexpr int BINS = 64, FINE = 56, FINE_SHIFT = 21, COARSE_SHIFT = FINE_SHIFT + 3, ROOM_BELOW = 6;
 
+// Where it lies: found before a wait, for the first look at a line of the call takes as long as one at what is waited for.
+struct RowPlace {
+  const float *facts;
+  const int *state;
+  bool real;
+  __device__ __forceinline__ RowPlace(const Call &call, int h, int rows, int index)
+      : facts(call.facts + (i64)(h * rows + min(index, rows - 1)) * ROW_FACTS), state(call.state + h * rows + min(index, rows - 1)), real(index < rows) {}
+};
 struct RowState {
   float top, mass, output, target, fixed;
   bool open, joins;  // and there is something that promotion could do
-  __device__ __forceinline__ RowState(const Call &call, int h, int rows, int index) {
-    const int at = h * rows + min(index, rows - 1);
-    const float *facts = call.facts + (i64)at * ROW_FACTS;
+  __device__ __forceinline__ explicit RowState(const RowPlace &at) {
+    const float *facts = at.facts;
     top = facts[ROW_TOP], mass = facts[ROW_MASS], output = facts[ROW_NORM], target = TARGET * facts[ROW_BUDGET], fixed = facts[ROW_FIXED];
-    open = index < rows && call.state[at] == OPEN;
+    open = at.real && *at.state == OPEN;
     joins = open && target > 0.f && fixed * ((1.f + THETA) * SAFETY) <= target;
   }
 };
