@@ -13,6 +13,7 @@ The committed run also has traces of the small model of `benchmarks/quality/`, w
     traces.py --model MODEL --context 8192 --steps 256 --out text-8k
     traces.py --model MODEL --context 4096 --steps 256 --out text-4k
     traces.py --model MODEL --context 8192 --steps 192 --task niah --out niah-8k
+    traces.py --model MODEL --context 8192 --steps 192 --task vt --out vt-8k
     traces.py --model MODEL --context 6144 --steps 256 --seed 11 --out text-6k
     traces.py --model MODEL --context 8192 --steps 192 --task niah_multiquery --seed 7 --out multiquery-8k
 
@@ -70,9 +71,10 @@ def sweep(steps: Steps, sizes: Sequence[tuple[float, float]] = SIZES) -> list[di
 
 
 def check(steps: Steps, outcome: Outcome) -> None:
-    """Raises RuntimeError unless every need was a hit or read from the host, and nothing was wasted that was not copied."""
+    """Raises RuntimeError unless all that the steps ask for was looked at, all that was read was a hit or came from the host, and nothing
+    was wasted that was not copied."""
     missed = outcome.demand_bytes // steps.record_bytes
-    if outcome.needed != int(steps.needed.sum()) or outcome.hits + missed != outcome.needed or outcome.wasted > outcome.copied:
+    if outcome.asked != int(steps.needed.sum()) or outcome.hits + missed != outcome.needed or outcome.wasted > outcome.copied:
         raise RuntimeError(f"{steps.name}: the replay's accounts do not add up: {outcome}")
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "tiering"))
 import bench_tiering as bench
-from decode_steps import RECORD_BYTES, TARGET, Steps, drifting, promoted, recorded, switching
+from decode_steps import RECORD_BYTES, TARGET, Steps, chosen, drifting, promoted, recorded, switching
 from simulated import GATHER_US, LINK_BYTES_PER_US, Replay
 
 
@@ -58,6 +58,23 @@ def test_promotion_takes_the_fewest_blocks_that_are_enough(seed: int) -> None:
     assert left <= TARGET + 1e-5
     assert not needed.any() or left + shares[needed].min() > TARGET - 1e-5
     assert not needed.any() or shares[needed].min() >= shares[~needed].max(initial=0.0)
+
+
+@given(st.integers(0, 1 << 30), st.sampled_from((1, 3, 8)))
+def test_what_is_at_hand_spares_what_is_not(seed: int, times: int) -> None:
+    random = np.random.default_rng(seed)
+    shares = random.gamma(0.5, 0.4, (2, 7, 3)).astype(np.float32)
+    needed, at_hand = promoted(shares), random.random(shares.shape) < 0.5
+    reads = chosen(shares, needed, at_hand, times)
+    if times == 1 or not at_hand.any():
+        assert np.array_equal(reads, needed)
+        return
+    counted = np.where(at_hand, times * shares, shares)
+    for head in range(3):
+        mine, left = reads[..., head], shares[..., head][~reads[..., head]].sum()
+        assert left <= shares[..., head][~needed[..., head]].sum() * (1 + 1e-5)
+        assert not mine.any() or counted[..., head][mine].min() >= counted[..., head][~mine].max(initial=0.0)
+    assert (reads & ~at_hand).sum() <= (needed & ~at_hand).sum()
 
 
 def test_regimes_are_what_they_say() -> None:

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-from decode_steps import Steps, each
+from decode_steps import Steps, chosen, each
 from numpy.typing import NDArray
 from tierd_kernels.select.candidates import largest, near
 
@@ -27,8 +27,10 @@ CANDIDATES_MAX = EngineConfig.prefetch_candidates_max
 
 @dataclass
 class Outcome:
-    """Totals over a replay. Bytes and microseconds."""
+    """Totals over a replay. Bytes and microseconds. `asked`: what the steps say was needed; `needed`: what was read, which
+    a preference for what is at hand changes."""
 
+    asked: int = 0
     needed: int = 0
     hits: int = 0
     late: int = 0
@@ -81,11 +83,12 @@ class Replay:
     def _call(self, t: int, layer: int) -> None:
         m, blocks = self._steps.shares.shape[3], int(self._steps.blocks[t])
         ids = np.arange(layer * m, layer * m + blocks)
-        needed = self._steps.needed[t, layer, :, :blocks]
-        at_hand = self._resident[:, ids]
+        at_hand, shares = self._resident[:, ids], self._steps.shares[t, layer, :, :blocks]
+        needed = chosen(shares, self._steps.needed[t, layer, :, :blocks], at_hand, self._policy.preference)
         missed = needed & ~at_hand
         self._used[:, ids] |= needed & at_hand
         out, count = self.outcome, int(missed.sum())
+        out.asked += int(self._steps.needed[t, layer, :, :blocks].sum())
         out.needed += int(needed.sum())
         out.hits += int((needed & at_hand).sum())
         out.late += int((missed & (self._copy_id[:, ids] >= 0)).sum())
@@ -99,7 +102,7 @@ class Replay:
             self._shelf.rescale(factor)
         if not self._policy.looks_at(t + layer, int(needed.sum()), count):
             return
-        candidates, scores = largest(near(self._steps.shares[t, layer, :, :blocks], needed), CANDIDATES_MAX)
+        candidates, scores = largest(near(shares, needed, np.where(at_hand, float(self._policy.preference), 1.0)), CANDIDATES_MAX)
         exact = np.zeros(needed.shape[2], bool)
         reads = np.array(np.nonzero(needed))
         choice = self._policy.choose(Snapshot(ids, reads, exact, candidates, scores, self._notes, self._now))

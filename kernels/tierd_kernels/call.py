@@ -26,8 +26,9 @@ class Call:
     q [Hq, n, d] in the originals' type; `num_tokens` what the newest query sees. Offsets are int64 bytes: `hot_offsets` of the full
     blocks, `original_offsets` of all (the trailing one last). `in_scratch`: which records of the full blocks have a copy there, None: none;
     the others are read where the originals lie. `group_*_norms` float32 [groups, Hkv]: spectral norms of complete groups of 1024 tokens.
-    `canary_blocks`: full blocks to re-score from originals. `candidates_max`: of a KV head, keys and values apart. `is_looked_at`: whether
-    anybody will ask for candidates of a call that read so many originals, and so many of them from the host.
+    `canary_blocks`: full blocks to re-score from originals. `preference`: how many times its share of the bound an original counts of which
+    there is a copy, where promotion by budget chooses: what is at hand spares what is not. `candidates_max`: of a KV head, keys and values
+    apart. `is_looked_at`: whether anybody will ask for candidates of a call that read so many originals, and so many of them from the host.
     """
 
     q: NDArray[np.generic]
@@ -43,6 +44,7 @@ class Call:
     relative_to: str = "values"
     policy: Policy = field(default_factory=Budget)
     canary_blocks: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+    preference: int = 1
     candidates_max: int = CANDIDATES_MAX
     is_looked_at: Callable[[int, int], bool] = always
 

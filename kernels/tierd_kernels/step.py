@@ -218,12 +218,28 @@ class Step:
             self.keep[rows] = self.statistics[SUM, rows] > 0
             norm, error, dot = self.output_norm[rows], self.output_error[rows], self.group_dot[rows]
             keys, values, reachable = cheapest_within(
-                (bound.key_Rb, bound.value_Rb),
+                self._counted((bound.key_Rb, bound.value_Rb), rows),
                 target * budget,
                 lambda k, v: self._evaluate(rows, norm, error, dot, k, v).total,  # noqa: B023
             )
             self._promote(rows, keys, values)
             rows, bound, budget = self._settle(rows[reachable])
+
+    def _favour(self) -> Array:
+        """[2, full, Hkv], or of one number: how many times its share a key or value record counts where promotion chooses."""
+        if self.call.preference == 1 or self.call.in_scratch is None:
+            return np.ones(())
+        return np.where(np.stack([self.key_locations, self.value_locations])[:, : self.full] < 0, 1.0, float(self.call.preference))
+
+    def _counted(self, shares: tuple[Array, Array], rows: Rows) -> tuple[Array, Array]:
+        """The shares of keys and values [rows, blocks] as promotion ranks them."""
+        favour = self._favour()
+        if not favour.ndim:
+            return shares
+        keys, values = (x.copy() for x in shares)
+        for x, of_kind in zip((keys, values), favour, strict=True):
+            x[:, : self.full] *= of_kind.T[self.annotations.head_R[rows]]
+        return keys, values
 
     def _by_coverage(self, rows: Rows, policy: Coverage) -> None:
         rho = self.factor[rows] * self.statistics[SUM, rows]
@@ -339,7 +355,7 @@ class Step:
         kept = np.count_nonzero(keep, axis=1).reshape(self.heads, -1)
         skipped = np.where(exact, 0, (visible - kept).reshape(-1))
         seen, most = self.contributions[:, : self.full], self.call.candidates_max  # what outlives the step
-        by_share = not isinstance(self.call.policy, Coverage)
+        favour = None if isinstance(self.call.policy, Coverage) else self._favour()
         fields: dict[str, NDArray[np.generic]] = {name: x[use] for name, x in self.fields.items()}
         fields |= {
             "rung": rung, "exact": exact, "rank_certified": self.ranked[use], "promoted_key_blocks": keys,
@@ -348,6 +364,6 @@ class Step:
         return Result(
             self.output[use].reshape(*shape, self.d),
             {name: np.ascontiguousarray(x.reshape(shape)) for name, x in fields.items()},
-            reads, lambda: largest(near(seen, np.stack(promotions).transpose(0, 2, 1), by_share) if promotions else seen, most), failures,
+            reads, lambda: largest(near(seen, np.stack(promotions).transpose(0, 2, 1), favour) if promotions else seen, most), failures,
             self.contributions,
         )  # fmt: skip

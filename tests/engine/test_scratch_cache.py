@@ -83,6 +83,20 @@ def test_kernels_are_told_which_calls_are_looked_at(monkeypatch: pytest.MonkeyPa
         assert len(of_layer) == 3 and set(np.diff(of_layer)) == {EVERY} and of_layer[0] == 3 - layer
 
 
+@pytest.mark.parametrize(("policy", "preference"), [("predictive", Predictive().preference), ("reactive", 1), ("none", 1)])
+def test_kernels_are_told_what_a_copy_counts(policy: Any, preference: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, told = Bench(replace(CONFIG, tiering_policy=policy)), list[int]()
+    attend = bench.kernels.attend
+
+    def attended(layout: Any, memory: Any, calls: list[Call], *args: Any) -> Any:
+        told.extend(call.preference for call in calls)
+        return attend(layout, memory, calls, *args)
+
+    monkeypatch.setattr(bench.kernels, "attend", attended)
+    bench.run(bench.attend(bench.opened(tokens=64)))
+    assert told == [preference]
+
+
 def test_only_promoted_records_are_fetched() -> None:
     bench = Bench(promote_every=2)
     name = bench.opened(tokens=64)

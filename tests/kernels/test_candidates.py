@@ -60,16 +60,18 @@ def test_the_largest_shares_of_a_dense_form(full: int, heads: int, most: int, va
     assert np.array_equal(largest(shares, full).shares(full), shares)
 
 
-@given(st.integers(1, 40), st.integers(1, 3), st.floats(0, 1), st.booleans(), st.integers(0, 2**32 - 1))
-def test_what_comes_near_is_measured_by_what_was_promoted(full: int, heads: int, share: float, by_share: bool, seed: int) -> None:
+@given(st.integers(1, 40), st.integers(1, 3), st.floats(0, 1), st.sampled_from((0, 1, 4)), st.integers(0, 2**32 - 1))
+def test_what_comes_near_is_measured_by_what_was_promoted(full: int, heads: int, share: float, times: int, seed: int) -> None:
     random = np.random.default_rng(seed)
     shares = random.exponential(0.3, (2, full, heads)).astype(np.float32) * (random.random((2, full, heads)) < 0.8)
     promoted = random.random(shares.shape) < share
-    found = near(shares, promoted, by_share)
+    favour = np.where(random.random(shares.shape) < 0.5, float(times), 1.0)
+    found = near(shares, promoted, favour if times else None)
     assert found.dtype == np.float32
     for kind, head in np.ndindex(2, heads):
         read = promoted[kind, :, head]
-        floor = min([1.0, *(x for x in shares[kind, read, head].tolist() if x > 0)]) if by_share else 1.0
+        counted = (shares * favour)[kind, read, head].tolist()
+        floor = min([1.0, *(x for x in counted if x > 0)]) if times else 1.0
         assert (found[kind, read, head] == 0).all()
         np.testing.assert_allclose(found[kind, ~read, head], shares[kind, ~read, head] / floor, rtol=1e-6)
 

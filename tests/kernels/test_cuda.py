@@ -111,14 +111,14 @@ def copy_to_scratch(cache: Cache, at: NDArray[np.int64]) -> None:
         at = at[count:]
 
 
-def in_scratch(cache: Cache, call: Call) -> Call:
-    """The same call, every second record read from scratch."""
+def in_scratch(cache: Cache, call: Call, apart: bool = False) -> Call:
+    """The same call, every second record read from scratch; of values, with `apart`, the others."""
 
     locations = cache.layout.own_locations(call.original_offsets[: len(call.hot_offsets)])
-    here = np.indices(locations.shape[1:]).sum(axis=0) % 2 == 0
-    at = ~locations[:, here].ravel()
-    copy_to_scratch(cache, at)
-    locations[:, here] = ~locations[:, here]
+    blocks_and_heads = np.indices(locations.shape[1:]).sum(axis=0)
+    here = np.stack([(blocks_and_heads + kind * apart) % 2 == 0 for kind in range(2)])
+    copy_to_scratch(cache, ~locations[here])
+    locations[here] = ~locations[here]
     call.in_scratch = InScratch.of(locations)
     return call
 
@@ -351,6 +351,29 @@ def test_a_thread_whose_own_device_is_another_gets_the_same_answers() -> None:
         assert np.array_equal(here.candidates().blocks, there.candidates().blocks)
         assert cupy.cuda.Device().id == 1
     assert cupy.cuda.Device().id == 0
+
+
+@pytest.mark.parametrize(("layout", "rtol"), [(LAYOUTS[0], 0.02), (LAYOUTS[2], 0.03), (LAYOUTS[4], 0.02)], ids=str)
+def test_what_is_at_hand_is_promoted_before_what_is_not(layout: Layout, rtol: float) -> None:
+    from tierd_kernels.cuda import backend
+
+    k, v, q = draw(layout, 1500, 4 * layout.num_kv_heads, 1, "diffuse", 5)
+    cache, found = store(layout, k, v), {}
+    call = in_scratch(cache, cache.call(q, rtol, Budget()), apart=True)
+    for call.preference in (1, 4):
+        (result,) = backend.attend(layout, cache.memory, [call], len(q))
+        assert isinstance(result, Result) and not result.certificate["exact"].any()
+        scale = call.softmax_scale
+        check_reply(k, v, q, result.output, result.certificate, rtol, 0.0, softmax_scale=scale, block_size=layout.block_size)
+        found[call.preference] = [tuple(x) for x in result.reads.records.T.tolist()], result.reads.from_host
+    (plain, cold), (records, fewer) = found.values()
+    assert fewer.sum() < 0.75 * cold.sum(), "what is in scratch spares what is not"
+    assert {x for x, far in zip(plain, cold, strict=True) if not far} < set(records), "of what is at hand nothing is left out for it"
+    assert {x for x, far in zip(records, fewer, strict=True) if far} < set(plain)
+    call.in_scratch, call.preference = None, 4
+    (result,) = backend.attend(layout, cache.memory, [call], len(q))
+    assert isinstance(result, Result)
+    assert [tuple(x) for x in result.reads.records.T.tolist()] == plain, "where there is none it changes nothing"
 
 
 def test_a_call_larger_than_what_is_kept_for_calls_is_answered_in_parts() -> None:

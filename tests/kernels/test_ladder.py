@@ -186,6 +186,31 @@ def test_originals_are_found_at_their_own_places() -> None:
     assert not first.certificate["host_bytes"][certified].any() and second.certificate["host_bytes"][certified].all()
 
 
+def test_what_is_at_hand_is_promoted_before_what_is_not() -> None:
+    k, v, q = draw("random", 2, 4, 1500, 2, 64, "float16", 3)
+    cache = store(Layout(2, 64, 16, 16, "float16"), k, v)
+    memory = cache.memory._replace(scratch=cache.memory.originals.copy())
+    call, found = cache.call(q, 0.03, Budget()), {}
+    locations = cache.layout.own_locations(cache.originals[: len(cache.hot)])
+    locations[0, ::2], locations[1, 1::2] = ~locations[0, ::2], ~locations[1, 1::2]
+    call.in_scratch = InScratch.of(locations)
+    for call.preference in (1, 4):
+        (result,) = ladder.attend(cache.layout, memory, [call], len(q))
+        assert isinstance(result, ladder.Result) and not result.certificate["exact"].any()
+        check_reply(k, v, q, result.output, result.certificate, 0.03, 0.0, softmax_scale=call.softmax_scale, block_size=16)
+        found[call.preference] = result
+    plain, preferring = found.values()
+    assert preferring.reads.from_host.sum() < 0.75 * plain.reads.from_host.sum()
+    assert preferring.certificate["host_bytes"].sum() < 0.75 * plain.certificate["host_bytes"].sum()
+    read = [{tuple(x) for x in result.reads.records.T.tolist()} for result in (plain, preferring)]
+    near = {tuple(x) for x, far in zip(plain.reads.records.T.tolist(), plain.reads.from_host, strict=True) if not far}
+    assert near < read[1], "of what is at hand nothing is left out for it"
+    call.in_scratch = None
+    (result,) = ladder.attend(cache.layout, memory, [call], len(q))
+    assert isinstance(result, ladder.Result)
+    assert np.array_equal(result.reads.records, plain.reads.records), "where there is none it changes nothing"
+
+
 def test_a_corrupt_scratch_copy_changes_the_answer() -> None:
     k, v, q = draw("random", 1, 1, 512, 1, 64, "float32", 3)
     cache = store(Layout(1, 64, 16, 16, "float32"), k, v)

@@ -114,6 +114,7 @@ class Batch:
         counters: Counters,
         canary_share: float,
         candidates_max: int,
+        preference: int,
         looks_at: Callable[[Session, int], Callable[[int, int], bool]],
         seed: int,
     ) -> None:
@@ -122,7 +123,7 @@ class Batch:
         self._sessions = sessions
         self._counters = counters
         self._canaries = Canaries(canary_share, seed)
-        self._candidates_max, self._looks_at = candidates_max, looks_at
+        self._candidates_max, self._preference, self._looks_at = candidates_max, preference, looks_at
         self._prefetch_wait_s = 0.0
 
     def run(self, jobs: list[Job], prefetch_wait_s: float, meanwhile: Callable[[], None]) -> list[Work]:
@@ -180,6 +181,7 @@ class Batch:
             relative_to=tolerance.relative_to,
             policy=session.policy,
             canary_blocks=self._draw_canaries(len(ids)) if canaries else NO_BLOCKS,
+            preference=self._preference,
             candidates_max=self._candidates_max,
             is_looked_at=self._looks_at(session, row.layer),
         )

@@ -51,6 +51,11 @@ class ScratchCache:
         """How many blocks of each KV head and kind calls should name; none if the policy does not look at them."""
         return self._config.prefetch_candidates_max if self._policy.wants_candidates else 0
 
+    @property
+    def preference(self) -> int:
+        """How many times its share an original counts that has a copy, where calls choose what to promote."""
+        return self._policy.preference
+
     def looks_at(self, session: Session, layer: int) -> Callable[[int, int], bool]:
         """Whether the policy will look at the layer's next call, once that has read so many originals, so many of them from the host."""
         return partial(self._policy.looks_at, session.layers[layer].calls + 1 + layer)

@@ -86,7 +86,7 @@ class Engine:
         self._cache = ScratchCache(config, self.residency, self._migrator, self.counters, self.sessions.by_id, self._clock)
         self._batch = Batch(
             self.residency, device, self.sessions.by_id, self.counters, config.canary_share, self._cache.candidates_max,
-            self._cache.looks_at, seed,
+            self._cache.preference, self._cache.looks_at, seed,
         )
         self._handlers: dict[type[Command], Callable[[Any], Any]] = {
             OpenSession: self.sessions.open,

@@ -10,6 +10,7 @@ class Nothing:
 
     name = "none"
     wants_candidates = False
+    preference = 1
 
     def looks_at(self, turn: int, needs: int, misses: int) -> bool:
         return False
@@ -26,6 +27,7 @@ class Reactive:
 
     name = "reactive"
     wants_candidates = False
+    preference = 1
 
     def looks_at(self, turn: int, needs: int, misses: int) -> bool:
         return True

@@ -56,6 +56,7 @@ class Policy(Protocol):
 
     name: str
     wants_candidates: bool
+    preference: int  # how many times its share of the bound an original counts that has a copy, where a call chooses what to promote
 
     def looks_at(self, turn: int, needs: int, misses: int) -> bool:
         """Whether it is to be shown a call that needed so many originals and read `misses` of them from the host. `turn`: rises by one with

@@ -34,7 +34,7 @@ __device__ __forceinline__ void tell_reads(const Call &call, int heads, int h, i
         const u32 of_rows = mark & 15u << ROW_TILE * kind, record = record_of(kind, heads, h, b), bit = 1u << record % 32;
         if (!of_rows) continue;
         atomicOr(call.reads + record / 32, bit);
-        if (!call.copied || !((u32)call.copied[record / 32] & bit)) cold |= of_rows;
+        if (!call.copied || !(copied_with(call, record) & bit)) cold |= of_rows;
       }
 #pragma unroll
       for (int row = 0; row < ROW_TILE; row++) {

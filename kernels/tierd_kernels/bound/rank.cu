@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank(const Call *calls, in
   const double widen = RANK_ROUNDING + UNITS * (reach + 5.);  // scores in binary units are the larger ones
 
   bool certified = true;
-  for (int set = 0; set < (again && call.boundary_check ? 2 : 1); set++) {
+  for (int set = 0; set < (again && call.coverage == 2 ? 2 : 1); set++) {
     double least = INFINITY, most = -INFINITY, wrong = 0.;
     for (int b = threadIdx.x; b < blocks; b += THREADS) {
       const double sum = stat(b, SUM), delta = stat(b, DELTA);

@@ -70,7 +70,9 @@ constexpr float LOG2_MIN = -124.f;                     // a weight below 2^-124 
 struct Call {
   int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
   int unit;                                        // within [-60, 120]: norms are counted in units of 2^unit
-  int relative_to_output, exact_only, num_canaries, require_rank, coverage, k_min, k_max, boundary_check, candidates_max;
+  int relative_to_output, exact_only, num_canaries, require_rank, coverage, k_min, k_max;  // coverage: 2 where the boundary is checked
+  int preference;                                  // how many times its share an original counts of which there is a copy
+  int candidates_max;
   double scale;
   const void *q;  // raw [Hq][n][D]
   const i64 *hot;
@@ -96,7 +98,7 @@ struct Call {
   int *tickets;                                    // [2 Hkv], then [tiles] twice, zero between launches; of up to 32 tiles, [tiles][splits]
   int *candidate_blocks;                           // [2][Hkv][candidates_max]
   float *candidate_scores;
-  float2 *row_weights;                             // [tiles][full][ROW_TILE]: keys' and values' shares of the row's target
+  float2 *row_weights;                             // [tiles][full][ROW_TILE]: what keys and values count, in targets of the row
   u32 *reads;                                      // of all records of full blocks, as `copied` has them, a bit: some row has read it
   int *cold;                                       // [Hkv * rows]: of the records that the row has read, those without a copy
   double rtol, atol, skip_share;                   // of the budget, for skipped blocks
@@ -117,6 +119,8 @@ enum { DENSE_TOP, DENSE_MASS, DENSE_NORM, DENSE_SCORE, DENSE_KEY, DENSE_VALUE, D
 
 // Records of original keys (kind 0) and values (1) of full blocks, as they are numbered; and where one lies: a copy, or the original itself.
 __device__ __forceinline__ u32 record_of(int kind, int heads, int h, int block) { return (2 * block + kind) * heads + h; }
+// Of the records that `copied` tells of together with this one; the record's own bit is `record % 32`.
+__device__ __forceinline__ u32 copied_with(const Call &call, u32 record) { return (u32)call.copied[record / 32]; }
 __device__ __forceinline__ const unsigned char *located(const Call &call, int kind, int heads, int h, int block) {
   const unsigned char *original = call.originals + call.original[block] + (i64)(kind * heads + h) * ORIGINAL_BYTES;
   if (!call.copied) return original;

@@ -47,7 +47,7 @@ CERTIFIED, EXACT = 1, 3
 # `Call` of common.cuh: addresses on the device, or of pinned memory.
 NUMBERS = (
     "n", "tokens", "full", "splits", "per", "groups", "unit", "relative_to_output", "exact_only", "num_canaries", "require_rank",
-    "coverage", "k_min", "k_max", "boundary_check", "candidates_max",
+    "coverage", "k_min", "k_max", "preference", "candidates_max",
 )  # fmt: skip
 POINTERS = (
     "q", "hot", "pool", "weights", "statistics", "partials", "marks", "scratch", "originals", "output", "original", "copied", "copies",

@@ -55,7 +55,8 @@ class Part:
         PACKED.pack_into(
             memory.inputs.host.data, CALL.itemsize * number,
             self.n, self.tokens, self.full, placed.splits, placed.per, len(call.group_value_norms), self._unit(memory),
-            call.relative_to == "output", self.exact_only, len(canaries), terms.ranks, terms.covers, *terms.numbers, self.shape.candidates,
+            call.relative_to == "output", self.exact_only, len(canaries), terms.ranks, terms.covers, *terms.numbers, call.preference,
+            self.shape.candidates,
             call.softmax_scale, *addresses, call.rtol, call.atol, *terms.reals,
         )  # fmt: skip
 

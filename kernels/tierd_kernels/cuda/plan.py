@@ -115,11 +115,12 @@ def plan(layout: Layout, shape: Shape, per: int) -> Plan:
 
 
 class Terms(NamedTuple):
-    """What CALL says of a policy, in its order, `ranks` and `covers` first: whether it requires a ranking, whether it is of coverage."""
+    """What CALL says of a policy, in its order: `ranks`, whether it requires a ranking; `covers`, 0 unless it is of coverage, else 1, or 2
+    where the boundary is checked; numbers of blocks."""
 
     ranks: bool
-    covers: bool
-    numbers: tuple[int, int, int]
+    covers: int
+    numbers: tuple[int, int]
     reals: tuple[float, float, float, float]
 
 
@@ -127,10 +128,10 @@ class Terms(NamedTuple):
 def terms_of(policy: Policy, relative_to: str) -> Terms:
     """Blocks are skipped where the budget is one of values: that of an output is not known before."""
     if isinstance(policy, Coverage):
-        numbers = min(policy.k_min, COUNT_MAX), min(policy.k_max, COUNT_MAX), int(policy.boundary_check)
-        return Terms(False, True, numbers, (0.0, policy.tau_cov, policy.key_bound_max, policy.v_tol))
+        numbers = min(policy.k_min, COUNT_MAX), min(policy.k_max, COUNT_MAX)
+        return Terms(False, 1 + policy.boundary_check, numbers, (0.0, policy.tau_cov, policy.key_bound_max, policy.v_tol))
     skip_share = policy.skip_share if relative_to == "values" else 0.0
-    return Terms(policy.require_rank, False, (0, 0, 0), (skip_share, 0.0, 0.0, 0.0))
+    return Terms(policy.require_rank, 0, (0, 0), (skip_share, 0.0, 0.0, 0.0))
 
 
-assert NUMBERS[10:15] == ("require_rank", "coverage", "k_min", "k_max", "boundary_check")
+assert NUMBERS[10:14] == ("require_rank", "coverage", "k_min", "k_max")

@@ -39,13 +39,15 @@ class Candidates(NamedTuple):
         return shares
 
 
-def near(shares: NDArray[np.float32], promoted: NDArray[np.bool_], by_share: bool = True) -> NDArray[np.float32]:
-    """Shares [2, m, Hkv] of what was not `promoted` [2, m, Hkv], relative to the least of its kind and head that was, if that is below 1
-    (and `by_share`: it was promoted for its share)."""
+def near(
+    shares: NDArray[np.float32], promoted: NDArray[np.bool_], favour: NDArray[np.float64] | None
+) -> NDArray[np.float32]:  # fmt: skip
+    """Shares [2, m, Hkv] of what was not `promoted` [2, m, Hkv], relative to the least of its kind and head that was, if that is below 1:
+    of what they counted for, `favour` times their shares. None: nothing was promoted for its share."""
     outside = np.where(promoted, np.float32(0.0), shares)
-    if not by_share:
+    if favour is None:
         return outside
-    least = np.min(shares, axis=1, keepdims=True, where=promoted & (shares > 0.0), initial=1.0)
+    least = np.min(shares * favour, axis=1, keepdims=True, where=promoted & (shares > 0.0), initial=1.0)
     return np.asarray(np.minimum(outside / least, np.finfo(np.float32).max), np.float32)
 
 

@@ -1,7 +1,8 @@
 // Selection under the hard budget: for a row that missed it, the fewest blocks whose keys or values, read as originals, are predicted to
 // bring it within.
 //
-// A key and a value record cost the same bytes, so one threshold on both shares ranks them (as select/reference.py's cheapest_within does).
+// A key and a value record cost the same bytes, so one threshold on both shares ranks them (as select/reference.py's cheapest_within does). A
+// record that has a copy counts as if its share were `preference` times as large: to read it costs nothing of the link.
 // What is promoted counts as without error, which a target below the budget makes up for. Selection may be wrong at will: only what finish
 // computes from what was used opens the gate.
 //
@@ -29,24 +30,36 @@ struct __align__(16) Room {
 struct Foreseen { float rest[SORTED], unit[SORTED], spread_factor, low_share; float2 norms; bool keys, values; };
 __device__ __forceinline__ bool of_values(int k) { return k >= OF_VALUE; }
 
+// What is found of a block and row; with bits of which one says whether its original keys, or values, have a copy.
+struct Found { Seen seen; u32 copied[2]; };
+struct Preference { int heads, h, times; };  // times 1 where there are no copies
 // Of the full blocks [first, end): a thread has a row of every 64th block.
-__device__ __forceinline__ void read_blocks(const Call &call, int base, int first, int end, const RowState &own, Seen (&blocks)[ROUNDS]) {
+__device__ __forceinline__ void read_blocks(const Call &call, const Preference &preference, int base, int first, int end, const RowState &own,
+                                            Found (&blocks)[ROUNDS]) {
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++) {
     const int b = first + (threadIdx.x + i * THREADS) / ROW_TILE;
-    if (b < end && own.joins) blocks[i] = seen(call, base, b, threadIdx.x % ROW_TILE);
+    if (b >= end || !own.joins) continue;
+    blocks[i].seen = seen(call, base, b, threadIdx.x % ROW_TILE);
+    if (preference.times == 1) continue;
+#pragma unroll
+    for (int kind = 0; kind < 2; kind++) blocks[i].copied[kind] = copied_with(call, record_of(kind, preference.heads, preference.h, b));
   }
 }
 // Sorts them into bins.
-__device__ __forceinline__ void sort_blocks(const Call &call, int base, int first, int end, const RowState &own, const Bins &scale, const Seen (&blocks)[ROUNDS],
-                                            const float (&to_units)[SORTED], u32 (&bins)[SORTED][BINS]) {
+__device__ __forceinline__ void sort_blocks(const Call &call, const Preference &preference, int base, int first, int end, const RowState &own,
+                                            const Bins &scale, const Found (&blocks)[ROUNDS], const float (&to_units)[SORTED], u32 (&bins)[SORTED][BINS]) {
   float2 *weights = call.row_weights + (i64)base * call.full * ROW_TILE;
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++) {
     const int b = first + (threadIdx.x + i * THREADS) / ROW_TILE;
     if (b >= end || !own.joins) continue;
-    const Shares s = shares(blocks[i], own);
-    const float key = weight(s.key, own.target), value = weight(s.value, own.target);
+    const Shares s = shares(blocks[i].seen, own);
+    auto times = [&](int kind) {
+      const u32 record = record_of(kind, preference.heads, preference.h, b);
+      return preference.times > 1 && blocks[i].copied[kind] >> record % 32 & 1 ? (float)preference.times : 1.f;
+    };
+    const float key = weight(s.key * times(0), own.target), value = weight(s.value * times(1), own.target);
     weights[b * ROW_TILE + threadIdx.x % ROW_TILE] = make_float2(key, value);
     const int key_bin = scale.of(key), value_bin = scale.of(value);
     const float terms[SORTED] = {s.terms.t1, s.terms.g, s.terms.spread, s.terms.squares, s.terms.value, s.terms.coded};
@@ -181,6 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
   auto end_of = [&](int k) { return k >= groups.count || trailing(k) ? k * per_group : min((k + 1) * per_group, call.full); };
   const GroupNorms ahead(call, groups, blockIdx.y + side * PICK_PARTS, heads, h);  // which no kernel of the step writes
   const RowPlace own_place(call, h, rows, tile * ROW_TILE + threadIdx.x % ROW_TILE), summed_place(call, h, rows, index);
+  const Preference preference = {heads, h, call.copied ? max(call.preference, 1) : 1};
   wait_for_previous();
   const RowState own(own_place), summed(summed_place);
   if (!__ballot_sync(~0u, own.open)) return;
@@ -189,8 +203,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
   const Bins scale(call.full);
   float bound[EACH] = {0.f}, lost[EACH] = {0.f};
   for (int begin = blockIdx.y; begin < groups.count; begin += SIDE_BY_SIDE * PICK_PARTS) {
-    Seen blocks[ROUNDS];
-    read_blocks(call, base, begin * per_group, end_of(begin), own, blocks);
+    Found blocks[ROUNDS];
+    read_blocks(call, preference, base, begin * per_group, end_of(begin), own, blocks);
     for (int i = threadIdx.x; i < SIDE_BY_SIDE * ROW_TILE * SORTED * BINS; i += THREADS) (&room.bins[0][0][0][0])[i] = 0;
     const int mine = begin + side * PICK_PARTS;
     const bool sums = mine < groups.count && index < rows;
@@ -204,8 +218,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
 #pragma unroll 1
     for (int i = 0; i < SIDE_BY_SIDE; i++) {
       const int k = begin + i * PICK_PARTS;
-      if (i) read_blocks(call, base, k * per_group, end_of(k), own, blocks);
-      sort_blocks(call, base, k * per_group, end_of(k), own, scale, blocks, room.to_units[i][threadIdx.x % ROW_TILE], room.bins[i][threadIdx.x % ROW_TILE]);
+      if (i) read_blocks(call, preference, base, k * per_group, end_of(k), own, blocks);
+      sort_blocks(call, preference, base, k * per_group, end_of(k), own, scale, blocks, room.to_units[i][threadIdx.x % ROW_TILE], room.bins[i][threadIdx.x % ROW_TILE]);
     }
     __syncthreads();
     if (sums) add_group(foreseen, summed, room.bins[side][row], bound, lost);
