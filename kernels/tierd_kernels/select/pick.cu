@@ -194,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
   auto end_of = [&](int k) { return k >= groups.count || trailing(k) ? k * per_group : min((k + 1) * per_group, call.full); };
   const GroupNorms ahead(call, groups, blockIdx.y + side * PICK_PARTS, heads, h);  // which no kernel of the step writes
   const RowPlace own_place(call, h, rows, tile * ROW_TILE + threadIdx.x % ROW_TILE), summed_place(call, h, rows, index);
-  const Preference preference = {heads, h, call.copied ? max(call.preference, 1) : 1};
+  const Preference preference = {heads, h, call.copied ? call.preference : 1};
   wait_for_previous();
   const RowState own(own_place), summed(summed_place);
   if (!__ballot_sync(~0u, own.open)) return;
