@@ -117,10 +117,11 @@ enum { ROW_TOP, ROW_MASS, ROW_NORM, ROW_BUDGET, ROW_FIXED, ROW_TAIL, ROW_LIMIT, 
 // Of a split, exactly: largest score, sum of weights, of weights times norms, largest |score|, squares of the largest norms.
 enum { DENSE_TOP, DENSE_MASS, DENSE_NORM, DENSE_SCORE, DENSE_KEY, DENSE_VALUE, DENSE_FACTS };
 
-// Records of original keys (kind 0) and values (1) of full blocks, as they are numbered; and where one lies: a copy, or the original itself.
+// Records of original keys (kind 0) and values (1) of full blocks, as they are numbered.
 __device__ __forceinline__ u32 record_of(int kind, int heads, int h, int block) { return (2 * block + kind) * heads + h; }
 // Of the records that `copied` tells of together with this one; the record's own bit is `record % 32`.
 __device__ __forceinline__ u32 copied_with(const Call &call, u32 record) { return (u32)call.copied[record / 32]; }
+// Where one lies: a copy, or the original itself.
 __device__ __forceinline__ const unsigned char *located(const Call &call, int kind, int heads, int h, int block) {
   const unsigned char *original = call.originals + call.original[block] + (i64)(kind * heads + h) * ORIGINAL_BYTES;
   if (!call.copied) return original;
