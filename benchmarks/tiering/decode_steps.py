@@ -59,34 +59,31 @@ def recorded(folder: Path) -> Steps:
     return Steps(f"recorded: {folder.name}", *made, blocks, block_size * width * item_bytes, block_size)
 
 
-def promoted(shares: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """The fewest blocks without which each head's shares [..., m, Hkv], keys and values together, sum to TARGET at most.
-
-    The selection of the kernels in its plainest form: the largest shares first.
-    """
-    both = np.concatenate([shares[..., 0, :, :], shares[..., 1, :, :]], axis=-2)
-    order = np.argsort(-both, axis=-2)
+def fewest(shares: NDArray[np.float32], counted: NDArray[np.float32], left: NDArray[np.float32] | float) -> NDArray[np.bool_]:
+    """The fewest blocks, by what they are `counted` for, without which each head's shares [..., 2, m, Hkv], keys and values together, sum
+    to `left` [..., 1, Hkv] at most."""
+    both, ranks = (np.concatenate([x[..., 0, :, :], x[..., 1, :, :]], axis=-2) for x in (shares, counted))
+    order = np.argsort(-ranks, axis=-2, kind="stable")
     ordered = np.take_along_axis(both, order, axis=-2)
-    remaining = both.sum(axis=-2, keepdims=True) - np.cumsum(ordered, axis=-2) + ordered  # before this one is promoted
-    needed = np.zeros(both.shape, bool)
-    np.put_along_axis(needed, order, remaining > TARGET, axis=-2)
-    return np.stack(np.split(needed, 2, axis=-2), axis=-3)
+    remaining = np.flip(np.cumsum(np.flip(ordered, -2), axis=-2), -2)  # before this one is promoted
+    taken = np.zeros(both.shape, bool)
+    np.put_along_axis(taken, order, (remaining > left) & (ordered > 0), axis=-2)
+    return np.stack(np.split(taken, 2, axis=-2), axis=-3)
+
+
+def promoted(shares: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """The selection of the kernels in its plainest form: the largest shares first, until TARGET is left."""
+    return fewest(shares, shares, TARGET)
 
 
 def chosen(shares: NDArray[np.float32], needed: NDArray[np.bool_], favoured: NDArray[np.bool_], times: int) -> NDArray[np.bool_]:
-    """What a call reads [2, m, Hkv] where records with a copy, `favoured`, count `times` their shares: the fewest, by what they count, that
-    leave of each head's shares no more than `needed` do. Without a preference that is `needed` itself, as it was recorded. (Chosen anew by
-    shares alone, what predictive's calls wait for is 1 to 2 % less on recorded traces.)"""
+    """What a call reads [2, m, Hkv] where records with a copy, `favoured`, count `times` their shares: the fewest that leave of each head's
+    shares no more than `needed` do. Without a preference that is `needed` itself, as it was recorded. (Chosen anew by shares alone, what
+    predictive's calls wait for is 1 to 2 % less on recorded traces.)"""
     if times == 1 or not favoured.any():
         return needed
-    flat = [np.concatenate(list(x), axis=0) for x in (shares, needed, favoured)]  # [2 m, Hkv]
-    left = np.where(flat[1], 0, flat[0]).sum(axis=0)
-    order = np.argsort(-np.where(flat[2], times * flat[0], flat[0]), axis=0, kind="stable")
-    ordered = np.take_along_axis(flat[0], order, axis=0)
-    beyond = np.cumsum(ordered[::-1], axis=0)[::-1]  # what would be left without this one and all behind it
-    reads = np.zeros(flat[0].shape, bool)
-    np.put_along_axis(reads, order, (beyond > left * (1 + 1e-6)) & (ordered > 0), axis=0)
-    return np.stack(np.split(reads, 2))
+    left = np.where(needed, 0, shares).reshape(-1, shares.shape[-1]).sum(axis=0) * (1 + 1e-6)
+    return fewest(shares, np.where(favoured, times * shares, shares), left)
 
 
 def drifting(seed: int, steps: int = 256, layers: int = 4, m: int = 1024, heads: int = 4) -> Steps:

@@ -83,12 +83,13 @@ class Replay:
     def _call(self, t: int, layer: int) -> None:
         m, blocks = self._steps.shares.shape[3], int(self._steps.blocks[t])
         ids = np.arange(layer * m, layer * m + blocks)
-        at_hand, shares = self._resident[:, ids], self._steps.shares[t, layer, :, :blocks]
-        needed = chosen(shares, self._steps.needed[t, layer, :, :blocks], at_hand, self._policy.preference)
+        shares, asked = (x[t, layer, :, :blocks] for x in (self._steps.shares, self._steps.needed))
+        at_hand = self._resident[:, ids]
+        needed = chosen(shares, asked, at_hand, self._policy.preference)
         missed = needed & ~at_hand
         self._used[:, ids] |= needed & at_hand
         out, count = self.outcome, int(missed.sum())
-        out.asked += int(self._steps.needed[t, layer, :, :blocks].sum())
+        out.asked += int(asked.sum())
         out.needed += int(needed.sum())
         out.hits += int((needed & at_hand).sum())
         out.late += int((missed & (self._copy_id[:, ids] >= 0)).sum())

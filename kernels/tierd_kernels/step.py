@@ -5,6 +5,7 @@ the kernels, which are done from the start. Norms are in units of the KV head (`
 """
 
 import math
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -225,19 +226,17 @@ class Step:
             self._promote(rows, keys, values)
             rows, bound, budget = self._settle(rows[reachable])
 
+    @cached_property
     def _favour(self) -> Array:
-        """[2, full, Hkv], or of one number: how many times its share a key or value record counts where promotion chooses."""
-        if self.call.preference == 1 or self.call.in_scratch is None:
-            return np.ones(())
+        """[2, full, Hkv]: how many times its share a key or value record counts where promotion chooses."""
         return np.where(np.stack([self.key_locations, self.value_locations])[:, : self.full] < 0, 1.0, float(self.call.preference))
 
     def _counted(self, shares: tuple[Array, Array], rows: Rows) -> tuple[Array, Array]:
         """The shares of keys and values [rows, blocks] as promotion ranks them."""
-        favour = self._favour()
-        if not favour.ndim:
+        if self.call.preference == 1 or self.call.in_scratch is None:
             return shares
         keys, values = (x.copy() for x in shares)
-        for x, of_kind in zip((keys, values), favour, strict=True):
+        for x, of_kind in zip((keys, values), self._favour, strict=True):
             x[:, : self.full] *= of_kind.T[self.annotations.head_R[rows]]
         return keys, values
 
@@ -355,7 +354,7 @@ class Step:
         kept = np.count_nonzero(keep, axis=1).reshape(self.heads, -1)
         skipped = np.where(exact, 0, (visible - kept).reshape(-1))
         seen, most = self.contributions[:, : self.full], self.call.candidates_max  # what outlives the step
-        favour = None if isinstance(self.call.policy, Coverage) else self._favour()
+        favour = self._favour if promotions and isinstance(self.call.policy, Budget) else None
         fields: dict[str, NDArray[np.generic]] = {name: x[use] for name, x in self.fields.items()}
         fields |= {
             "rung": rung, "exact": exact, "rank_certified": self.ranked[use], "promoted_key_blocks": keys,

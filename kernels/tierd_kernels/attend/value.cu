@@ -25,15 +25,15 @@ __device__ __forceinline__ u32 part(float x, float y, float low) {
 // it is not known.
 struct Limits { float top[ROW_TILE], most[ROW_TILE], output[ROW_TILE]; };
 
+constexpr int THREADS_A_ROW = WARPS * LANES / ROW_TILE;
 // What the score pass left of splits of a row, every 32nd from `first` on: largest score, mass and mass times norms.
-constexpr int SPLITS_APART = WARPS * LANES / ROW_TILE;
 struct Runs {
   static constexpr int COUNT = 4;  // loads under way together: one after the other took 6 us at 131,072 tokens
   float top[COUNT], mass[COUNT], norm[COUNT];
   __device__ __forceinline__ void read(const float *partials, int first, int number) {
 #pragma unroll
     for (int k = 0; k < COUNT; k++) {
-      const int i = first + k * SPLITS_APART;
+      const int i = first + k * THREADS_A_ROW;
       const float *p = partials + (i64)min(i, number - 1) * PARTIALS * ROW_TILE;
       top[k] = i < number ? p[SPLIT_TOP * ROW_TILE] : -INFINITY, mass[k] = p[RUN_MASS * ROW_TILE], norm[k] = p[RUN_NORM * ROW_TILE];
     }
@@ -47,7 +47,7 @@ __device__ __forceinline__ void row_limits(const Call &call, const float *partia
   const int lane = threadIdx.x % LANES, row = threadIdx.x % ROW_TILE, warp = threadIdx.x / LANES;
   float top = LOWEST, mass = 0.f, norm = 0.f;
 #pragma unroll 1
-  for (int i = 0; i < number; i += Runs::COUNT * SPLITS_APART) {
+  for (int i = 0; i < number; i += Runs::COUNT * THREADS_A_ROW) {
     if (i) runs.read(partials, i + threadIdx.x / ROW_TILE, number);
     float largest = top;
 #pragma unroll
@@ -208,7 +208,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) val
   // A warp takes its tiles of tokens in legs. Behind the first, which does with what is under way already, limits are found and blocks left out;
   // each other leg begins with a part of the bound's sums: values are on their way meanwhile. (With all of that ahead of the first tile a device's
   // memory was idle for 5 of the pass's 32 us at 131,072 tokens.) Where all values are there at once there is no first leg.
-  constexpr int BLOCKS_A_LEG = WARPS * LANES / ROW_TILE;  // of the split: a thread a block and row
+  constexpr int BLOCKS_A_LEG = THREADS_A_ROW;  // of the split: a thread a block and row
   const int legs = NAIVE ? 2 : 1 + (blocks + BLOCKS_A_LEG - 1) / BLOCKS_A_LEG;
   SplitSums<false> split_sums;
   __shared__ OfWarps of_warps;

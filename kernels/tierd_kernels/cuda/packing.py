@@ -56,8 +56,7 @@ class Part:
             memory.inputs.host.data, CALL.itemsize * number,
             self.n, self.tokens, self.full, placed.splits, placed.per, len(call.group_value_norms), self._unit(memory),
             call.relative_to == "output", self.exact_only, len(canaries), terms.ranks, terms.covers, *terms.numbers, call.preference,
-            self.shape.candidates,
-            call.softmax_scale, *addresses, call.rtol, call.atol, *terms.reals,
+            self.shape.candidates, call.softmax_scale, *addresses, call.rtol, call.atol, *terms.reals,
         )  # fmt: skip
 
     def _unit(self, memory: DeviceMemory) -> int:

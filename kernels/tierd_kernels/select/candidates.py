@@ -21,8 +21,8 @@ class Candidates(NamedTuple):
     whole where none were. Shorter lists end in -1 and 0. At a tie the first blocks are taken.
 
     A promoted block is no candidate, for it is known that it was read, nor is a skipped one. The CPU's shares are of the budget and before
-    promotion, and promotion begins at the least of the KV head's that were promoted; on the device they are shares of what selection aims
-    at, after promotion, and it begins at a row's own threshold (under the coverage policy, for both, at the whole)."""
+    promotion, and promotion begins at the least that one of the KV head's counted for that was promoted; on the device they are shares of
+    what selection aims at, after promotion, and it begins at a row's own threshold (under the coverage policy, for both, at the whole)."""
 
     blocks: NDArray[np.int32]
     scores: NDArray[np.float32]
@@ -39,9 +39,7 @@ class Candidates(NamedTuple):
         return shares
 
 
-def near(
-    shares: NDArray[np.float32], promoted: NDArray[np.bool_], favour: NDArray[np.float64] | None
-) -> NDArray[np.float32]:  # fmt: skip
+def near(shares: NDArray[np.float32], promoted: NDArray[np.bool_], favour: NDArray[np.float64] | None) -> NDArray[np.float32]:
     """Shares [2, m, Hkv] of what was not `promoted` [2, m, Hkv], relative to the least of its kind and head that was, if that is below 1:
     of what they counted for, `favour` times their shares. None: nothing was promoted for its share."""
     outside = np.where(promoted, np.float32(0.0), shares)
