@@ -353,7 +353,7 @@ def test_a_thread_whose_own_device_is_another_gets_the_same_answers() -> None:
     assert cupy.cuda.Device().id == 0
 
 
-@pytest.mark.parametrize(("layout", "rtol"), [(LAYOUTS[0], 0.02), (LAYOUTS[2], 0.03), (LAYOUTS[4], 0.02)], ids=str)
+@pytest.mark.parametrize(("layout", "rtol"), [(LAYOUTS[0], 0.02), (LAYOUTS[2], 0.03), (LAYOUTS[4], 0.025)], ids=str)
 def test_what_is_at_hand_is_promoted_before_what_is_not(layout: Layout, rtol: float) -> None:
     from tierd_kernels.cuda import backend
 
@@ -604,23 +604,28 @@ def test_coverage_promotes_what_the_cpu_promotes(policy: Coverage) -> None:
     assert np.allclose(got["paper_key_bound"][same], want["paper_key_bound"][same], rtol=0.02)
 
 
+@pytest.mark.parametrize("preference", [1, 24])
 @pytest.mark.parametrize(("layout", "tokens", "rtol"), [
     (LAYOUTS[0], 4000, 0.1), (LAYOUTS[0], 4000, 0.02), (LAYOUTS[2], 5000, 0.05), (LAYOUTS[0], 700, 0.05),
 ])  # fmt: skip
-def test_no_more_is_promoted_than_on_the_cpu(layout: Layout, tokens: int, rtol: float) -> None:
+def test_no_more_is_promoted_than_on_the_cpu(layout: Layout, tokens: int, rtol: float, preference: int) -> None:
     from kernels_cache import store as store_on_cpu
     from tierd_kernels import ladder
     from tierd_kernels.cuda import backend
 
     k, v, q = draw(layout, tokens, 8, 1, "sharp", 3)
     cache, other = store(layout, k, v), store_on_cpu(layout, k, v)
-    (result,) = backend.attend(layout, cache.memory, [cache.call(q, rtol, Budget())], 8)
-    (reference,) = ladder.attend(layout, other.memory, [other.call(q, rtol, Budget())], 8)
+    call, same = (x.call(q, rtol, Budget()) for x in (cache, other))
+    if preference > 1:
+        same.in_scratch = in_scratch(cache, call, apart=True).in_scratch
+        call.preference = same.preference = preference
+    (result,) = backend.attend(layout, cache.memory, [call], 8)
+    (reference,) = ladder.attend(layout, other.memory._replace(scratch=other.memory.originals), [same], 8)
     assert isinstance(result, Result) and isinstance(reference, Result)
     got, want = ((x.certificate["promoted_key_blocks"] + x.certificate["promoted_value_blocks"]).ravel() for x in (result, reference))
     print(got, want, result.certificate["exact"].ravel(), reference.certificate["exact"].ravel())
     assert want.min() > 0 and not result.certificate["exact"].any()
-    assert got.sum() <= 1.15 * want.sum() + 3  # thresholds are a quarter of an octave apart, and the target is 0.85 of the budget, not 0.9
+    assert got.sum() <= 1.2 * want.sum() + 3  # thresholds are half an octave apart
 
 
 def test_a_kernel_that_may_begin_early_waits_for_the_one_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
