@@ -625,7 +625,7 @@ def test_no_more_is_promoted_than_on_the_cpu(layout: Layout, tokens: int, rtol: 
     got, want = ((x.certificate["promoted_key_blocks"] + x.certificate["promoted_value_blocks"]).ravel() for x in (result, reference))
     print(got, want, result.certificate["exact"].ravel(), reference.certificate["exact"].ravel())
     assert want.min() > 0 and not result.certificate["exact"].any()
-    assert got.sum() <= 1.2 * want.sum() + 3  # thresholds are half an octave apart
+    assert got.sum() <= 1.1 * want.sum() + 3  # thresholds are steps, if small ones
 
 
 def test_a_kernel_that_may_begin_early_waits_for_the_one_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ constexpr float UNITS = 0x1p24f;  // in a total
 // A group whose total is infinite, for blocks that stay original until they are promoted, or so many targets that what is left below a
 // threshold would be lost in it, is counted in these parts of the target instead, at most so many a block: 128 blocks' then fit 32 bits.
 constexpr float TOTAL_MAX = 0x1p10f, UNITS_OF_TARGET = 0x1p16f, MOST_UNITS = 0x1p24f;
-// Between two thresholds the predicted bound is taken to be linear where they are this near.
+// Between two thresholds the predicted bound is taken to be linear where it is no more than this above 1 at the upper one: with 2, rows missed
+// their budgets.
 constexpr float NEAR = 1.04f;
 
 struct __align__(16) Room {
@@ -172,7 +173,7 @@ __device__ __forceinline__ void choose(const Call &call, int h, int rows, int in
     float limit = INFINITY;
     if (own.joins && fits) {
       limit = scale.edge(fits - 1);
-      if (fits < FINE && ratio[fits] <= NEAR) limit += (scale.edge(fits) - limit) * (1.f - ratio[fits - 1]) / (ratio[fits] - ratio[fits - 1]);
+      if (fits < BINS && ratio[fits] <= NEAR) limit += (scale.edge(fits) - limit) * (1.f - ratio[fits - 1]) / (ratio[fits] - ratio[fits - 1]);
     }
     call.facts[(i64)(h * rows + index) * ROW_FACTS + ROW_LIMIT] = limit;
   }

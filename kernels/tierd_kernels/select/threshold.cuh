@@ -1,10 +1,9 @@
 // What selection knows of a row and of a block's shares of its bound, and the scale of its thresholds.
 constexpr float TARGET = 0.9f;  // of the budget; what rows came to was at most 0.96 of it, and 0.99 with 0.93
-// Thresholds, in targets: upper edges of bins that are half an octave wide, and from FINE on four octaves. Blocks of less than the lowest
-// have, all together, at most a thirty-second of the target. Fine ones go up to 2^5, for most thresholds lie above 2^-5, and what has a copy
-// counts many times its share. (With quarters of an octave up to 2^-5, and two octaves from there, rows came to 0.62 of their budgets, as a
-// median, and a call at 131,072 tokens and 5 % read 869 originals, not 616; 976, not 757, where those with a copy are preferred.)
-constexpr int BINS = 64, FINE = 56, FINE_SHIFT = 22, COARSE_SHIFT = FINE_SHIFT + 3, ROOM_BELOW = 6;
+// Thresholds, in targets, are the upper edges of bins: two octaves wide below 2^-14, where no more than rows of the longest contexts have
+// theirs; a quarter of an octave up to 2^-2; and half of one above, where few blocks are left, and where what has a copy counts many times its
+// share. Blocks of less than the lowest have, all together, at most a thirty-second of the target.
+constexpr int BINS = 64, QUARTERS_FROM = 127 - 14, HALVES_FROM = 127 - 2, QUARTERS = 4 * (HALVES_FROM - QUARTERS_FROM), ROOM_BELOW = 5;
 
 // Where it lies: found before a wait, for the first look at a line of the call takes as long as one at what is waited for.
 struct RowPlace {
@@ -53,19 +52,21 @@ __device__ __forceinline__ float weight(float share, float target) {
   return x < INFINITY ? x : INFINITY;  // a NaN too
 }
 
-// By a float's bits: its exponent, and one bit more.
+// By a float's bits: its exponent, and up to two bits more.
 struct Bins {
-  u32 lowest;  // at every eighth from there a bin of four octaves begins
-  __device__ __forceinline__ explicit Bins(int blocks) : lowest((127 - ((exponent_above((float)blocks) + ROOM_BELOW) | 3)) << (23 - FINE_SHIFT)) {}
+  int below, lowest;  // bins up to the first quarter of an octave; the exponent of the lowest edge
+  __device__ __forceinline__ explicit Bins(int blocks)
+      : below(max(0, exponent_above((float)blocks) + ROOM_BELOW - (127 - QUARTERS_FROM) + 1) / 2), lowest(QUARTERS_FROM - 2 * below) {}
   // The first bin whose edge is above x; BINS where none is.
   __device__ __forceinline__ int of(float x) const {
-    const u32 bits = __float_as_uint(x);
-    if (bits >> FINE_SHIFT < lowest) return 0;
-    const u32 fine = (bits >> FINE_SHIFT) - lowest, coarse = FINE + (bits >> COARSE_SHIFT) - ((lowest + FINE) >> (COARSE_SHIFT - FINE_SHIFT));
-    return fine < FINE ? fine : min(coarse, (u32)BINS);
+    const int bits = __float_as_uint(x), exponent = bits >> 23;
+    if (exponent < lowest) return 0;
+    if (exponent < QUARTERS_FROM) return 1 + (exponent - lowest) / 2;
+    if (exponent < HALVES_FROM) return 1 + below + (bits >> 21) - 4 * QUARTERS_FROM;
+    return min(1 + below + QUARTERS + (bits >> 22) - 2 * HALVES_FROM, BINS);
   }
   __device__ __forceinline__ float edge(int bin) const {
-    if (bin < FINE) return __uint_as_float((lowest + bin + 1) << FINE_SHIFT);
-    return __uint_as_float((((lowest + FINE) >> (COARSE_SHIFT - FINE_SHIFT)) + bin - FINE + 1) << COARSE_SHIFT);
+    const int i = bin - below;
+    return __uint_as_float(i < 0 ? lowest + 2 * bin << 23 : i < QUARTERS ? 4 * QUARTERS_FROM + i << 21 : 2 * HALVES_FROM + i - QUARTERS << 22);
   }
 };
