@@ -162,10 +162,10 @@ def test_needs_that_are_not_named_count_too() -> None:
 
 def test_however_often_a_copy_is_read_it_speaks_once() -> None:
     followed, asked = Followed(Predictive()), []
-    for first in range(0, 1500, 5):
-        asked += [*followed.pairs(first, 4, 0.9, needed=False), followed.look(first + 4, 0.9, False)]
+    for first in range(0, 3000, 10):
+        asked += [*followed.pairs(first, 9, 0.9, needed=False), followed.look(first + 9, 0.9, False)]
         for _ in range(5):
-            followed.look(first + 4, 0.9, True)
+            followed.look(first + 9, 0.9, True)
     assert asked[0] == 1 and asked[-1] == 0
 
 
