@@ -1,7 +1,6 @@
 // How thread blocks share promotion. A tile of rows and a split have one each, but few tiles have a row that needs originals: the thread
-// blocks of the others take a part of what those have. Each open tile has as many thread blocks of the same split as there are to each, and
-// one more where some are left for it: they go to those whose rows have the lowest thresholds, and so, most often, the most blocks. A part is
-// every so many-th of the split's promoted blocks. (Of 1 % at 131,072 tokens three of eight KV heads have all, eight to
+// blocks of the others take a part of what those have. All open tiles are shared alike, by as many thread blocks of the same split as there
+// are to each; a part is every so many-th of the split's promoted blocks. (Of 1 % at 131,072 tokens three of eight KV heads have all, eight to
 // sixteen blocks a split, which one thread block took 15 us for. On an H100 the step takes 153.5 us for 157.0 there, 202.5 for 207.9 at 5 %, 68.3
 // for 70.2 at 32,768 tokens, and as long as before where nothing is promoted.)
 //
@@ -41,25 +40,16 @@ struct Sharing {
       state[i] = states[row], limit[i] = limits[row * ROW_FACTS];
     }
     bool open = false;
-    float least = INFINITY;
 #pragma unroll
-    for (int i = 0; i < ROW_TILE; i++) {
-      const bool its = state[i] == OPEN & (coverage | limit[i] < INFINITY);
-      open |= its, least = its ? fminf(least, coverage ? 0.f : limit[i]) : least;
-    }
+    for (int i = 0; i < ROW_TILE; i++) open |= state[i] == OPEN & (coverage | limit[i] < INFINITY);
     const int lane = threadIdx.x % LANES, place = blockIdx.x - from;
     open &= lane < number;
     const u32 mask = __ballot_sync(~0u, open);
     if (!mask) return {-1, 0, 0, 0};
-    const int tiles_open = __popc(mask), part = place / tiles_open, rank = place - part * tiles_open;
-    int before = 0;  // open tiles that come ahead of the lane's
-    for (u32 left = mask; left; left &= left - 1) {
-      const int i = __ffs(left) - 1;
-      const float other = __shfl_sync(~0u, least, i);
-      before += other < least || (other == least && i < lane);
-    }
-    const u32 mine = __ballot_sync(~0u, open && before == rank);
-    return {from + __ffs(mine) - 1, part, (number - rank + tiles_open - 1) / tiles_open, tiles_open};
+    const int tiles_open = __popc(mask), parts = number / tiles_open, part = place / tiles_open;
+    if (part >= parts) return {-1, 0, 0, 0};
+    const u32 mine = __ballot_sync(~0u, open && __popc(mask & ((1u << lane) - 1)) == place - part * tiles_open);
+    return {from + __ffs(mine) - 1, part, parts, tiles_open};
   }
 };
 
