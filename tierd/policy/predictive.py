@@ -31,8 +31,8 @@ class Predictive:
 
     Where a call chooses what to promote, an original that has a copy counts `preference` times; what is read instead of what the host has
     was needed as well. With 1, recorded text and prompts would wait about twice as long, and a third to half of the copies be made in vain;
-    with 24 a passage that moves on waits twice as long, and what is recorded up to a tenth longer; with 64 most wait as long as with 40. With
-    24 they read 10 to 17 % more originals in all, from scratch.
+    with 24 a passage that moves on waits twice as long, and what is recorded up to a tenth longer; with 64 most wait as long as with 40.
+    With 24 they read 10 to 17 % more originals in all, from scratch.
 
     Fitted to the regimes of `benchmarks/bench_tiering.py` and to recorded traces. With a floor of 0.1 drifting needles wait for 42 % of
     what they do under `reactive`, not 4: what calls prefer raises the share from which heads promote what the host has. With a half-life of

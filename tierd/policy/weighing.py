@@ -31,8 +31,8 @@ RIPENS, FADES, SOON = 8.0, 64.0, 16.0
 AT_FIRST = 12.0  # asks that a grade is trusted for, with nothing known. With 8, topics that switch wait up to 0.54 of reactive, not 0.49
 # So much of what was asked for because it came near, and because it had been needed, must be needed soon. Recorded text and prompts,
 # scratch for an eighth, two to three hundred steps: while every grade was trusted, and calls had no preference for what is at hand, 57 to
-# 74 % of the copies were never read; now 13 to 27 %. With 0.3 for what comes near up to 34 % are not, and calls wait up to an eighth less; with
-# 0.45 and 0.5 up to 24 %, and they wait up to a tenth longer.
+# 74 % of the copies were never read; now 13 to 27 %. With 0.3 for what comes near up to 34 % are, and calls wait up to an eighth less;
+# with 0.45 and 0.5 up to 24 %, and they wait up to a tenth longer.
 NEAR_NEEDED, AGAIN_NEEDED = 0.4, 0.35
 
 
