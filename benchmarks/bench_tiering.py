@@ -16,6 +16,11 @@ The committed run also has traces of the small model of `benchmarks/quality/`, w
     traces.py --model MODEL --context 8192 --steps 192 --task vt --out vt-8k
     traces.py --model MODEL --context 6144 --steps 256 --seed 11 --out text-6k
     traces.py --model MODEL --context 8192 --steps 192 --task niah_multiquery --seed 7 --out multiquery-8k
+    traces.py --model MODEL --context 8192 --steps 192 --task niah_multivalue --seed 5 --out multivalue-8k
+    traces.py --model MODEL --context 8192 --steps 192 --task fwe --seed 5 --out fwe-8k
+    traces.py --model MODEL --context 7168 --steps 256 --seed 9 --out text-7k
+    traces.py --model MODEL --context 8192 --steps 192 --task cwe --seed 11 --out cwe-8k
+    traces.py --model MODEL --context 8192 --steps 192 --task niah_multikey --seed 12 --out multikey-8k
 
 No policy was fitted to the last two.
 """
