@@ -35,6 +35,7 @@ RESIDENT = 4  # thread blocks of a pass on one multiprocessor, of a head dimensi
 # with blocks of 64 the naive passes took 94 us on an H200, and 80 with no more than four).
 SCORE_SPARE, VALUE_LEAST = 2048, 44 * 1024
 STATISTIC_WORDS, PARTIALS, SUMMED, SKIPS, SPLITS_MAX, SPLIT_TOKENS_MAX = 32, 19, 17, 4, 2048, 2048
+SPLIT_TOKENS_SHORT = 512  # a split of fewer tokens is short
 ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS, PICK_BINS, READERS = 7, 6, 32, 256, 64, 8
 CANDIDATE_PARTS, CANDIDATE_THREADS = 16, 512
 TILE_WEIGHT_FLOATS = ROW_TILE * TILE + ROW_TILE
