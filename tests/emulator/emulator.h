@@ -322,6 +322,9 @@ inline void copies_wait() {
 inline void let_next_begin() {}
 inline void wait_for_previous() {}
 inline void bulk_stream(void *to, const void *from, u32 bytes, u64 *bar, u64) { bulk_copy(to, from, bytes, bar); }
+inline void bulk_stream(u32 to, const void *from, u32 bytes, u32 bar, u64) { bulk_copy(from_shared(to), from, bytes, (u64 *)from_shared(bar)); }
+inline void barrier_expect(u32 bar, u32 bytes) { barrier_expect((u64 *)from_shared(bar), bytes); }
+inline u32 in_register(u32 x) { return x; }
 inline void barrier_wait(u64 *bar, u32 parity) {
   if (!emulator::is_ready(bar)) emulator::fault = "wait on a barrier that may not be initialised yet", emulator::pause();
   for (size_t i = 0; i < emulator::copies.size();) {
@@ -335,6 +338,7 @@ inline void barrier_wait(u64 *bar, u32 parity) {
   if ((*bar & ~1ull) == 0) *bar = (*bar ^ 1) | 2, emulator::progress++;
   while ((*bar & 1) == parity) emulator::pause();
 }
+inline void barrier_wait(u32 bar, u32 parity) { barrier_wait((u64 *)from_shared(bar), parity); }
 
 inline float exp2_approx(float x) {
   if (x == 0.f) return 1.f;
@@ -345,7 +349,8 @@ inline float sqrt_approx(float x) { return (float)(sqrt((double)x) * (__float_as
 inline u32 either(u32 w, u32 mask, u32 magic) { return (w & mask) | magic; }
 
 inline float truncated(double x) { return fabs(x) < 0x1p-126 ? 0.f : towards(x, x < 0.); }
-inline void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+template <typename Read>
+inline void mma_16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, Read read) {
   const u64(*given)[4] = emulator::exchange((u64)a1 << 32 | a0, (u64)a3 << 32 | a2, (u64)b1 << 32 | b0);
   const int r = emulator::lane() / 4, c = emulator::lane() % 4;
   double sums[4] = {d[0], d[1], d[2], d[3]};
@@ -353,10 +358,28 @@ inline void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b
     const int from = k % 8 / 2, upper = k / 8, odd = 16 * (k % 2);
     for (int i = 0; i < 4; i++) {
       const u64 a = given[4 * r + from][upper] >> (32 * (i / 2) + odd), b = given[4 * (2 * c + i % 2) + from][2] >> (32 * upper + odd);
-      sums[i] += (double)__half2float({(unsigned short)a}) * __half2float({(unsigned short)b});
+      sums[i] += read((unsigned short)a) * read((unsigned short)b);
     }
   }
   for (int i = 0; i < 4; i++) d[i] = truncated(sums[i]);
+}
+inline double half_of(unsigned short bits) { return __half2float({bits}); }
+inline double bf16_of(unsigned short bits) { return __uint_as_float((u32)bits << 16); }
+inline void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { mma_16(d, a0, a1, a2, a3, b0, b1, half_of); }
+inline void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { mma_16(d, a0, a1, a2, a3, b0, b1, bf16_of); }
+inline u32 transposed(u32 x) {
+  const u64(*given)[4] = emulator::exchange(x, 0, 0);
+  const int r = emulator::lane() / 4, c = emulator::lane() % 4, odd = 16 * (r % 2);
+  return ((u32)given[8 * c + r / 2][0] >> odd & 0xffffu) | ((u32)given[8 * c + 4 + r / 2][0] >> odd & 0xffffu) << 16;
+}
+inline u32 bf16_pair(float lower, float upper) { return (u32)__double2bfloat16(upper).bits << 16 | __double2bfloat16(lower).bits; }
+inline u32 bf16_products(u32 x, u32 y) {
+  const auto product = [](u32 x, u32 y) { return (u32)__double2bfloat16(bf16_of((unsigned short)x) * bf16_of((unsigned short)y)).bits; };
+  return product(x >> 16, y >> 16) << 16 | product(x, y);
+}
+inline u32 bf16_largest(u32 x, u32 y) {
+  const auto larger = [](u32 x, u32 y) { return (u32)__double2bfloat16(fmax(bf16_of((unsigned short)x), bf16_of((unsigned short)y))).bits; };
+  return larger(x >> 16, y >> 16) << 16 | larger(x, y);
 }
 inline void mma_s8(int (&d)[4], uint4 x, u32 b0, u32 b1) {
   const u64(*given)[4] = emulator::exchange((u64)x.y << 32 | x.x, (u64)x.w << 32 | x.z, (u64)b1 << 32 | b0);

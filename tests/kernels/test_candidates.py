@@ -16,7 +16,8 @@ from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Budget, Coverage, Policy
 from tierd_kernels.select.candidates import Candidates, joined, largest, near
 
-TARGET, TOLERANCE = 0.9, 2e-3  # of threshold.cuh; of FP32 sums with approximate exponentials
+TARGET, ONCE_ABOVE = 0.9, 1 + 2.0**-8 + 2.0**-16  # of threshold.cuh and common.cuh
+TOLERANCE = 2e-3  # of FP32 sums with approximate exponentials
 SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, _, _, TOP, DELTA, D_NORM, STATISTICS = range(11)
 
 
@@ -120,6 +121,14 @@ class Left:
         self.statistics = self._statistics(self._read("statistics", (heads, tiles, self.full + 1, 8, 4), np.uint32)[:, :, : self.full])
         self.marks = self._read("marks", (heads, tiles, self.full), np.uint32)
         self.facts = self._read("facts", (heads, self.rows, 7), np.float32).astype(np.float64)
+        self._tiles = heads, tiles
+
+    def weights(self, block_size: int) -> NDArray[np.float64]:
+        """Of tokens in full blocks, relative to the block's largest, [Hkv, full, 4, B] for the first tile of rows."""
+        shape = (*self._tiles, self.full + 1, block_size // 16, 68)
+        words = self._read("weights", shape, np.float32)[:, 0, : self.full, :, :64].astype(np.float64)
+        # Rows, then tokens t and t + 8 side by side.
+        return words.reshape(*words.shape[:3], 4, 8, 2).transpose(0, 1, 3, 2, 5, 4).reshape(*words.shape[:2], 4, block_size)
 
     def _read(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         size, at = int(np.prod(shape)) * np.dtype(dtype).itemsize, self.call[name] - int(self.memory.workspace.data.ptr)
@@ -154,7 +163,7 @@ class Left:
             psi, cross = np.where(delta > 0, (np.expm1(delta) - delta) / delta**2, 0.5), a2 * d
             phi = 1 + delta * psi
             g = np.minimum(phi * np.minimum(rho * delta, cross), cross + psi * here * d * d)
-            key = phi * np.minimum(delta * here * x[SUM_NORM], d * here * np.sqrt(x[SUM_SQUARES_NORM])) + g * norm
+            key = phi * np.minimum(delta * here * x[SUM_NORM] * ONCE_ABOVE, d * here * np.sqrt(x[SUM_SQUARES_NORM])) + g * norm
             value = np.minimum(a2 * self.statistics[h, tile, :, 40], here * x[SUM_ERROR])
         out = np.where((x[SUM] <= 0) | (mark & 256 != 0), 0.0, np.stack([key, value])) / (TARGET * budget)
         out = np.nan_to_num(np.minimum(out, 3e38), nan=0.0)

@@ -728,7 +728,7 @@ def test_arithmetic_that_bounds_do_not_allow_for_is_refused(monkeypatch: pytest.
 
     self_test.verify()
     monkeypatch.setattr(self_test, "MMA_MAX", 0.1)
-    with pytest.raises(DeviceUnavailable, match=r"an FP16 MMA was off by \d+\.\d units of its terms' sum \(at most 0 are allowed"):
+    with pytest.raises(DeviceUnavailable, match=r"an MMA was off by \d+\.\d units of its terms' sum \(at most 0 are allowed"):
         backend.reserve(1 << 20, 64, 1 << 20)
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from tierd_kernels.cuda.sources import FOLDER
 
 pytestmark = pytest.mark.skipif(device.real(), reason="there is a device; nothing is emulated")
@@ -19,11 +20,17 @@ extern "C" __global__ void to_half(const double *x, unsigned short *out, int n) 
 extern "C" __global__ void to_bf16(const double *x, unsigned short *out, int n) {
   for (int i = threadIdx.x; i < n; i += 32) out[i] = __double2bfloat16(x[i]).bits;
 }
-extern "C" __global__ void mma(const u32 *a, const u32 *b, float *d) {  // a [4][lane], b [2][lane], d [lane][4]
+extern "C" __global__ void mma(const u32 *a, const u32 *b, float *d, int bf16) {  // a [4][lane], b [2][lane], d [lane][4]
   float own[4] = {0.f, 0.f, 0.f, 0.f};
   const int l = threadIdx.x;
-  mma_f16(own, a[l], a[32 + l], a[64 + l], a[96 + l], b[l], b[32 + l]);
+  if (bf16) mma_bf16(own, a[l], a[32 + l], a[64 + l], a[96 + l], b[l], b[32 + l]);
+  else mma_f16(own, a[l], a[32 + l], a[64 + l], a[96 + l], b[l], b[32 + l]);
   for (int i = 0; i < 4; i++) d[4 * l + i] = own[i];
+}
+extern "C" __global__ void pairs(const float *x, const float *y, u32 *out) {  // a pair a lane, products, the larger ones; transposed
+  const int l = threadIdx.x;
+  const u32 pair = bf16_pair(x[l], x[32 + l]), other = bf16_pair(y[l], y[32 + l]);
+  out[l] = pair, out[32 + l] = bf16_products(pair, other), out[64 + l] = bf16_largest(pair, other), out[96 + l] = transposed(pair);
 }
 extern "C" __global__ void reverse(const float *x, float *out, int wait) {  // through shared memory, by a bulk copy
   extern __shared__ __align__(128) float stage[];
@@ -100,19 +107,45 @@ def test_doubles_are_rounded_once(launch: Launch, numbers: list[float]) -> None:
     assert (np.abs(found - exact) <= unit / 2).all()
 
 
-def test_an_mma_multiplies(launch: Launch) -> None:
+def bf16_bits(x: NDArray[Any]) -> NDArray[np.uint16]:
+    """Of float32, to nearest, ties to even."""
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def of_bf16(bits: NDArray[Any]) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_an_mma_multiplies(launch: Launch, bf16: bool) -> None:
     random = np.random.default_rng(0)
-    a, b = random.standard_normal((16, 16)).astype(np.float16), random.standard_normal((16, 8)).astype(np.float16)
+    drawn = random.standard_normal((16, 16)), random.standard_normal((16, 8))
+    a, b = (bf16_bits(x) if bf16 else x.astype(np.float16) for x in drawn)
     lane = np.arange(32)
     r, c = lane // 4, lane % 4
     rows, columns = (r, r + 8, r, r + 8), (2 * c, 2 * c, 2 * c + 8, 2 * c + 8)
     of_a = [np.stack([a[x, y], a[x, y + 1]], axis=1).view(np.uint32)[:, 0] for x, y in zip(rows, columns, strict=True)]
     of_b = [np.stack([b[y, r], b[y + 1, r]], axis=1).view(np.uint32)[:, 0] for y in (2 * c, 2 * c + 8)]
     d = on_device(np.zeros((32, 4), np.float32))
-    launch("mma", 32, on_device(np.stack(of_a)), on_device(np.stack(of_b)), d)
-    exact = a.astype(np.float64) @ b.astype(np.float64)
+    launch("mma", 32, on_device(np.stack(of_a)), on_device(np.stack(of_b)), d, np.int32(bf16))
+    exact = of_bf16(a).astype(np.float64) @ of_bf16(b) if bf16 else a.astype(np.float64) @ b.astype(np.float64)
     for i in range(4):
         assert np.allclose(np.asarray(d)[:, i], exact[r + 8 * (i // 2), 2 * c + i % 2], rtol=2.0**-22, atol=2.0**-22)
+
+
+def test_pairs_are_multiplied_compared_and_transposed(launch: Launch) -> None:
+    random = np.random.default_rng(1)
+    x, y = (np.ldexp(random.standard_normal((2, 32)), random.integers(-60, 60, (2, 32))).astype(np.float32) for _ in range(2))
+    y[0, 3] = np.inf
+    out = on_device(np.zeros((4, 2 * 32), np.uint16))
+    launch("pairs", 32, on_device(x), on_device(y), out)
+    found = np.asarray(out).reshape(4, 32, 2)
+    pair, other = bf16_bits(x).T, bf16_bits(y).T  # [lane, half]
+    assert np.array_equal(found[0], pair)
+    assert np.array_equal(found[1], bf16_bits(of_bf16(pair) * of_bf16(other)))
+    assert np.array_equal(of_bf16(found[2]), np.maximum(of_bf16(pair), of_bf16(other)))
+    assert np.array_equal(found[3].reshape(8, 8), pair.reshape(8, 8).T)
 
 
 def test_a_copy_has_arrived_only_after_the_wait(launch: Launch) -> None:

@@ -8,7 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from test_candidates import Left
+from test_cuda import LAYOUTS, draw, store
+from tierd_kernels.cuda.record import Record
 from tierd_kernels.cuda.sources import FOLDER
+from tierd_kernels.layout import Layout
+from tierd_kernels.policy import Budget
 
 Launch = Callable[..., None]
 SOURCE = """
@@ -84,3 +89,39 @@ def test_each_statistic_has_a_place_of_its_own(launch: Launch, block: int) -> No
         assert found[k].tolist() == (128.0 + word + row).tolist(), k
     for note in range(3):
         assert found[10 + note].tolist() == [128.0 + 6 + 16 * note] * 4
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(("layout", "tokens", "regime"), [
+    (LAYOUTS[0], 1100, "diffuse"), (LAYOUTS[0], 700, "sharp"), (LAYOUTS[1], 777, "outlier"), (LAYOUTS[2], 700, "diffuse"),
+    (LAYOUTS[4], 900, "sink"),
+], ids=str)  # fmt: skip
+def test_sums_over_a_blocks_tokens_are_from_above(layout: Layout, tokens: int, regime: str) -> None:
+    """Of the weights and norms that the score pass had, and hardly more."""
+    from tierd_kernels.cuda.packing import Part
+    from tierd_kernels.cuda.step import Step
+
+    k, v, q = draw(layout, tokens, 4 * layout.num_kv_heads, 1, regime, 5)
+    cache, record, B, heads = store(layout, k, v), Record(layout), layout.block_size, layout.num_kv_heads
+    step = Step(layout, cache.memory, [Part(layout, cache.call(q, 0.5, Budget(skip_share=0.0)), 0, 1)])  # type: ignore[arg-type]
+    step.upload()
+    step.launch()
+    assert all(answer.reads.from_host.size == 0 for answer in step.answers()), "statistics are the score pass's"
+    left, full = Left(step), len(cache.hot)
+    hot = np.asarray(fetched(cache.memory.hot)).view(np.uint8)
+    at = cache.hot[:, None] + np.arange(heads) * record.nbytes + record.norms_at
+    words = hot[at[..., None] + np.arange(4 * B)].view(np.uint32)  # [full, Hkv, B]
+    nu, eta = (x.view(np.float32).astype(np.float64) for x in (words << np.uint32(16), words & np.uint32(0xFFFF0000)))
+    nu, eta = (np.maximum(np.ldexp(x, -left.call["unit"]), 2.0**-50).transpose(1, 0, 2)[:, :, None] for x in (nu, eta))
+    w = left.weights(B)  # [Hkv, full, 4, B]
+    kept = left.statistics[:, 0].reshape(heads, full, -1, 4)[:, :, :7]  # in the order of common.cuh
+    terms = w, w**2, w * nu, (w * nu) ** 2, w * eta, w * nu**2, w * eta**2
+    exact = np.stack([x.sum(-1) for x in terms], axis=2)
+    ratio = kept / exact
+    least, most = ratio.min(axis=(0, 1, 3)), ratio.max(axis=(0, 1, 3))
+    print(np.round(least, 5), np.round(most, 5))
+    one, two, shared = 2.0**-8, 2.0**-7, 2.0**-7  # a rounding to BF16, two, and the upper half of a word
+    assert (least >= [1 - 1e-6, 1, 1 - one - 1e-5, 1, 1, 1, 1]).all()
+    above = np.array([0.0, 2 * one + shared, one, 2 * two + shared, 2 * one + shared, 2 * two, 2 * two + shared])
+    assert (most <= 1 + above + 1e-4).all()

@@ -83,7 +83,7 @@ __device__ __forceinline__ void row_limits(const Call &call, const float *partia
     // A tenth is held back, as in step.py; and more than half of the mass is kept, so that the difference of two sums is still within
     // THETA.
     limits.top[row] = largest, limits.most[row] = fminf(0.9f * (float)call.skip_share, 0.45f) * budget * mass / (call.full + 1);
-    limits.output[row] = vbar;
+    limits.output[row] = vbar * ONCE_ABOVE;
   }
   __syncthreads();
 }
@@ -223,8 +223,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) val
   if (!NAIVE) {
     barrier_wait(&statistics_here, 0);
     SplitSums<false> split_sums;
-#pragma unroll 1
-    for (int b = threadIdx.x / ROW_TILE; b < blocks; b += THREADS_A_ROW) split_sums.add(statistics, split * per, b, own_top);
+    split_sums.add(statistics, split * per, blocks, own_top);
     split_sums.leave(of_warps, own_top);
   }
   float acc[VALUE_TILES][4];

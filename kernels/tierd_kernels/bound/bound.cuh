@@ -45,10 +45,11 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
   Terms t;
   t.rho = rho;
   t.low = rho * fall;
-  t.t1 = phi * fminf(delta * norm, d * norm2);
+  t.t1 = phi * fminf(delta * norm * ONCE_ABOVE, d * norm2);
   t.g = fminf(phi * fminf(rho * delta, cross), cross + psi * here * d * d);
   t.spread = phi * phi * fminf(fminf(rho * delta * delta, here * d * d), delta * cross);
-  t.used = here * x[SUM_SQUARE_USED];
+  const float size = sqrt_approx(x[SUM_SQUARE_VALUE]) + sqrt_approx(x[SUM_SQUARE_ERROR]);  // Minkowski's: of nu + eta
+  t.used = here * (size * size * ROOM);
   t.error2 = here * x[SUM_SQUARE_ERROR];
   t.amplitude = rho * (exact_values && !(amp < INFINITY) ? nu : fmaxf(amp, nu));
   t.squares = c * c;
@@ -68,14 +69,33 @@ template <bool marked>
 struct SplitSums {
   float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
 
-  // Block `b` of the split and row threadIdx.x % ROW_TILE; `first`: the split's first block.
-  __device__ __forceinline__ void add(const float *of_split, int first, int b, float reference, const u32 *marks = nullptr) {
-    const int row = threadIdx.x % ROW_TILE;
-    Stats x;
+  // Of a split's `count` blocks, whose words lie in shared memory: a thread has row threadIdx.x % ROW_TILE of every EACH-th. `first`: the number
+  // of the first block.
+  __device__ __forceinline__ void add(const float *of_split, int first, int count, float reference, const u32 *marks = nullptr) {
+    constexpr int EACH = WARPS * LANES / ROW_TILE;
+    static_assert(EACH % 8 == 0, "words of a thread's blocks lie alike");
+    const int row = threadIdx.x % ROW_TILE, own = threadIdx.x / ROW_TILE;
+    u32 at[8];  // of the words of one block: worked out for every block, where they lie was a quarter of all instructions
 #pragma unroll
-    for (int k = 0; k < STATISTICS + 3; k++) x[k] = statistic(of_split + b * STATISTIC_WORDS, first + b, row, k);
-    if (!(x[SUM] > 0.f)) return;
-    const bool exact_values = marked && marks[b] >> (4 + row) & 1;
+    for (int k = 0; k < 8; k++) at[k] = in_register(shared_at(of_split + own * STATISTIC_WORDS + word_at(first + own, k) + row));
+#pragma unroll 1
+    for (int b = own; b < count; b += EACH) {
+      float words[8];
+#pragma unroll
+      for (int k = 0; k < 8; k++) words[k] = __uint_as_float(shared32(at[k]));
+      const uint4 notes = shared128(at[D_AND_NOTE] - 4 * row);
+#pragma unroll
+      for (int k = 0; k < 8; k++) at[k] += EACH * STATISTIC_WORDS * 4;
+      Stats x;
+#pragma unroll
+      for (int k = 0; k < STATISTICS; k++) x[k] = part_of(words[word_with(k)], k);
+      x[STATISTICS] = __uint_as_float(notes.x << 16), x[STATISTICS + 1] = __uint_as_float(notes.y << 16), x[STATISTICS + 2] = __uint_as_float(notes.z << 16);
+      if (x[SUM] > 0.f) add(x, reference, marked && marks[b] >> (4 + row) & 1);
+    }
+  }
+
+  // A block, of which values are exact or not.
+  __device__ __forceinline__ void add(const Stats &x, float reference, bool exact_values) {
     const Terms t = block_terms(x, exp2_approx(x[TOP] - reference), exact_values);
     p0[MASS] += t.rho, p0[LOW] += t.low, p0[T1] += t.t1, p0[MASS_ERROR] += t.g, p0[SPREAD] += t.spread, p0[USED] += t.used;
     p0[ERROR2] += t.error2, p0[AMPLITUDE] += t.amplitude;

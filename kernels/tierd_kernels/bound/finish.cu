@@ -246,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   if (warp) return;
   const float of_row = collected(&found[which][quarter * (FINISH_WARPS / 4)], FINISH_WARPS / 4);
   auto gathered = [&](int i) { return __shfl_sync(~0u, of_row, 4 * i); };
-  const float low = gathered(OF_LOW), norm = gathered(OF_NORM), failed = gathered(OF_FAILED) * ROOM;
+  const float low = gathered(OF_LOW), summed_norm = gathered(OF_NORM), norm = summed_norm * ONCE_ABOVE, failed = gathered(OF_FAILED) * ROOM;
   const float delta_max = gathered(LARGEST_DELTA), norm_top = gathered(LARGEST_NORM), amplitude_top = gathered(LARGEST_AMPLITUDE);
   float key = gathered(OF_KEYS) * ROOM, value = gathered(OF_VALUES) * ROOM;
   const float left_norm = left[SKIP_NORM] * inverse * ROOM, left_grown = left[SKIP_GROWN] * inverse * ROOM, left_count = left[SKIP_COUNT];
@@ -262,7 +262,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   // Infinite or NaN wherever something was, whatever comparisons made of it.
   if (!(failed < INFINITY) || !(total < INFINITY) || !(mass > 0.f)) total = INFINITY;
   // The budget, rounded down; in double, as the fields: tolerances and values may lie where units do not.
-  const float vbar = fmaxf((norm - left_norm) * NORM_RETURN - 2.f * NORM_FLOOR, 0.f);
+  const float vbar = fmaxf((summed_norm * (1.f / ONCE_ABOVE) - left_norm) * NORM_RETURN - 2.f * NORM_FLOOR, 0.f);
   const double size = power_of_two(unit), reference = relative_to_output ? sqrt_approx(norm2) * (1.f - 1e-5f) : vbar;
   const double asked = atol * power_of_two(-unit) + rtol * reference, budget = asked < 1e-250 ? 0. : fmin(asked * (1. - 2e-5), BUDGET_MAX);
   const bool good = total <= budget && o < INFINITY;

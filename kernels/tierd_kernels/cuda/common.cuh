@@ -26,27 +26,36 @@ enum { H, RK, SK, SV, AMP, C1, VALUE_NORM_MAX, KEY_NORM_MAX, OFFSET_NORM, KEYS_R
 // has them; then the rows' largest scores of the whole block, in log2 units.
 constexpr int TOPS_AT = ROW_TILE * TILE, WEIGHT_FLOATS = TOPS_AT + ROW_TILE;
 __device__ __forceinline__ int weight_at(int row, int token) { return row * TILE + token % 8 * 2 + token / 8; }
-// Statistics of a row and a block, see bound/statistics.py; TOP is the largest score in log2 units. Behind them the block's sV, amp and
-// largest norm.
-enum { SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, SUM_SQUARE_USED, SUM_SQUARE_ERROR, TOP, DELTA, D_NORM, STATISTICS };
+// Statistics of a row and a block, see bound/statistics.py; SUM_SQUARE_VALUE is sum w nu^2, TOP the largest score in log2 units. Behind them the
+// block's sV, amp and largest norm.
+enum { SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, SUM_SQUARE_VALUE, SUM_SQUARE_ERROR, TOP, DELTA, D_NORM, STATISTICS };
 typedef float Stats[STATISTICS + 3];
 // As they lie: [8][ROW_TILE], one line of the cache a block and tile of rows. What bounds only grow with is kept in BF16, from above, two to a
 // word: of words SUM_SQUARES, SUM_ERROR and D_AND_NOTE the upper and the lower half; of the block's notes each row has one. Words change
 // places by the block, so that the same ones of eight blocks lie in different banks of shared memory.
 constexpr int STATISTIC_WORDS = 8 * ROW_TILE, DELTA_WORD = SUM_SQUARES_NORM, D_AND_NOTE = SUM_SQUARE_ERROR;
 constexpr float BF16_ABOVE = 1.00788f;  // then cutting to seven bits of mantissa stays above
-constexpr u32 BOTH_UPPER = 0x7632, THE_OTHER = 0x7654;  // of two words: a word of their upper halves; the second one
+constexpr u32 BOTH_UPPER = 0x7632, BOTH_LOWER = 0x5410, THE_OTHER = 0x7654;  // of two words: a word of their upper, or lower, halves; the second one
 __device__ __forceinline__ float word_of(float upper, float lower, u32 halves) {
   return __uint_as_float(__byte_perm(__float_as_uint(lower), __float_as_uint(upper), halves));
 }
 __device__ __forceinline__ float both_above(float upper, float lower) { return word_of(upper * BF16_ABOVE, lower * BF16_ABOVE, BOTH_UPPER); }
 __device__ __forceinline__ int word_at(int block, int word) { return (word ^ (block & 7)) * ROW_TILE; }
+// The score pass takes its sums, but for that of weights, over weights or their squares in BF16, and of squares of norms in BF16: one rounding to
+// nearest, or two, and those of an MMA for each tile of tokens. SUM_NORM is off by one either way, the others are from above.
+constexpr float ONCE_ABOVE = 1.f + 1.f / 256 + 1.f / 65536, TWICE_ABOVE = 1.f + 1.f / 128 + 1.f / 32768;
+// Which word holds a statistic, and what of the word it is.
+__device__ __forceinline__ int word_with(int k) {
+  return k == SUM_SQUARES_NORM ? SUM_SQUARES : k == SUM_SQUARE_ERROR ? SUM_ERROR : k == DELTA ? DELTA_WORD : k >= D_NORM ? D_AND_NOTE : k;
+}
+__device__ __forceinline__ float part_of(float word, int k) {
+  const bool lower = k == SUM_SQUARES_NORM || k == SUM_SQUARE_ERROR || k >= STATISTICS, upper = k == SUM_SQUARES || k == SUM_ERROR || k == D_NORM;
+  const u32 x = __float_as_uint(word);
+  return __uint_as_float(lower ? x << 16 : upper ? x & 0xffff0000u : x);
+}
 // One of `Stats`, of a block and the tile's row, where the block's words lie.
 __device__ __forceinline__ float statistic(const float *words, int block, int row, int k) {
-  const bool lower = k == SUM_SQUARES_NORM || k == SUM_SQUARE_ERROR || k >= STATISTICS, upper = k == SUM_SQUARES || k == SUM_ERROR || k == D_NORM;
-  const int word = k == SUM_SQUARES_NORM ? SUM_SQUARES : k == SUM_SQUARE_ERROR ? SUM_ERROR : k == DELTA ? DELTA_WORD : k >= D_NORM ? D_AND_NOTE : k;
-  const u32 x = __float_as_uint(words[word_at(block, word) + (k >= STATISTICS ? k - STATISTICS : row)]);
-  return __uint_as_float(lower ? x << 16 : upper ? x & 0xffff0000u : x);
+  return part_of(words[word_at(block, word_with(k)) + (k >= STATISTICS ? k - STATISTICS : row)], k);
 }
 // Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE]. The score pass
 // leaves SPLIT_TOP and the last two, mass and mass times norms as it went, from which the value pass of all splits takes what may be

@@ -16,9 +16,10 @@ __device__ __forceinline__ u32 shared_at(const void *p) { return (u32)__cvta_gen
 __device__ __forceinline__ void barrier_init(u64 *bar) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_at(bar)) : "memory");
 }
-__device__ __forceinline__ void barrier_expect(u64 *bar, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_at(bar)), "r"(bytes) : "memory");
+__device__ __forceinline__ void barrier_expect(u32 bar, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(bar), "r"(bytes) : "memory");
 }
+__device__ __forceinline__ void barrier_expect(u64 *bar, u32 bytes) { barrier_expect(shared_at(bar), bytes); }
 __device__ __forceinline__ void bulk_copy(void *to, const void *from, u32 bytes, u64 *bar) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_at(to)),
                "l"(from), "r"(bytes), "r"(shared_at(bar))
@@ -42,11 +43,13 @@ __device__ __forceinline__ void store_kept(float *at, float x, u64 policy) {
 __device__ __forceinline__ void store_kept(float *at, float x, float y, u64 policy) {  // at a multiple of eight bytes
   asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1,%2}, %3;" ::"l"(at), "f"(x), "f"(y), "l"(policy) : "memory");
 }
-__device__ __forceinline__ void bulk_stream(void *to, const void *from, u32 bytes, u64 *bar, u64 policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                   shared_at(to)),
-               "l"(from), "r"(bytes), "r"(shared_at(bar)), "l"(policy)
+__device__ __forceinline__ void bulk_stream(u32 to, const void *from, u32 bytes, u32 bar, u64 policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(bar), "l"(policy)
                : "memory");
+}
+__device__ __forceinline__ void bulk_stream(void *to, const void *from, u32 bytes, u64 *bar, u64 policy) {
+  bulk_stream(shared_at(to), from, bytes, shared_at(bar), policy);
 }
 // A copy of sixteen bytes from global to shared memory, a lane its own; `copies_wait` waits for all copies of all lanes of the warp.
 __device__ __forceinline__ void copy16(u32 to, const void *from, u64 policy) {
@@ -81,12 +84,16 @@ __device__ __forceinline__ uint4 shared128(u32 at) {
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
   return x;
 }
-__device__ __forceinline__ void barrier_wait(u64 *bar, u32 parity) {
+__device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
   asm volatile(
-      "{\n .reg .pred done;\n again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @!done bra again;\n}" ::"r"(
-          shared_at(bar)),
-      "r"(parity)
+      "{\n .reg .pred done;\n again:\n mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n @!done bra again;\n}" ::"r"(bar), "r"(parity)
       : "memory");
+}
+__device__ __forceinline__ void barrier_wait(u64 *bar, u32 parity) { barrier_wait(shared_at(bar), parity); }
+// The same number, which the compiler does not work out anew where it is used.
+__device__ __forceinline__ u32 in_register(u32 x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -118,4 +125,32 @@ __device__ __forceinline__ void mma_s8(int (&d)[4], uint4 a, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+// The same of BF16.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+// An 8 x 8 matrix of 16-bit numbers, of whose row r a lane has columns 2c and 2c + 1, transposed.
+__device__ __forceinline__ u32 transposed(u32 x) {
+  u32 y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+  return y;
+}
+// Two numbers in BF16, to nearest; of such pairs products, to nearest, and the larger ones.
+__device__ __forceinline__ u32 bf16_pair(float lower, float upper) {
+  u32 x;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(upper), "f"(lower));
+  return x;
+}
+__device__ __forceinline__ u32 bf16_products(u32 x, u32 y) {
+  u32 z;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
+}
+__device__ __forceinline__ u32 bf16_largest(u32 x, u32 y) {
+  u32 z;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y));
+  return z;
 }

@@ -1,6 +1,6 @@
-// What the bounds assume of the hardware (CERTIFICATE.md, "An MMA"), tried on drawn numbers: the largest error of an FP16 MMA over its
-// terms' absolute sum and of ex2.approx over its value, in units of 2^-24, and whether an INT8 MMA was ever not exact. One warp; `worst`
-// [3].
+// What the bounds assume of the hardware (CERTIFICATE.md, "An MMA"), tried on drawn numbers: the largest error of an FP16 or BF16 MMA over its
+// terms' absolute sum and of ex2.approx over its value, in units of 2^-24, and whether an INT8 MMA or a transposition was ever not exact. One
+// warp; `worst` [3].
 __device__ u32 drawn(u32 &state) {
   state = state * 1664525u + 1013904223u;
   u32 x = state;
@@ -29,21 +29,28 @@ extern "C" __global__ void __launch_bounds__(LANES) self_test(float *worst, int 
     for (int i = 0; i < 4; i++) a[i][lane] = drawn_half(state, octaves) | drawn_half(state, octaves) << 16;
     for (int i = 0; i < 2; i++) b[i][lane] = drawn_half(state, octaves) | drawn_half(state, octaves) << 16;
     __syncwarp();
-    float d[4];
-    double exact[4], size[4];
-    for (int i = 0; i < 4; i++) {
-      const int row = i / 2, column = 2 * c + i % 2;
-      d[i] = half_bits(drawn_half(state, octaves), 0) * (round % 3 ? 100.f : 1.f);
-      exact[i] = d[i], size[i] = fabs((double)d[i]);
-      for (int k = 0; k < 16; k++) {
-        const double x = half_bits(a[row + 2 * (k / 8)][4 * r + k % 8 / 2], k % 2), y = half_bits(b[k / 8][4 * column + k % 8 / 2], k % 2);
-        exact[i] += x * y, size[i] += fabs(x * y);
+    for (int type = 0; type < 2; type++) {  // the same bits as FP16 and as BF16
+      auto number = [&](u32 word, int upper) { return type ? __uint_as_float(upper ? word & 0xffff0000u : word << 16) : half_bits(word, upper); };
+      float d[4];
+      double exact[4], size[4];
+      for (int i = 0; i < 4; i++) {
+        const int row = i / 2, column = 2 * c + i % 2;
+        d[i] = number(drawn_half(state, octaves), 0) * (round % 3 ? 100.f : 1.f);
+        exact[i] = d[i], size[i] = fabs((double)d[i]);
+        for (int k = 0; k < 16; k++) {
+          const double x = number(a[row + 2 * (k / 8)][4 * r + k % 8 / 2], k % 2), y = number(b[k / 8][4 * column + k % 8 / 2], k % 2);
+          exact[i] += x * y, size[i] += fabs(x * y);
+        }
       }
+      if (type) mma_bf16(d, a[0][lane], a[1][lane], a[2][lane], a[3][lane], b[0][lane], b[1][lane]);
+      else mma_f16(d, a[0][lane], a[1][lane], a[2][lane], a[3][lane], b[0][lane], b[1][lane]);
+      for (int i = 0; i < 4; i++) of_mma = fmaxf(of_mma, (float)(fabs(d[i] - exact[i]) / (size[i] * U32F)));
     }
-    mma_f16(d, a[0][lane], a[1][lane], a[2][lane], a[3][lane], b[0][lane], b[1][lane]);
+    const u32 turned = transposed(a[0][lane]), odd = 16 * (r % 2);
+    for (int i = 0; i < 2; i++)
+      if ((turned >> 16 * i & 0xffffu) != (a[0][4 * (2 * c + i) + r / 2] >> odd & 0xffffu)) of_int = 1.f;
     int sums[4] = {0, 0, 0, 0}, whole[4];
     for (int i = 0; i < 4; i++) {
-      of_mma = fmaxf(of_mma, (float)(fabs(d[i] - exact[i]) / (size[i] * U32F)));
       const int row = i / 2, column = 2 * c + i % 2;
       whole[i] = 0;
       for (int k = 0; k < 32; k++) {

@@ -19,7 +19,7 @@ def verify() -> None:
     mma, exp, integer = worst.get().tolist()
     if not (mma <= MMA_MAX and exp <= EXP_MAX and integer == 0.0):
         raise DeviceUnavailable(
-            f"the device's arithmetic is not what bounds rest on: an FP16 MMA was off by {mma:.1f} units of its terms' sum (at most "
-            f"{MMA_MAX:.0f} are allowed for), ex2.approx by {exp:.2f} (at most {EXP_MAX:.2f}), INT8 MMAs were "
-            f"{'not ' if integer else ''}exact; serve with --backend cpu"
+            f"the device's arithmetic is not what bounds rest on: an MMA was off by {mma:.1f} units of its terms' sum (at most "
+            f"{MMA_MAX:.0f} are allowed for), ex2.approx by {exp:.2f} (at most {EXP_MAX:.2f}), INT8 MMAs and "
+            f"transpositions were {'not ' if integer else ''}exact; serve with --backend cpu"
         )

@@ -48,14 +48,14 @@ struct RowSums {
 #pragma unroll
     for (int i = 0; i < 8; i++) v[i] = -0.f;  // to which adding is no instruction
   }
-  __device__ __forceinline__ void add(float w, float nu, float eta, float used) {
+  __device__ __forceinline__ void add(float w, float nu, float eta) {
     float normed = w * nu, failed = w * eta;
     v[SUM] += w;
     v[SUM_SQUARES] = fmaf(w, w, v[SUM_SQUARES]);
     v[SUM_NORM] += normed;
     v[SUM_SQUARES_NORM] = fmaf(normed, normed, v[SUM_SQUARES_NORM]);
     v[SUM_ERROR] += failed;
-    v[SUM_SQUARE_USED] = fmaf(w * used, used, v[SUM_SQUARE_USED]);
+    v[SUM_SQUARE_VALUE] = fmaf(normed, nu, v[SUM_SQUARE_VALUE]);
     v[SUM_SQUARE_ERROR] = fmaf(failed, eta, v[SUM_SQUARE_ERROR]);
   }
 };

@@ -94,7 +94,7 @@ __device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, in
     const float is = !key ? was : s[t] - top >= LOG2_MIN ? exp2_approx(s[t] - top) : 0.f;
     // Raw values have no codes that could err; promoted ones are used as they are.
     const float eta = value && raw ? 0.f : stored;
-    sums.add(is, nu, eta, value ? nu : nu + eta);
+    sums.add(is, nu, eta);
     sums.v[TOP] += was * was_factor * (raw ? nu : nu + stored);  // a place that sums have free
     const float now = is * is_factor, then = was * was_factor;
     room.weight[t * TILE + token][row] = value ? -then : now - then, room.weight[t * TILE + token][ROW_TILE + row] = value ? now : 0.f;
@@ -109,7 +109,7 @@ __device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, in
   if (lane == SUM_SQUARES || lane == SUM_ERROR || lane == D_AND_NOTE) x = both_above(x, other);
   if (lane == DELTA_WORD) x = eps;
   if (lane == TOP) x = top;
-  if (lane <= TOP && (key || lane < DELTA_WORD || lane == SUM_ERROR || lane == SUM_SQUARE_USED)) statistics[word_at(block, lane) + row] = x;
+  if (lane <= TOP && (key || lane < DELTA_WORD || lane == SUM_ERROR)) statistics[word_at(block, lane) + row] = x;
   return sum;
 }
 
@@ -259,8 +259,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   const float reference = after[threadIdx.x % ROW_TILE];
   SplitSums<true> split_sums;
   if (threadIdx.x < ROW_TILE) split_sums.p1[ERROR - 8] = errors[threadIdx.x];
-#pragma unroll 1  // instructions that run once are waited for as they come
-  for (int b = threadIdx.x / ROW_TILE; b < count; b += THREADS / ROW_TILE) split_sums.add(of_split, first, b, reference, room.marks);
+  split_sums.add(of_split, first, count, reference, room.marks);
   split_sums.leave(of_warps, reference);
   __syncthreads();
   write_sums<true>(partials, of_warps);
