@@ -10,6 +10,7 @@ from tierd_kernels.copying import Copying
 
 from tierd.commands import Attend, CloseSession, Row, Truncate
 from tierd.engine import EngineConfig
+from tierd.engine.wanted import FEW
 
 RECORDS = 16  # originals of 64 tokens at one layer
 WAIT_S = 30.0  # only a failing test waits this long
@@ -38,14 +39,15 @@ class Device(Bench):
 
 def test_copies_for_a_call_begin_while_the_next_but_one_is_computed() -> None:
     """Behind the next, it is looked at."""
-    bench = Device()
-    name = bench.opened(tokens=64)
+    bench, records = Device(), 2 * RECORDS
+    assert records >= FEW
+    name = bench.opened(tokens=128)
     answers = bench.run(*(bench.attend(name) for _ in range(3)))
-    assert bench.copies == [(0, 0), (0, 0), (0, RECORDS)]
+    assert bench.copies == [(0, 0), (0, 0), (0, records)]
     assert all(row.late_records == 0 for (row,) in answers), "no copy was on its way when a call's kernels started"
-    assert (bench.engine.counters.misses, bench.engine.counters.hits) == (3 * RECORDS, 0)
+    assert (bench.engine.counters.misses, bench.engine.counters.hits) == (3 * records, 0)
     bench.run(bench.attend(name))
-    assert (bench.engine.counters.misses, bench.engine.counters.hits, bench.engine.counters.late) == (3 * RECORDS, RECORDS, 0)
+    assert (bench.engine.counters.misses, bench.engine.counters.hits, bench.engine.counters.late) == (3 * records, records, 0)
 
 
 def test_a_copy_that_arrives_while_kernels_run_that_did_not_know_of_it_is_late() -> None:

@@ -11,7 +11,7 @@ from engine_calls import CONFIG, EXACT, RECORD_BYTES, Bench
 from tierd.commands import Attend, CloseSession, CloseWorker, Command, Fork, Row, Truncate
 from tierd.engine import EngineConfig
 from tierd.engine.scratch import Asker
-from tierd.engine.wanted import PART, PART_MIN, Wanted, Wish
+from tierd.engine.wanted import FEW, PART, PART_MIN, PATIENCE, Wanted, Wish
 from tierd.policy import Choice
 from tierd.residency import BlockTable, Ids
 
@@ -83,9 +83,12 @@ def test_parts_are_in_the_end_what_one_turn_begins(seed: int) -> None:
     whole.called(tokens)
     assert parts.hide() == 0, "looked at, and no more"
     left = everything = wanted_after(tokens, promote_every)
+    waited = 0
     while parts.cache.is_behind:
         assert len(parts.cache._wanted) == left
-        most = min(left, max(PART_MIN, -(-left // PART)))
+        waited = waited + 1 if left < FEW else PATIENCE
+        most = min(left, max(PART_MIN, -(-left // PART))) if waited == PATIENCE else 0
+        waited %= PATIENCE
         begun = parts.hide()
         assert begun <= most and len(parts.cache._wanted) <= left - most
         assert begun == most or parts.counters.prefetched < everything, "less only where there was no room"
@@ -103,7 +106,8 @@ def test_what_has_arrived_is_taken_in_behind_kernels_too() -> None:
     assert poll is list
     bench.called([[64, 0]])
     bench.hide()
-    assert bench.hide() == RECORDS == bench.engine.residency.num_copies and bench.engine.residency.num_in_flight == 0
+    assert [bench.hide() for _ in range(PATIENCE)] == [0] * (PATIENCE - 1) + [RECORDS]
+    assert bench.engine.residency.num_copies == RECORDS and bench.engine.residency.num_in_flight == 0
 
 
 def test_what_a_call_taught_is_learnt_though_the_engine_stops() -> None:
@@ -225,28 +229,45 @@ def wish(layer: int, count: int, session: str = "s") -> Wish:
 
 
 def served(wanted: Wanted, room: int = 1 << 30) -> list[tuple[int, int]]:
-    """A part; layers and how many records of each, in order."""
+    """The next part; layers and how many records of each, in order."""
     done: list[tuple[int, int]] = []
+    most = next(most for _ in range(PATIENCE) if (most := wanted.due()))
 
     def begin(wish: Wish, some: slice) -> None:
         done.append((wish.asker.layer, some.stop - some.start))
 
-    wanted.serve(wanted.part, lambda wish: room - sum(count for _, count in done), begin)
+    wanted.serve(most, lambda wish: room - sum(count for _, count in done), begin)
     return done
 
 
 @pytest.mark.parametrize("layers", [1, 4, 64])
 def test_what_waits_is_bounded_though_every_call_is_looked_at(layers: int) -> None:
     rng, wanted, most, first = np.random.default_rng(layers), Wanted(), 300, 0
+    def go_on() -> None:
+        wanted.serve(wanted.due(), lambda wish: 1 << 30, lambda wish, some: None)
+
     for turn in range(400):
-        served(wanted)
+        go_on()
         first = max(first, len(wanted))
         wanted.add(wish(turn % layers, int(rng.integers(200, most + 1))))
         assert len(wanted) <= min(layers, 4) * most and len(wanted._wishes) <= layers
     assert first > 0
     for _ in range(100):
-        served(wanted)
+        go_on()
     assert not wanted
+
+
+def test_few_wait_for_others_and_not_for_long() -> None:
+    wanted = Wanted()
+    assert [wanted.due() for _ in range(2 * PATIENCE)] == [0] * 2 * PATIENCE
+    wanted.add(wish(0, FEW - 1))
+    assert [wanted.due() for _ in range(PATIENCE - 1)] == [0] * (PATIENCE - 1), "nobody waited before"
+    wanted.add(wish(0, 1))
+    assert served(wanted) == [(0, 1)], "a later look does not begin the wait anew"
+    wanted.add(wish(0, FEW - 1))
+    assert wanted.due() == 0
+    wanted.add(wish(1, 1))
+    assert wanted.due() == PART_MIN
 
 
 def test_a_later_look_at_a_layer_takes_the_place_of_an_earlier_one() -> None:

@@ -120,7 +120,7 @@ class ScratchCache:
         what that needs.
         """
         if hidden:
-            self._begin(self._wanted.part)
+            self._begin(self._wanted.due())
             self.collect()
             self._learn()
             return
@@ -209,7 +209,7 @@ class ScratchCache:
 
     def _begin(self, most: int) -> None:
         """Begins so many copies of what is wanted, until room, link or scratch is used up; all are given to the copier together."""
-        if not len(self._wanted):
+        if not most:
             return
         begun: list[Ids] = []
 

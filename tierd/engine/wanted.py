@@ -14,6 +14,10 @@ from tierd.residency import BlockTable
 # take them in as much again. Beyond 0.2 ms, which kernels hide, tiering took 114 us a call where a look's 54 copies began together with it,
 # 134 in parts of 32, and 70 in one part (`benchmarks/bench_host_path.py` with 917 originals a call; copies arrive by the next).
 PART, PART_MIN = 4, 64
+# Fewer than FEW wait for others, or for PATIENCE turns: where nearly all is at hand a look wants some nine records, and to begin them by
+# themselves was a third of what tiering added to a step (`benchmarks/bench_tiering_cuda.py` on an H200: 0.37 to 0.46 of it, now 0.28). A
+# turn is a call of one layer: of 32 layers copies are there when theirs is called next.
+FEW, PATIENCE = 32, 16
 
 
 @dataclass(eq=False)
@@ -49,14 +53,20 @@ class Wanted:
 
     def __init__(self) -> None:
         self._wishes: list[Wish] = []  # in the order of their turns
+        self._waited = 0  # turns, while there were few
 
     def __len__(self) -> int:
         """Records."""
         return sum(wish.left for wish in self._wishes)
 
-    @property
-    def part(self) -> int:
-        """How many records may begin behind a call's kernels: so many that what waits is at most four times what a look wants."""
+    def due(self) -> int:
+        """How many records may begin behind a call's kernels, asked once a turn: none while there are few that have not waited long, else
+        so many that what waits is at most four times what a look wants."""
+        few = len(self) < FEW
+        self._waited = self._waited + 1 if few and self._wishes else 0
+        if few and self._waited < PATIENCE:
+            return 0
+        self._waited = 0
         return max(PART_MIN, -(-len(self) // PART))
 
     def add(self, wish: Wish) -> None:
