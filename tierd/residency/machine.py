@@ -59,6 +59,7 @@ class Residency:
         self._numbered: list[BlockTable] = []
         self._copies = Copies()
         self._num_in_flight = self._turn = 0
+        self._some_under_way = False  # when the turn began
         self._gone: Callable[[Ids, NDArray[np.bool_]], None] = lambda ids, used: None
 
     def on_gone(self, tell: Callable[[Ids, NDArray[np.bool_]], None]) -> None:
@@ -108,11 +109,14 @@ class Residency:
     def next_turn(self) -> None:
         """A new batch of calls begins."""
         self._turn += 1
+        self._some_under_way = self._num_in_flight > 0
 
     def num_late(self, table: BlockTable, records: Ids, exact_heads: NDArray[np.bool_]) -> int:
         """Of these records (int64 [3, n]: kinds, block ids, heads; rows behind are not read), which the last batch read from the host, how
         many had a copy on its way when that began. It may have arrived meanwhile; one that failed for good is not counted, nor what
         `exact_heads` [Hkv] read, who never look for copies."""
+        if not self._some_under_way:
+            return 0
         return begun_before(records, exact_heads, table.copy_id, self._copies.turn, self._turn)
 
     def copies(self) -> Iterator[ScratchCopy]:
