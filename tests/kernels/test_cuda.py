@@ -70,6 +70,7 @@ def draw(layout: Layout, tokens: int, query_heads: int, n: int, regime: str, see
 
 def store(layout: Layout, k: Raw, v: Raw, blocks: NDArray[np.int64] | None = None, memory: Any = None) -> Cache:
     """As `kernels_cache.store`, on the device; block i lies where `blocks` says. `memory`: to use again."""
+    import cupy
     from tierd_kernels.cuda import backend
 
     B, tokens, heads = layout.block_size, k.shape[1], layout.num_kv_heads
@@ -78,6 +79,7 @@ def store(layout: Layout, k: Raw, v: Raw, blocks: NDArray[np.int64] | None = Non
     size = layout.original_block_bytes
     memory = memory or backend.reserve(max(full, 1) * backend.hot_block_bytes(layout), count * size, count * size)
     memory.hot.fill(0xEE)
+    cupy.cuda.Device().synchronize()  # the backend's streams do not wait for the one that fills
     originals, hot = order * size, order[:full].argsort().argsort() * backend.hot_block_bytes(layout)
     memory.originals[:] = 0xFF
     arena = memory.originals[: count * size].view(k.dtype).reshape(count, 2, heads, B, layout.head_dim)

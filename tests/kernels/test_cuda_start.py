@@ -95,6 +95,17 @@ def test_a_sound_device_starts_and_a_kernel_has_run(monkeypatch: pytest.MonkeyPa
     assert probed == [True]
 
 
+def test_memory_is_all_zeros_before_streams_that_do_not_wait_for_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import cupy
+    from tierd_kernels.cuda import backend
+
+    done, zeros = list[str](), cupy.zeros
+    monkeypatch.setattr(cupy, "zeros", lambda *args: [done.append("zeros"), zeros(*args)][1])
+    monkeypatch.setattr(cupy.cuda.Device, "synchronize", lambda self: done.append("waited"))
+    backend.reserve(*SIZES)
+    assert done[-4:] == ["zeros", "zeros", "zeros", "waited"]
+
+
 def test_part_of_the_l2_is_set_aside_where_it_is_to_be_had(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     import cupy
     from tierd_kernels.cuda import backend

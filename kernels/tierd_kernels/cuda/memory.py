@@ -85,6 +85,7 @@ def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: 
         hot, scratch, workspace = (cp.zeros(max(n, ALIGNMENT), cp.uint8) for n in (hot_bytes, scratch_bytes, WORKSPACE_BYTES))
         inputs, outputs, kept = Staging(STAGING_BYTES), Staging(STAGING_BYTES), Kept(KEPT_BYTES)
         stream, copier = (cp.cuda.Stream(non_blocking=True) for _ in range(2))
+        device.synchronize()  # zeros are written on a stream that those two do not wait for: late ones would take what these have written
     except (cp.cuda.memory.OutOfMemoryError, *FAULTS) as error:
         raise DeviceUnavailable(
             f"the device refused memory for hot_bytes {hot_bytes}, scratch_bytes {scratch_bytes} and calls: {one_line(error)}; lower "
