@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from test_cuda import LAYOUTS
+from tierd_kernels.cuda.sources import RESIDENT, SPLIT_TOKENS_MAX, SPLIT_TOKENS_SHORT, WARPS
 from tierd_kernels.policy import Budget, Coverage
 
 SHAPES = st.tuples(
@@ -32,6 +33,19 @@ def test_arrays_have_the_room_that_each_part_of_the_plan_needs(layout: Any, draw
         least, most = rooms(own, place), rooms(shared, place)
         assert least.keys() == most.keys() and all(most[name] >= nbytes >= 0 for name, nbytes in least.items())
         assert sum(most.values()) == shared.sizes[place], "arrays overlap, or do not begin at the beginning"
+
+
+@pytest.mark.usefixtures("cuda")
+@given(st.sampled_from(LAYOUTS), st.integers(0, 20000), st.integers(1, 64), st.integers(1, 200))
+def test_splits_are_the_shortest_that_find_room_at_once(layout: Any, full: int, tiles: int, processors: int) -> None:
+    from tierd_kernels.cuda.launch import kernels
+
+    def fits(per: int) -> bool:
+        short = per * layout.block_size < SPLIT_TOKENS_SHORT
+        return -(-full // per) * tiles <= (RESIDENT // 2 if short else RESIDENT) * processors
+
+    lengths = [WARPS << i for i in range(12) if (WARPS << i) * layout.block_size <= SPLIT_TOKENS_MAX]
+    assert kernels(layout).split_blocks(full, tiles, processors) == next(filter(fits, lengths), lengths[-1])
 
 
 @pytest.mark.usefixtures("cuda")
