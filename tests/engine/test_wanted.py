@@ -243,6 +243,7 @@ def served(wanted: Wanted, room: int = 1 << 30) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("layers", [1, 4, 64])
 def test_what_waits_is_bounded_though_every_call_is_looked_at(layers: int) -> None:
     rng, wanted, most, first = np.random.default_rng(layers), Wanted(), 300, 0
+
     def go_on() -> None:
         wanted.serve(wanted.due(), lambda wish: 1 << 30, lambda wish, some: None)
 
@@ -291,3 +292,10 @@ def test_little_room_is_shared_by_those_that_wait() -> None:
     for row in range(4):
         wanted.add(wish(row, 40))
     assert served(wanted, room=10) == [(0, 3), (1, 3), (2, 2), (3, 2)] and not wanted
+
+
+def test_room_for_a_whole_part_is_not_shared() -> None:
+    wanted = Wanted()
+    for row in range(4):
+        wanted.add(wish(row, 2 * PART_MIN))
+    assert served(wanted, room=2 * PART_MIN) == [(0, 2 * PART_MIN)], "a part is a quarter of all"

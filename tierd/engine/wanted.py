@@ -90,16 +90,16 @@ class Wanted:
         self._wishes = []
 
     def serve(self, most: int, room: Callable[[Wish], int], begin: Callable[[Wish, slice], None]) -> None:
-        """Has copies of `most` records begun, the best of each wish in turn: as many as it has `room` for, no more than its part of that
-        while others wait. One that has no room ends. Where `most` are done before all have had their turn, the next time goes on there: a
-        little of each row every time would take longer than all of one."""
+        """Has copies of `most` records begun, the best of each wish in turn: as many as it has `room` for and, where that is not for all of
+        them, no more than its part of it while others wait. One that has no room ends. Where `most` are done before all have had their
+        turn, the next time goes on there: a little of each row every time would take longer than all of one."""
         while most and len(self):
             self._wishes = wishes = [wish for wish in self._wishes if wish.left]
             for number, wish in enumerate(wishes):
                 if not (free := room(wish)):
                     wish.end()
                     continue
-                some = wish.next(min(most, -(-free // (len(wishes) - number))))
+                some = wish.next(most if free >= most else min(most, -(-free // (len(wishes) - number))))
                 begin(wish, some)
                 most -= some.stop - some.start
                 if not most:
