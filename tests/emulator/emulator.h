@@ -364,7 +364,7 @@ inline void mma_16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1
   for (int i = 0; i < 4; i++) d[i] = truncated(sums[i]);
 }
 inline double half_of(unsigned short bits) { return __half2float({bits}); }
-inline double bf16_of(unsigned short bits) { return __uint_as_float((u32)bits << 16); }
+inline double bf16_of(unsigned short bits) { return __bfloat162float({bits}); }
 inline void mma_f16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { mma_16(d, a0, a1, a2, a3, b0, b1, half_of); }
 inline void mma_bf16(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) { mma_16(d, a0, a1, a2, a3, b0, b1, bf16_of); }
 inline u32 transposed(u32 x) {

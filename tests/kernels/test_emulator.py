@@ -1,6 +1,7 @@
 """The emulator that stands in for a device: what it is trusted for."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import device
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 from tierd_kernels.cuda.sources import FOLDER
+from tierd_kernels.kvview import narrow, widen
 
 pytestmark = pytest.mark.skipif(device.real(), reason="there is a device; nothing is emulated")
 Launch = Callable[..., None]
@@ -107,29 +108,18 @@ def test_doubles_are_rounded_once(launch: Launch, numbers: list[float]) -> None:
     assert (np.abs(found - exact) <= unit / 2).all()
 
 
-def bf16_bits(x: NDArray[Any]) -> NDArray[np.uint16]:
-    """Of float32, to nearest, ties to even."""
-    bits = x.astype(np.float32).view(np.uint32)
-    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-
-
-def of_bf16(bits: NDArray[Any]) -> NDArray[np.float32]:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_an_mma_multiplies(launch: Launch, bf16: bool) -> None:
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_an_mma_multiplies(launch: Launch, dtype: str) -> None:
     random = np.random.default_rng(0)
-    drawn = random.standard_normal((16, 16)), random.standard_normal((16, 8))
-    a, b = (bf16_bits(x) if bf16 else x.astype(np.float16) for x in drawn)
+    a, b = narrow(random.standard_normal((16, 16)), dtype), narrow(random.standard_normal((16, 8)), dtype)
     lane = np.arange(32)
     r, c = lane // 4, lane % 4
     rows, columns = (r, r + 8, r, r + 8), (2 * c, 2 * c, 2 * c + 8, 2 * c + 8)
     of_a = [np.stack([a[x, y], a[x, y + 1]], axis=1).view(np.uint32)[:, 0] for x, y in zip(rows, columns, strict=True)]
     of_b = [np.stack([b[y, r], b[y + 1, r]], axis=1).view(np.uint32)[:, 0] for y in (2 * c, 2 * c + 8)]
     d = on_device(np.zeros((32, 4), np.float32))
-    launch("mma", 32, on_device(np.stack(of_a)), on_device(np.stack(of_b)), d, np.int32(bf16))
-    exact = of_bf16(a).astype(np.float64) @ of_bf16(b) if bf16 else a.astype(np.float64) @ b.astype(np.float64)
+    launch("mma", 32, on_device(np.stack(of_a)), on_device(np.stack(of_b)), d, np.int32(dtype == "bfloat16"))
+    exact = widen(a, dtype) @ widen(b, dtype)
     for i in range(4):
         assert np.allclose(np.asarray(d)[:, i], exact[r + 8 * (i // 2), 2 * c + i % 2], rtol=2.0**-22, atol=2.0**-22)
 
@@ -137,14 +127,15 @@ def test_an_mma_multiplies(launch: Launch, bf16: bool) -> None:
 def test_pairs_are_multiplied_compared_and_transposed(launch: Launch) -> None:
     random = np.random.default_rng(1)
     x, y = (np.ldexp(random.standard_normal((2, 32)), random.integers(-60, 60, (2, 32))).astype(np.float32) for _ in range(2))
+    to, of = partial(narrow, dtype="bfloat16"), partial(widen, dtype="bfloat16")
     y[0, 3] = np.inf
     out = on_device(np.zeros((4, 2 * 32), np.uint16))
     launch("pairs", 32, on_device(x), on_device(y), out)
     found = np.asarray(out).reshape(4, 32, 2)
-    pair, other = bf16_bits(x).T, bf16_bits(y).T  # [lane, half]
+    pair, other = to(x).T, to(y).T  # [lane, half]
     assert np.array_equal(found[0], pair)
-    assert np.array_equal(found[1], bf16_bits(of_bf16(pair) * of_bf16(other)))
-    assert np.array_equal(of_bf16(found[2]), np.maximum(of_bf16(pair), of_bf16(other)))
+    assert np.array_equal(found[1], to(of(pair) * of(other)))
+    assert np.array_equal(of(found[2]), np.maximum(of(pair), of(other)))
     assert np.array_equal(found[3].reshape(8, 8), pair.reshape(8, 8).T)
 
 

@@ -281,7 +281,7 @@ class Batch:
             for work in job.works:
                 assert work.result is not None
                 self._counters.add(work.result)
-                if self._residency.num_copies and work.from_host.size:
+                if work.from_host.size:
                     work.late_records = self._residency.num_late(work.session.table, work.from_host, work.exact_heads)
             waited_s = self._prefetch_wait_s
             job.future.set_result(

@@ -53,7 +53,7 @@ class Wanted:
 
     def __init__(self) -> None:
         self._wishes: list[Wish] = []  # in the order of their turns
-        self._waited = 0  # turns, while there were few
+        self._waited = 0  # turns that something waits and nothing is due
 
     def __len__(self) -> int:
         """Records."""
@@ -62,9 +62,8 @@ class Wanted:
     def due(self) -> int:
         """How many records may begin behind a call's kernels, asked once a turn: none while there are few that have not waited long, else
         so many that what waits is at most four times what a look wants."""
-        few = len(self) < FEW
-        self._waited = self._waited + 1 if few and self._wishes else 0
-        if few and self._waited < PATIENCE:
+        self._waited = self._waited + 1 if self._wishes else 0
+        if len(self) < FEW and self._waited < PATIENCE:
             return 0
         self._waited = 0
         return max(PART_MIN, -(-len(self) // PART))
@@ -99,7 +98,7 @@ class Wanted:
                 if not (free := room(wish)):
                     wish.end()
                     continue
-                some = wish.next(most if free >= most else min(most, -(-free // (len(wishes) - number))))
+                some = wish.next(most if free >= most else -(-free // (len(wishes) - number)))
                 begin(wish, some)
                 most -= some.stop - some.start
                 if not most:

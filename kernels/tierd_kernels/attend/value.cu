@@ -25,7 +25,6 @@ __device__ __forceinline__ u32 part(float x, float y, float low) {
 // it is not known.
 struct Limits { float top[ROW_TILE], most[ROW_TILE], output[ROW_TILE]; };
 
-constexpr int THREADS_A_ROW = WARPS * LANES / ROW_TILE;
 // What the score pass left of splits of a row, every 32nd from `first` on: largest score, mass and mass times norms.
 struct Runs {
   static constexpr int COUNT = 4;  // loads under way together: one after the other took 6 us at 131,072 tokens

@@ -65,31 +65,31 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
 // The sums of a split over its blocks' statistics, relative to `reference`, the row's largest score in it: what each thread adds up, a block and
 // row at a time, and what the thread block makes of it. `marked`: some blocks were promoted, as `marks` says, and scores changed.
 typedef float OfWarps[WARPS][RUN_MASS][ROW_TILE];
+constexpr int THREADS_A_ROW = WARPS * LANES / ROW_TILE;
 template <bool marked>
 struct SplitSums {
   float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
 
-  // Of a split's `count` blocks, whose words lie in shared memory: a thread has row threadIdx.x % ROW_TILE of every EACH-th. `first`: the number
-  // of the first block.
+  // Of a split's `count` blocks, whose words lie in shared memory: a thread has row threadIdx.x % ROW_TILE of every so many-th. `first`: the
+  // number of the first block.
   __device__ __forceinline__ void add(const float *of_split, int first, int count, float reference, const u32 *marks = nullptr) {
-    constexpr int EACH = WARPS * LANES / ROW_TILE;
-    static_assert(EACH % 8 == 0, "words of a thread's blocks lie alike");
+    static_assert(THREADS_A_ROW % 8 == 0, "words of a thread's blocks lie alike");
     const int row = threadIdx.x % ROW_TILE, own = threadIdx.x / ROW_TILE;
     u32 at[8];  // of the words of one block: worked out for every block, where they lie was a quarter of all instructions
 #pragma unroll
     for (int k = 0; k < 8; k++) at[k] = in_register(shared_at(of_split + own * STATISTIC_WORDS + word_at(first + own, k) + row));
 #pragma unroll 1
-    for (int b = own; b < count; b += EACH) {
+    for (int b = own; b < count; b += THREADS_A_ROW) {
       float words[8];
 #pragma unroll
       for (int k = 0; k < 8; k++) words[k] = __uint_as_float(shared32(at[k]));
-      const uint4 notes = shared128(at[D_AND_NOTE] - 4 * row);
+      const uint4 of_rows = shared128(at[D_AND_NOTE] - 4 * row);
+      const u32 notes[] = {of_rows.x, of_rows.y, of_rows.z};
 #pragma unroll
-      for (int k = 0; k < 8; k++) at[k] += EACH * STATISTIC_WORDS * 4;
+      for (int k = 0; k < 8; k++) at[k] += THREADS_A_ROW * STATISTIC_WORDS * 4;
       Stats x;
 #pragma unroll
-      for (int k = 0; k < STATISTICS; k++) x[k] = part_of(words[word_with(k)], k);
-      x[STATISTICS] = __uint_as_float(notes.x << 16), x[STATISTICS + 1] = __uint_as_float(notes.y << 16), x[STATISTICS + 2] = __uint_as_float(notes.z << 16);
+      for (int k = 0; k < STATISTICS + 3; k++) x[k] = part_of(k < STATISTICS ? words[word_with(k)] : __uint_as_float(notes[k - STATISTICS]), k);
       if (x[SUM] > 0.f) add(x, reference, marked && marks[b] >> (4 + row) & 1);
     }
   }

@@ -219,7 +219,6 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
     if (call.tokens > full * BLOCK) score_tail(calls + blockIdx.z, heads, group, h, tile, tiles, (float *)shared);
     return;
   }
-  unsigned char *stage = shared + warp * STAGED_BYTES + (LINED ? KEY_CODES_AT % LINE : 0);
   const u32 scales = shared_at(shared) + warp * STAGED_BYTES + SCORE_STAGES * CODES_EACH + LINE;  // [2][CHUNK], then [CHUNK] each
   const u32 offsets = scales + 2 * CHUNK * SCALE_BYTES, notes = offsets + CHUNK * SCALE_BYTES;
   __shared__ u64 bars[WARPS][SCORE_STAGES];
@@ -232,7 +231,8 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   if (lane < SCORE_STAGES) barrier_init(&bars[warp][lane]);
   barriers_ready();
   const u64 policy = stream_policy(), kept = keep_policy();
-  const u32 codes_at = in_register(shared_at(stage)), bars_at = in_register(shared_at(&bars[warp][0])), records_at = in_register(shared_at(&records[warp][0]));
+  const u32 codes_at = in_register(shared_at(shared) + warp * STAGED_BYTES + (LINED ? KEY_CODES_AT % LINE : 0));
+  const u32 bars_at = in_register(shared_at(&bars[warp][0])), records_at = in_register(shared_at(&records[warp][0]));
   auto issue = [&](int i, int s) {
     if (lane) return;
     barrier_expect(bars_at + 8 * s, CODE_BYTES);
