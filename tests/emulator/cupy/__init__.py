@@ -24,6 +24,7 @@ DYNAMIC = re.compile(r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+) (\w+)\[\
 FLAGS = (
     "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-mf16c", "-mfma", "-mavx2", "-ffp-contract=off", "-fsanitize=alignment",
     "-fsanitize-undefined-trap-on-error",
+    "-fvisibility=hidden",  # else functions' statics, which stand in for shared memory, are one in all layouts' kernels
 )  # fmt: skip
 PROCESSORS = 132
 
