@@ -26,7 +26,8 @@ CATASTROPHIC = """\
 The same model with value channels rescaled, which leaves its dense output as it is (`catastrophic.py`).
 `certified_catastrophic_accuracy` is that of a tolerance of 2 %."""
 JUDGED = """\
-The backend is the CUDA one where the machine is a GPU, else the CPU one. Errors are measured against attention in float64."""
+The backend is the CUDA one where the machine is a GPU, else the CPU one. Errors are measured against attention in float64. Of head-steps a
+second, a process counts its own: where several shared a machine it did so many times as many."""
 BOUNDS = """\
 At rung 0, nothing promoted or skipped; medians over steps where nothing else is said. The paper's formulas bound what quantisation does;
 the error also has the rounding of the output to the model's type, which is why it can be above them."""

@@ -67,7 +67,7 @@ def test_needles_are_in_the_text_and_the_answers_are_those_of_the_keys_asked_for
 
 @given(seed=SEEDS, depth=st.floats(0, 1))
 def test_the_needle_asked_for_lies_at_its_depth(seed: int, depth: float) -> None:
-    """By the pieces of the text before it: of characters the share differs, since lines are of different lengths and other needles lie there."""
+    """By the pieces of text before it: the share of characters differs, as lines' lengths do and where other needles lie."""
     for name in ("niah", "niah_single", "niah_multikey"):
         example = tasks.example(name, 6000, size, seed, depth=depth)
         assert example.depth == depth
