@@ -166,3 +166,27 @@ def test_a_barrier_that_some_never_reach_is_an_error(launch: Launch) -> None:
 
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match=r"stuck: threads of block \(0, 0, 0\) wait for others that never come"):
         launch("stuck", 64, on_device(np.zeros(1, np.int32)))
+
+
+def test_shared_memory_is_the_kernels_own_whatever_another_build_of_it_has(cuda: None) -> None:
+    """Arrays of an inline function in two builds, the first of which has less room."""
+    import cupy
+
+    text = """
+__device__ __forceinline__ void through(int *out) {
+  __shared__ int before[4], between[D], after[4];
+  if (threadIdx.x < 4) before[threadIdx.x] = after[threadIdx.x] = 7;
+  __syncthreads();
+  for (int i = threadIdx.x; i < D; i += 32) between[i] = i;
+  __syncthreads();
+  if (threadIdx.x < 4) out[threadIdx.x] = before[threadIdx.x], out[4 + threadIdx.x] = after[threadIdx.x];
+}
+extern "C" __global__ void all(int *out) { through(out); }
+"""
+    prelude, found = (FOLDER / "cuda" / "ptx.cuh").read_text(), []
+    for size in (4, 40):
+        out = on_device(np.zeros(8, np.int32))
+        module = cupy.RawModule(code=prelude + text, options=(f"-DD={size}",), backend="nvrtc")
+        module.get_function("all")((1,), (32,), (out,), shared_mem=0)
+        found.append(np.asarray(out).tolist())
+    assert found == [[7] * 8, [7] * 8]
