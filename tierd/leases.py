@@ -4,7 +4,7 @@ from tierd.clock import Clock
 
 
 class Leases:
-    """A worker's lease is renewed by each of its commands and runs out `idle_s` seconds after the last (None: never).
+    """A worker's lease is renewed by each of its commands, or part of one, and runs out `idle_s` seconds after the last (None: never).
 
     Sessions live exactly as long as their worker's lease, unless closed before.
     """

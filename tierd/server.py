@@ -215,6 +215,7 @@ class Tier:
                 self._workers.check(worker)
                 deadline = self._converter.deadline(context.time_remaining())
                 async for request in requests:
+                    self._engine.hear(worker)
                     assembly.add(parsed(request))
                 reply: pb.AppendReply = await self._calls.perform(assembly.operation(worker, deadline))
                 return reply

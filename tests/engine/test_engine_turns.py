@@ -272,6 +272,20 @@ def test_who_waited_for_the_engine_was_not_silent() -> None:
     assert not bench.engine.sessions.by_id, "now they were"
 
 
+def test_who_sends_a_long_command_in_parts_is_not_silent() -> None:
+    bench = Bench(replace(CONFIG, lease_s=10.0))
+    sending, silent = bench.opened("sending", tokens=20), bench.opened("silent", tokens=20)
+    for number in range(4):
+        bench.clock.advance(6.0)
+        bench.engine.hear("sending")
+        bench.engine.hear("nobody")
+        bench.engine.run_once()
+        assert bench.engine.sessions.by_id.keys() == ({sending, silent} if number == 0 else {sending})
+    bench.clock.advance(10.5)
+    bench.engine.run_once()
+    assert not bench.engine.sessions.by_id, "nothing more has come"
+
+
 def test_without_a_lease_nothing_expires() -> None:
     bench = Bench()
     name = bench.opened()

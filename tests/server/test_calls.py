@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import grpc
 import pytest
-from daemon_process import SMALL, open_request
+from daemon_process import KV_HEADS, SMALL, chunks, numbers, open_request
 from tierd_kernels import host
 from tierd_proto.v1 import tierd_pb2 as pb
 from tierd_proto.v1 import tierd_pb2_grpc
@@ -140,6 +140,19 @@ async def test_calls_over_the_limit_are_refused_by_name_and_the_status_is_told(f
         assert (await status_of(b))["calls_under_way"] == 2
         for append in appends:
             append.cancel()
+
+
+async def test_a_worker_is_heard_with_each_part_of_an_append(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with bench(folder) as b:
+        heard: list[str] = []
+        monkeypatch.setattr(b.engine, "hear", heard.append)
+        append = b.stub.Append(metadata=(("tierd-worker", b.worker),))
+        for number, part in enumerate(chunks("some", numbers(1, KV_HEADS, 60), numbers(2, KV_HEADS, 60), size=20)):
+            assert heard == [b.worker] * number
+            await append.write(part)
+            while len(heard) == number:
+                await asyncio.sleep(0)
+        append.cancel()
 
 
 async def test_a_worker_is_not_greeted_once_the_device_is_lost(folder: Path) -> None:

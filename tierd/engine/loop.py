@@ -104,6 +104,7 @@ class Engine:
         self._wake = threading.Condition()
         self._queue: deque[tuple[Command, Future[Any]]] = deque()
         self._asked: list[tuple[Command, Future[Any]]] = []  # Status only
+        self._heard: set[str] = set()  # workers of whom a part of a command has come since the last turn
         self._stopping = self._dozes = False  # dozes: its thread sleeps until it is woken, or for long
         self._thread: threading.Thread | None = None
         self._jobs: list[Job] = []
@@ -144,6 +145,11 @@ class Engine:
                 self._wake.notify()
         return future
 
+    def hear(self, worker: str) -> None:
+        """A part of a command has come from the worker: it is not silent, though the rest may take longer than its lease. Any thread."""
+        with self._wake:
+            self._heard.add(worker)
+
     def help(self) -> None:
         """Takes a turn on the calling thread, if nobody else has it and all that waits are short calls that a device computes; else wakes
         the engine's thread. To hand a call to another thread and its answer back takes 0.1 to 0.3 ms, as much as a short call costs the
@@ -173,10 +179,11 @@ class Engine:
         with self._wake:
             drained = list(self._queue)
             self._queue.clear()
+            heard, self._heard = self._heard, set()
         num_asked = 0
         try:
-            for command, _ in drained:
-                self._leases.touch(command.worker)
+            for worker in heard | {command.worker for command, _ in drained}:
+                self._leases.touch(worker)
             num_asked += self._answer_asked()
             self._expire_leases()
             for command, future in drained:
