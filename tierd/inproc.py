@@ -79,6 +79,7 @@ class InProcess:
 
         def assembled(deadline: float) -> Operation:
             for request in requests:
+                self._engine.hear(worker)
                 assembly.add(request)
             return assembly.operation(worker, deadline)
 

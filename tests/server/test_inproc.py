@@ -59,6 +59,15 @@ def test_a_session_from_opening_to_the_end_of_its_worker(tier: InProcess) -> Non
     assert '"sessions": 0' in tier.submit(pb.StatusRequest(), other, None).result(WAIT_S).json
 
 
+def test_a_worker_is_heard_with_each_part_of_an_append(tier: InProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, heard = tier.handshake(pb.HandshakeRequest(protocol=1)).worker, list[str]()
+    monkeypatch.setattr(tier._engine, "hear", heard.append)
+    session = tier.submit(open_request(), worker, None).result(WAIT_S).session_id
+    k, v = numbers(1, KV_HEADS, 60), numbers(2, KV_HEADS, 60)
+    assert tier.append(chunks(session, k, v, size=20), worker, 60.0).result(WAIT_S) == pb.AppendReply()
+    assert heard == [worker] * 3
+
+
 def test_an_attend_of_arrays_takes_copies_of_them() -> None:
     tier = InProcess({name.replace("-", "_"): value for name, value in SMALL.items()})
     worker = tier.handshake(pb.HandshakeRequest(protocol=1)).worker
