@@ -72,11 +72,15 @@ extern "C" __global__ void stuck(int *out) {
 """
 
 
-@pytest.fixture(scope="module")
-def launch(cuda: None) -> Launch:
+def built(text: str, *options: str) -> Any:
     import cupy
 
-    module = cupy.RawModule(code=(FOLDER / "cuda" / "ptx.cuh").read_text() + SOURCE, options=(), backend="nvrtc")
+    return cupy.RawModule(code=(FOLDER / "cuda" / "ptx.cuh").read_text() + text, options=options, backend="nvrtc")
+
+
+@pytest.fixture(scope="module")
+def launch(cuda: None) -> Launch:
+    module = built(SOURCE)
 
     def run(name: str, threads: int, *args: Any) -> None:
         module.get_function(name)((1,), (threads,), args, shared_mem=512)
@@ -170,8 +174,6 @@ def test_a_barrier_that_some_never_reach_is_an_error(launch: Launch) -> None:
 
 def test_shared_memory_is_the_kernels_own_whatever_another_build_of_it_has(cuda: None) -> None:
     """Arrays of an inline function in two builds, the first of which has less room."""
-    import cupy
-
     text = """
 __device__ __forceinline__ void through(int *out) {
   __shared__ int before[4], between[D], after[4];
@@ -183,10 +185,9 @@ __device__ __forceinline__ void through(int *out) {
 }
 extern "C" __global__ void all(int *out) { through(out); }
 """
-    prelude, found = (FOLDER / "cuda" / "ptx.cuh").read_text(), []
+    found = []
     for size in (4, 40):
         out = on_device(np.zeros(8, np.int32))
-        module = cupy.RawModule(code=prelude + text, options=(f"-DD={size}",), backend="nvrtc")
-        module.get_function("all")((1,), (32,), (out,), shared_mem=0)
+        built(text, f"-DD={size}").get_function("all")((1,), (32,), (out,), shared_mem=0)
         found.append(np.asarray(out).tolist())
     assert found == [[7] * 8, [7] * 8]

@@ -9,7 +9,6 @@ import tasks
 from hypothesis import given
 from hypothesis import strategies as st
 from tasks import Haystack, counting, niah
-from tasks.haystack import BETWEEN_PIECES
 
 SEEDS = st.integers(0, 2**32)
 LENGTHS = st.integers(2000, 9000)
@@ -72,7 +71,7 @@ def test_the_needle_asked_for_lies_at_its_depth(seed: int, depth: float) -> None
         example = tasks.example(name, 6000, size, seed, depth=depth)
         assert example.depth == depth
         text = example.prompt.split(niah.HEADER_ONE)[1].rsplit("\nWhat is", 1)[0]
-        pieces = [piece for piece in BETWEEN_PIECES.split(text + "\n") if piece.strip()]
+        pieces = Haystack.text(text).pieces
         hay = [not piece.startswith(niah.NEEDLE.split("{")[0]) for piece in pieces]
         (at,) = [i for i, piece in enumerate(pieces) if not hay[i] and example.answers[0] in piece]
         assert sum(hay[:at]) == round(depth * sum(hay))
