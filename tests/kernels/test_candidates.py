@@ -1,5 +1,6 @@
 """Candidates: the largest shares and no others, at most as many as were asked for, the same of both backends' forms."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -265,28 +266,37 @@ def test_of_exact_calls_and_of_several_at_once_everyone_has_his_own() -> None:
 @pytest.mark.gpu
 @pytest.mark.usefixtures("cuda")
 def test_candidates_are_worked_out_only_where_some_call_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who decides is told what each call has read; of what is launched together all calls name theirs."""
+    """Who decides is asked before anything was read, and then, if that does not settle it, told what each call has read; of what is
+    launched together all calls name theirs."""
     from tierd_kernels.cuda import backend
-    from tierd_kernels.cuda.launch import Kernels
+    from tierd_kernels.cuda.step import Step
 
     layout = LAYOUTS[0]
     k, v, q = draw(layout, 600, 8, 3, "sharp", 3)
-    cache, launched, work_out = store(layout, k, v), [], Kernels.candidates
-    monkeypatch.setattr(Kernels, "candidates", lambda *args: [launched.append(1), work_out(*args)][1])
-    for looked_at in ((False, False, False), (False, True, False)):
+    cache, launched, begin = store(layout, k, v), list[int](), Step._begin_late
+    monkeypatch.setattr(Step, "_begin_late", lambda step: [launched.append(1), begin(step)][1])
+    none, all_read = (0, 0), (4 * len(cache.hot), 4 * len(cache.hot))
+    rules: dict[str, Callable[[int, int], bool]] = {
+        "never": lambda needs, misses: False,
+        "some copies read": lambda needs, misses: needs > misses,
+        "always": lambda needs, misses: True,
+    }
+    for rule, answer in rules.items():
         told: list[tuple[int, int]] = []
 
-        def decide(needs: int, misses: int, told: list[Any] = told, looked_at: tuple[bool, ...] = looked_at) -> bool:
+        def decide(needs: int, misses: int, told: list[Any] = told, answer: Callable[[int, int], bool] = answer) -> bool:
             told.append((needs, misses))
-            return looked_at[len(told) - 1]
+            return answer(needs, misses)
 
         calls = [cache.call(q[:, i : i + 1], rtol, Budget(), is_looked_at=decide) for i, rtol in enumerate((0.5, 0.02, 0.0))]
         calls[1] = in_scratch(cache, calls[1])
         results = [x for x in backend.attend(layout, cache.memory, calls, 8) if isinstance(x, Result)]
-        assert len(results) == 3 and told == [(x.reads.from_host.size, int(x.reads.from_host.sum())) for x in results]
-        assert told[0] == (0, 0) and told[1][0] > told[1][1] and told[2] == (4 * len(cache.hot), 4 * len(cache.hot)), "none, some, all"
+        read = [(x.reads.from_host.size, int(x.reads.from_host.sum())) for x in results]
+        assert len(results) == 3 and told == [none] * 3 + (read if rule != "always" else [])
+        assert read[0] == none and read[1][0] > read[1][1] and read[2] == all_read, "none, some, all"
         named = [x.candidates().blocks.size > 0 for x in results]
-        assert named == [any(looked_at)] * 3 and bool(launched) == any(looked_at)
+        assert named == [rule != "never"] * 3 and len(launched) == (rule != "never"), rule
+        launched.clear()
 
 
 @pytest.mark.gpu
@@ -319,10 +329,12 @@ def test_answers_do_not_wait_for_candidates_and_those_of_a_step_survive_the_next
     monkeypatch.setattr(cache.memory, "answered", Told(answered, "answers"))
     monkeypatch.setattr(cache.memory, "arrived", Told(arrived, "candidates"))
     monkeypatch.setattr(cache.memory.graphs, "launch", launch)  # type: ignore[attr-defined]
-    (first,) = backend.attend(layout, cache.memory, [cache.call(q[:, :1], 0.1, Budget())], 8)
-    assert events == ["step launched", "answers recorded", "answers awaited", "candidates launched", "candidates recorded"]
+    begun, said = ["candidates launched", "candidates recorded"], iter([False, True])
+    late = cache.call(q[:, :1], 0.1, Budget(), is_looked_at=lambda needs, misses: next(said))
+    (first,) = backend.attend(layout, cache.memory, [late], 8)
+    assert events == ["step launched", "answers recorded", "answers awaited", *begun]
     (second,) = backend.attend(layout, cache.memory, [cache.call(q[:, 1:], 0.1, Budget())], 8)
-    assert events[5:8] == ["step launched", "candidates awaited", "answers recorded"]
+    assert events[5:] == ["step launched", "candidates awaited", "answers recorded", *begun, "answers awaited"]
     assert isinstance(first, Result) and isinstance(second, Result)
     assert not np.array_equal(first.candidates().scores, second.candidates().scores)
     (again,) = backend.attend(layout, cache.memory, [cache.call(q[:, :1], 0.1, Budget())], 8)

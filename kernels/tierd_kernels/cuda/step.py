@@ -42,10 +42,11 @@ class Answer:
     cold: NDArray[np.int32]
     candidates: Callable[[], Candidates]
 
-
-def _is_looked_at(part: Part, answer: Answer) -> bool:
-    from_host = answer.reads.from_host
-    return part.call.is_looked_at(from_host.size, int(np.count_nonzero(from_host)))
+    @property
+    def read(self) -> tuple[int, int]:
+        """How many originals, and how many of them from the host."""
+        from_host = self.reads.from_host
+        return from_host.size, int(np.count_nonzero(from_host))
 
 
 def _program(terms: list[Terms]) -> Program:
@@ -82,21 +83,29 @@ class Step:
         self.memory.graphs.launch((self.kernels, self.grid, self.program), self.enqueue, self.memory.stream)
 
     def answers(self, meanwhile: Callable[[], None] = idle) -> list[Answer]:
-        """What came back; waits for the device, but not for the candidates, which it begins only where the answers say that they will be
-        looked at: they take the device an eighth of a step at 131,072 tokens, half of one at 8,192. `meanwhile` runs while it computes."""
+        """What came back; waits for the device, but not for the candidates, which it begins only where they will be looked at: they take
+        the device an eighth of a step at 131,072 tokens, half of one at 8,192. Mostly that is known while it computes, which hides the
+        launch; else the answers say so. `meanwhile` runs while it computes."""
         memory = self.memory
         if memory.late:  # its candidates lie where these answers come; the device has something to do already
             memory.late.collect()
         memory.outputs.download(memory.stream, 0, self.answers_end)
         memory.answered.record(memory.stream)
+        late = self._begin_late() if self._looked_at([(0, 0)] * len(self.parts)) else None
         meanwhile()
         memory.answered.synchronize()
         answers = [self._answer(*each) for each in zip(self.parts, self.arranged.parts, strict=True)]
-        if self.arranged.candidates and any([_is_looked_at(*each) for each in zip(self.parts, answers, strict=True)]):
-            late = memory.late = self._begin_late()
+        if late is None and self._looked_at([answer.read for answer in answers]):
+            late = self._begin_late()
+        if late is not None:
+            memory.late = late
             for i, answer in enumerate(answers):
                 answer.candidates = partial(late.of, i)
         return answers
+
+    def _looked_at(self, read: list[tuple[int, int]]) -> bool:
+        """Whether anybody will ask for the candidates of some part, which has read so many originals, and so many from the host."""
+        return self.arranged.candidates and any([part.call.is_looked_at(*each) for part, each in zip(self.parts, read, strict=True)])
 
     def _begin_late(self) -> Late:
         memory = self.memory
