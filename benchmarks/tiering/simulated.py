@@ -122,7 +122,7 @@ class Replay:
         self._shelf.put(np.full(len(ids), kind), ids, "session", 1, choice.worths[begun])
         for copy_id, (_, block, head) in zip(ids.tolist(), choice.records[begun].tolist(), strict=True):
             self._places[copy_id] = kind, block, head
-            self._copy_id[kind, block, head] = copy_id
+            self._copy_id[kind, block, head], self._notes["begun"][kind, block, head] = copy_id, 1
             self._used[kind, block, head] = False
             self.outcome.copied += 1
             if self._policy.name == "reactive":

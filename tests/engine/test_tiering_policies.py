@@ -99,22 +99,22 @@ def test_a_share_that_grows_is_fetched_before_it_is_needed() -> None:
 class Followed:
     """Steps of a table of one KV head; record 0 of the kinds in turn comes near at `share`, and is needed at the next step or never."""
 
-    def __init__(self, policy: Predictive) -> None:
-        self.policy, self.now, self.blocks = policy, FIRST_STEP, 4096
+    def __init__(self, policy: Predictive, begins: bool = True) -> None:
+        self.policy, self.now, self.blocks, self.begins = policy, FIRST_STEP, 4096, begins
         self.ids, self.notes = np.arange(self.blocks), np.zeros((2, self.blocks, 1), NOTE)
         self.notes["copy_id"] = NONE
 
     def look(self, block: int, share: float, needed: bool, after: float = 1.0) -> int:
-        """How many copies are asked for by a call that shows one candidate, if it has a share; they are there from then on. Then steps go
-        by."""
+        """How many copies are asked for by a call that shows one candidate, if it has a share; if any begins they are there from then on.
+        Then steps go by."""
         self.notes["worth"] *= self.policy.rescale(self.now)
         blocks, scores = np.full((2, 1, 1), -1, np.int32), np.zeros((2, 1, 1), np.float32)
         if share:
             blocks[0, 0, 0], scores[0, 0, 0] = block, share
         reads = np.array([[0], [block], [0]]) if needed else NO_READS
         choice = self.policy.choose(Snapshot(self.ids, reads, np.zeros(1, bool), blocks, scores, self.notes, self.now))
-        for kind, at, head in choice.records.tolist():
-            self.notes["copy_id"][kind, at, head] = at
+        for kind, at, head in choice.records.tolist() if self.begins else []:
+            self.notes["copy_id"][kind, at, head], self.notes["begun"][kind, at, head] = at, 1
         self.now += after
         return len(choice.records)
 
@@ -177,6 +177,12 @@ def test_what_scratch_has_no_room_for_until_it_is_needed_is_copied_less() -> Non
         followed.look(block, 0.9, True)
     # Never for good: what is watched and not copied is needed, and so trusted again.
     assert all(asked[:5]) and 0.2 < np.mean(asked[100:]) < 0.9
+
+
+def test_what_waits_for_its_copy_until_it_is_needed_is_asked_for_all_the_same() -> None:
+    followed = Followed(Predictive(), begins=False)
+    assert all(followed.pairs(0, 400, 0.9, needed=True)), "that nothing begins is not its fault"
+    assert not all(followed.pairs(400, 400, 0.9, needed=False))
 
 
 def test_a_need_long_after_does_not_speak_for_what_was_asked() -> None:
@@ -279,7 +285,7 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
     """Random calls against the rule, record by record: notes, what is asked for, best first to a sixteenth of a need, what copies gain, and
     which grades are trusted. Some calls need more than they name candidates."""
     rng, table, policy = np.random.default_rng(seed), Table(), Predictive()
-    expected, last, asked = np.zeros((2, 6, 2)), {}, dict[tuple[int, int, int], int]()
+    expected, last, asked, begun = np.zeros((2, 6, 2)), {}, dict[tuple[int, int, int], int](), np.zeros((2, 6, 2), np.int8)
     lately, before_that, met = np.zeros((3, GRADES))
     now, passed = FIRST_STEP, 0.0
     for _ in range(16):
@@ -292,6 +298,8 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
         named = largest(shares, candidates)
         shares = named.shares(4)
         table.copy_id[:] = rng.choice([NONE, 7, BARRED], table.copy_id.shape, p=(0.7, 0.2, 0.1))
+        begun[rng.random(begun.shape) < 0.5] = 1
+        table.notes["begun"][:] = begun
         wanted, held = set(), list[float]()
         for kind, b, head in np.ndindex(2, 4, 2):
             at, need = (kind, int(table.ids[b]), head), bool(needed[kind, b, head] and not exact[head])
@@ -305,7 +313,7 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
             if near or need:
                 last[at] = (score if score > 0 else 1.0), now
             if need and (grade := asked.pop(at, None)) is not None:
-                met[grade] += soon and (table.copy_id[at] == 7 or not trusted[grade])
+                met[grade] += soon and (table.copy_id[at] == 7 or not begun[at] or not trusted[grade])
             if need or (near and closeness >= policy.floor):
                 expected[at] += 2.0 ** (now / policy.half_life) * (1.0 if need else policy.near * closeness)
                 held += [expected[at]] if table.copy_id[at] == 7 else []
@@ -313,7 +321,7 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
                     worth = expected[at] / 2.0 ** (now / policy.half_life)
                     grade = int(np.searchsorted(LEAST * 2.0 ** np.arange(GRADES - 1), worth, side="right"))
                     if at not in asked or not soon:
-                        asked[at] = grade
+                        asked[at], begun[at] = grade, 0
                         lately[grade] += 1
                     wanted |= {at} if trusted[grade] else set()
         snapshot = table.snapshot(shares, needed, now, tuple(exact))._replace(blocks=named.blocks, scores=named.scores)
@@ -325,6 +333,7 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
         assert (np.diff(choice.worths / 2.0 ** (now / policy.half_life)) <= 1 / 16 + 1e-9).all()
         assert set(choice.held.tolist()) <= {7}
         np.testing.assert_allclose(np.sort(choice.held_worths), sorted(held), rtol=1e-5)
+        assert np.array_equal(table.notes["begun"], begun)
         np.testing.assert_allclose(policy.asks, [lately, before_that, met], rtol=1e-9, atol=1e-12)
         passed = float(rng.integers(1, 8))
         now += passed

@@ -19,7 +19,7 @@ from tierd.residency.stored import CHECKSUM, START, stored
 KEY, VALUE = 0, 1
 NAMES = "keys", "values"
 NO_COPY, BARRED = -1, -2
-EMPTY_NOTE = np.array((NO_COPY, 0.0, 0.0, 0.0, 0), NOTE)[()]
+EMPTY_NOTE = np.array((NO_COPY, 0.0, 0.0, 0.0, 0, 0), NOTE)[()]
 Ids = NDArray[np.int64]
 
 
