@@ -44,9 +44,9 @@ class Cost:
         return self.timed_begin(block, head, worths)
 
     def timed_begin(self, block: Ids, head: Ids, worths: NDArray[np.float64]) -> Ids:
-        asker = Asker("session", "family", LAYERS, 0, LAYOUT.original_record_bytes)
+        askers = np.full(len(block), Asker("session", "family", LAYERS, 0, LAYOUT.original_record_bytes), object)
         began_s = time.perf_counter()
-        ids = self.scratch.place(asker, self.table, block, head, worths, len(block), 1.0, ["family"]).ids
+        ids = self.scratch.place(askers, self.table, block, head, worths, len(block), 1.0, ["family"]).ids
         self.begin_us = 1e6 * (time.perf_counter() - began_s) / max(1, len(ids))
         return ids
 

@@ -313,6 +313,18 @@ def test_a_copy_made_again_is_unread_until_it_is_read_itself() -> None:
     assert told == [True, False]
 
 
+def test_a_record_says_that_a_copy_began_also_when_it_has_gone() -> None:
+    residency = make()
+    table = residency.table(LAYOUT)
+    block = filled(table, 1)
+    copies = copies_begun(residency, table, 1, block, ids(0))
+    residency.finish_copies(copies, table.checksum[1, block, 0])
+    residency.evict(copies)
+    assert table.notes["begun"][:, block[0]].tolist() == [[0, 0], [1, 0]]
+    residency.release(table, block)
+    assert not table.notes["begun"][:, table.add_tails(1)].any(), "a new block's records have no past"
+
+
 def test_no_record_gets_two_copies_at_once() -> None:
     residency = make()
     table = residency.table(LAYOUT)
@@ -392,14 +404,28 @@ RECORDS_ASKED = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 4), st.inte
 
 @given(RECORDS_ASKED, st.lists(st.sampled_from([NO_COPY, BARRED, 0, 7]), min_size=20, max_size=20), st.booleans(), st.booleans())
 def test_only_records_that_may_get_a_copy_are_asked_for(asked: list[Record], copy_ids: list[int], no_keys: bool, no_values: bool) -> None:
+    """`no_keys` and `no_values` may get none where the second of two wishes names them."""
     notes = np.zeros((2, 5, 2), NOTE)
     notes["copy_id"] = np.array(copy_ids).reshape(2, 5, 2)
-    records, left_out = np.array(asked, np.int64).reshape(-1, 3), [no_keys, no_values]
-    blocks, heads, worths, num_keys = without_copies(records, np.arange(len(asked), dtype=float), np.array(left_out), notes)
-    expected = [(i, *x) for i, x in enumerate(asked) if notes["copy_id"][x] == NO_COPY and not left_out[x[0]]]
+    records, left_out = np.array(asked, np.int64).reshape(-1, 3), [[False, False], [no_keys, no_values]]
+    of = np.arange(len(asked)) * 7 % 3 % 2
+    blocks, heads, worths, whose, num_keys = without_copies(records, np.arange(len(asked), dtype=float), of, np.array(left_out), notes)
+    expected = [(i, *x) for i, x in enumerate(asked) if notes["copy_id"][x] == NO_COPY and not left_out[of[i]][x[0]]]
     expected.sort(key=lambda x: (x[1], x[0]))
     kinds = [0] * num_keys + [1] * (len(blocks) - num_keys)
     assert list(zip(worths.tolist(), kinds, blocks.tolist(), heads.tolist(), strict=True)) == expected
+    assert whose.tolist() == of[worths.astype(int)].tolist()
+
+
+def test_copies_are_their_own_askers_where_not_all_have_room() -> None:
+    owner = Residency(Arenas(reserve(1 << 20, 2 * 3 * LAYOUT.original_record_bytes, 1 << 20)), hot_block_bytes)
+    table, scratch = owner.table(LAYOUT), Scratch(owner, Counters(), lambda asker, count: None)
+    blocks = filled(table, 8)
+    askers = np.array([Asker("session", "family", 8, layer, LAYOUT.original_record_bytes) for layer in range(8)], object)
+    placed = scratch.place(askers, table, blocks, np.zeros(8, np.int64), np.ones(8), 4, 1.0, ["family"])
+    copies = [owner.copy(copy_id) for copy_id in placed.ids.tolist()]
+    assert placed.short == [0, 1] and [(copy.kind, copy.block) for copy in copies] == [(at // 4, blocks[at]) for at in (0, 1, 2, 4, 5, 6)]
+    assert [next(iter(scratch.askers(ids(copy.copy_id)))).layer for copy in copies] == [0, 1, 2, 4, 5, 6]
 
 
 def test_room_that_is_there_in_pieces_is_made_whole() -> None:
@@ -409,7 +435,7 @@ def test_room_that_is_there_in_pieces_is_made_whole() -> None:
     counters, placed = Counters(), dict[str, Ids]()
     scratch = Scratch(owner, counters, lambda asker, count: None)
     for name, layout, heads in (("small", small, ids(0, 1, 0, 1)), ("large", large, ids(0))):
-        table, asker = owner.table(layout), Asker(name, "family", 1, 0, layout.original_record_bytes)
+        table, askers = owner.table(layout), np.full(len(heads), Asker(name, "family", 1, 0, layout.original_record_bytes), object)
         blocks = table.add_tails(2)
         table.give_hot(blocks)
         table.seal(blocks)
@@ -417,7 +443,7 @@ def test_room_that_is_there_in_pieces_is_made_whole() -> None:
             owner.evict(placed["small"][[0, 2]])
             assert owner.arenas.scratch[0].free_bytes == large.original_record_bytes
         its = blocks[ids(0, 0, 1, 1)[: len(heads)]]
-        placed[name] = scratch.place(asker, table, its, heads, np.full(len(heads), 1.0 + len(placed)), len(heads), 1.0, ["family"]).ids
+        placed[name] = scratch.place(askers, table, its, heads, np.full(len(heads), 1.0 + len(placed)), len(heads), 1.0, ["family"]).ids
         assert len(placed[name]) == len(heads)
         checksums = np.array([owner.copy(copy_id).checksum for copy_id in placed[name].tolist()], np.uint64)
         scratch.arrive(owner.finish_copies(placed[name], checksums).settled)

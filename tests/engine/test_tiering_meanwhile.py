@@ -10,7 +10,7 @@ from tierd_kernels.copying import Copying
 
 from tierd.commands import Attend, CloseSession, Row, Truncate
 from tierd.engine import EngineConfig
-from tierd.engine.wanted import FEW
+from tierd.engine.wanted import PART_MIN
 
 RECORDS = 16  # originals of 64 tokens at one layer
 WAIT_S = 30.0  # only a failing test waits this long
@@ -39,9 +39,9 @@ class Device(Bench):
 
 def test_copies_for_a_call_begin_while_the_next_but_one_is_computed() -> None:
     """Behind the next, it is looked at."""
-    bench, records = Device(), 2 * RECORDS
-    assert records >= FEW
-    name = bench.opened(tokens=128)
+    bench, records = Device(), 4 * RECORDS
+    assert records >= PART_MIN
+    name = bench.opened(tokens=256)
     answers = bench.run(*(bench.attend(name) for _ in range(3)))
     assert bench.copies == [(0, 0), (0, 0), (0, records)]
     assert all(row.late_records == 0 for (row,) in answers), "no copy was on its way when a call's kernels started"

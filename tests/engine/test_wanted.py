@@ -2,17 +2,21 @@
 
 import threading
 from dataclasses import replace
+from random import Random
 from typing import Any, cast
 
 import numpy as np
 import pytest
 from engine_calls import CONFIG, EXACT, RECORD_BYTES, Bench
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tierd.commands import Attend, CloseSession, CloseWorker, Command, Fork, Row, Truncate
 from tierd.engine import EngineConfig
 from tierd.engine.scratch import Asker
-from tierd.engine.wanted import FEW, PART, PART_MIN, PATIENCE, Wanted, Wish
+from tierd.engine.wanted import MISSES_BORNE, PART, PART_MIN, Part, Wanted, Wish, together
 from tierd.policy import Choice
+from tierd.policy.link import BURST_S
 from tierd.residency import BlockTable, Ids
 
 RECORDS = 16  # originals of 64 tokens at one layer
@@ -83,12 +87,12 @@ def test_parts_are_in_the_end_what_one_turn_begins(seed: int) -> None:
     whole.called(tokens)
     assert parts.hide() == 0, "looked at, and no more"
     left = everything = wanted_after(tokens, promote_every)
-    waited = 0
     while parts.cache.is_behind:
         assert len(parts.cache._wanted) == left
-        waited = waited + 1 if left < FEW else PATIENCE
-        most = min(left, max(PART_MIN, -(-left // PART))) if waited == PATIENCE else 0
-        waited %= PATIENCE
+        if left < PART_MIN:
+            assert parts.hide() == 0, "few wait"
+            parts.cache._wanted.missed(MISSES_BORNE)
+        most = min(left, max(PART_MIN, -(-left // PART)))
         begun = parts.hide()
         assert begun <= most and len(parts.cache._wanted) <= left - most
         assert begun == most or parts.counters.prefetched < everything, "less only where there was no room"
@@ -104,9 +108,13 @@ def test_what_has_arrived_is_taken_in_behind_kernels_too() -> None:
     poll = bench.engine._migrator.poll
     del bench.engine._migrator.poll
     assert poll is list
-    bench.called([[64, 0]])
+    (name,) = bench.called([[64, 0]])
     bench.hide()
-    assert [bench.hide() for _ in range(PATIENCE)] == [0] * (PATIENCE - 1) + [RECORDS]
+    while bench.counters.misses < MISSES_BORNE + RECORDS:  # the first ones were read before anything was wanted
+        bench.run(bench.attend(name))
+        assert bench.counters.prefetched == 0
+        bench.hide()
+    assert bench.hide() == RECORDS
     assert bench.engine.residency.num_copies == RECORDS and bench.engine.residency.num_in_flight == 0
 
 
@@ -123,18 +131,42 @@ def test_what_a_call_taught_is_learnt_though_the_engine_stops() -> None:
 
 def test_nothing_more_of_a_kind_is_tried_once_scratch_has_no_room_for_a_better_one(monkeypatch: pytest.MonkeyPatch) -> None:
     bench, tried = Hidden(replace(CONFIG, scratch_bytes=8 * RECORD_BYTES)), list[tuple[int, int]]()
-    bench.called([[64, 64]])
+    bench.called([[400, 400]])
     place = bench.cache._scratch.place
 
-    def told(asker: Asker, table: BlockTable, blocks: Ids, heads: Ids, worths: Any, num_keys: int, *arguments: Any) -> Any:
-        tried.extend((asker.layer, kind) for kind, count in enumerate((num_keys, len(blocks) - num_keys)) if count)
-        return place(asker, table, blocks, heads, worths, num_keys, *arguments)
+    def told(askers: Any, table: BlockTable, blocks: Ids, heads: Ids, worths: Any, num_keys: int, *arguments: Any) -> Any:
+        tried.append((num_keys, len(blocks) - num_keys))
+        return place(askers, table, blocks, heads, worths, num_keys, *arguments)
 
     monkeypatch.setattr(bench.cache._scratch, "place", told)
     bench.hide()
     bench.hide()
     bench.run()
-    assert tried == [(0, 0), (0, 1)] and bench.counters.prefetched == 8
+    assert sum(tried[0]) == PART_MIN and len(tried) > 1 and not any(map(any, tried[1:])) and bench.counters.prefetched == 8
+
+
+def test_copies_of_several_layers_are_placed_together_and_are_each_layers_own() -> None:
+    bench = Hidden()
+    (name,) = bench.called([[64, 48]])
+    placed, place = list[int](), bench.cache._scratch.place
+    bench.cache._scratch.place = lambda askers, *rest: [placed.append(len(askers)), place(askers, *rest)][1]  # type: ignore[method-assign]
+    bench.run()
+    session = bench.engine.sessions.by_id[name]
+    assert placed == [RECORDS + 12] and bench.counters.prefetched == RECORDS + 12
+    assert bench.cache._under_way == {(session.family, 0): RECORDS, (session.family, 1): 12}
+    (told,) = bench.cache.status()["sessions"]
+    assert told["layers"]["prefetched"] == [RECORDS, 12]
+    for copy in bench.engine.residency.copies():
+        (asker,) = bench.cache._scratch.askers(np.array([copy.copy_id]))
+        assert copy.block in session.full_ids(asker.layer)
+
+
+def test_layers_that_are_placed_together_share_the_links_budget() -> None:
+    affordable = RECORDS + 3
+    bench = Hidden(replace(CONFIG, prefetch_link_share=1.0, link_bytes_per_s=affordable * RECORD_BYTES / BURST_S))
+    bench.called([[64, 64]])
+    bench.run()
+    assert bench.counters.prefetched == affordable, "the clock stands still"
 
 
 def test_scratch_that_is_full_for_one_session_may_have_room_for_another() -> None:
@@ -201,6 +233,7 @@ def test_what_has_got_a_copy_meanwhile_is_not_copied_again() -> None:
     (child,) = bench.run(Fork(name, worker="w"))
     bench.run(bench.attend(name), bench.attend(child), bench.attend(child, tolerance=EXACT))
     assert len(bench.cache._wanted) == 2 * RECORDS and bench.counters.prefetched == 0
+    bench.cache._wanted.missed(MISSES_BORNE)
     bench.hide()
     assert bench.counters.prefetched == RECORDS and not bench.cache._wanted
 
@@ -231,12 +264,14 @@ def wish(layer: int, count: int, session: str = "s") -> Wish:
 def served(wanted: Wanted, room: int = 1 << 30) -> list[tuple[int, int]]:
     """The next part; layers and how many records of each, in order."""
     done: list[tuple[int, int]] = []
-    most = next(most for _ in range(PATIENCE) if (most := wanted.due()))
+    wanted.missed(MISSES_BORNE)
+    most = wanted.due()
 
-    def begin(wish: Wish, some: slice) -> None:
-        done.append((wish.asker.layer, some.stop - some.start))
+    def begin(parts: list[Part]) -> None:
+        assert len({wish.asker.session_id for wish, _ in parts}) == 1, "one session's"
+        done.extend((wish.asker.layer, some.stop - some.start) for wish, some in parts)
 
-    wanted.serve(most, lambda wish: room - sum(count for _, count in done), begin)
+    wanted.serve(most, lambda wish, taken: room - taken - sum(count for _, count in done), begin)
     return done
 
 
@@ -245,7 +280,7 @@ def test_what_waits_is_bounded_though_every_call_is_looked_at(layers: int) -> No
     rng, wanted, most, first = np.random.default_rng(layers), Wanted(), 300, 0
 
     def go_on() -> None:
-        wanted.serve(wanted.due(), lambda wish: 1 << 30, lambda wish, some: None)
+        wanted.serve(wanted.due(), lambda wish, taken: 1 << 30, lambda parts: None)
 
     for turn in range(400):
         go_on()
@@ -255,20 +290,32 @@ def test_what_waits_is_bounded_though_every_call_is_looked_at(layers: int) -> No
     assert first > 0
     for _ in range(100):
         go_on()
+    assert len(wanted) < PART_MIN
+    wanted.missed(MISSES_BORNE)
+    go_on()
     assert not wanted
 
 
-def test_few_wait_for_others_and_not_for_long() -> None:
+def test_few_wait_for_others_and_until_calls_have_missed_many() -> None:
     wanted = Wanted()
-    assert [wanted.due() for _ in range(2 * PATIENCE)] == [0] * 2 * PATIENCE
-    wanted.add(wish(0, FEW - 1))
-    assert [wanted.due() for _ in range(PATIENCE - 1)] == [0] * (PATIENCE - 1), "nobody waited before"
-    wanted.add(wish(0, 1))
-    assert served(wanted) == [(0, 1)], "a later look does not begin the wait anew"
-    wanted.add(wish(0, FEW - 1))
+    wanted.missed(2 * MISSES_BORNE)
+    wanted.add(wish(0, PART_MIN - 1))
+    assert wanted.due() == 0, "nobody waited before"
+    wanted.missed(MISSES_BORNE - 1)
     assert wanted.due() == 0
-    wanted.add(wish(1, 1))
+    wanted.add(wish(0, 1))
+    wanted.missed(1)
+    assert wanted.due() == PART_MIN, "a later look does not begin the wait anew"
+    assert wanted.due() == 0
+    wanted.add(wish(1, PART_MIN - 1))
     assert wanted.due() == PART_MIN
+    wanted.missed(MISSES_BORNE)
+    wanted.clear()
+    wanted.add(wish(0, 1))
+    assert wanted.due() == 0
+    wanted.add(wish(0, 0))
+    wanted.missed(MISSES_BORNE)
+    assert wanted.due() == 0 and not wanted, "a look that wants nothing ends what was wanted"
 
 
 def test_a_later_look_at_a_layer_takes_the_place_of_an_earlier_one() -> None:
@@ -299,3 +346,29 @@ def test_room_for_a_whole_part_is_not_shared() -> None:
     for row in range(4):
         wanted.add(wish(row, 2 * PART_MIN))
     assert served(wanted, room=2 * PART_MIN) == [(0, 2 * PART_MIN)], "a part is a quarter of all"
+
+
+def test_layers_of_a_session_are_neighbours_and_begin_together() -> None:
+    wanted, begun = Wanted(), list[list[tuple[str, int]]]()
+    for row, session in ((0, "a"), (0, "b"), (1, "a"), (1, "b"), (0, "a"), (2, "b")):
+        wanted.add(wish(row, 3, session=session))
+    wanted.serve(64, lambda wish, taken: 64 - taken, lambda parts: begun.append([(w.asker.session_id, w.asker.layer) for w, _ in parts]))
+    assert begun == [[("a", 1), ("a", 0)], [("b", 0), ("b", 1), ("b", 2)]] and not wanted
+
+
+@given(st.lists(st.lists(st.integers(0, 6), min_size=1), min_size=1, max_size=4), st.randoms(use_true_random=False))
+def test_the_best_of_several_layers_come_first(worths: list[list[int]], random: Random) -> None:
+    """Each with its own layer's number; of one layer as it has them."""
+    parts = list[Part]()
+    for layer, own in enumerate(worths):
+        each = wish(layer, len(own))
+        each.choice.worths[:] = own
+        each.choice.records[:] = [[layer, i, 0] for i in range(len(own))]
+        parts.append((each, slice(random.randint(0, len(own)), len(own))))
+    records, found, which = together(parts)
+    named = enumerate(zip(worths, parts, strict=True))
+    expected = [(own[i], layer, i) for layer, (own, (_, some)) in named for i in range(some.start, len(own))]
+    if len(parts) > 1:
+        expected.sort(key=lambda x: -x[0])
+    assert list(zip(found.tolist(), which.tolist(), records[:, 1].tolist(), strict=True)) == expected
+    assert records[:, 0].tolist() == which.tolist()

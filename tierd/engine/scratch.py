@@ -44,19 +44,22 @@ class Scratch:
         residency.on_gone(self._gone)
 
     def place(
-        self, asker: Asker, table: BlockTable, blocks: Ids, heads: Ids, worths: NDArray[np.float64], num_keys: int, displace: float,
-        families: Collection[str],
+        self, askers: NDArray[np.object_], table: BlockTable, blocks: Ids, heads: Ids, worths: NDArray[np.float64], num_keys: int,
+        displace: float, families: Collection[str],
     ) -> Placed:  # fmt: skip
-        """Begins copies of n records, the first `num_keys` keys, the others values, each kind of falling `worths`, evicting what is worth
-        less than `displace` of that. Of each kind the first have room. `families`: who has a share."""
-        pools = self._residency.arenas.scratch
-        size, free_bytes = pools[KEY].size_of(asker.nbytes), [pool.free_bytes for pool in pools]
+        """Begins copies of n records for their `askers` [n] of one session, the first `num_keys` keys, the others values, each kind of
+        falling `worths`, evicting what is worth less than `displace` of that. Of each kind the first have room. `families`: who has a
+        share."""
+        if not len(askers):
+            return Placed(NO_COPIES, [])
+        family, pools = askers[0].family, self._residency.arenas.scratch
+        size, free_bytes = pools[KEY].size_of(askers[0].nbytes), [pool.free_bytes for pool in pools]
         left, done = [np.arange(num_keys), np.arange(num_keys, len(blocks))], [NO_COPIES]  # left of each kind, by index
         kinds = [kind for kind, its in enumerate(left) if len(its)]
         while kinds:
             begun, targets, in_pieces = list[Ids](), list[Ids](), list[int]()
             for kind in kinds:
-                room = self._shelf.choose(kind, asker.family, size, displace * worths[left[kind]], free_bytes[kind], families)
+                room = self._shelf.choose(kind, family, size, displace * worths[left[kind]], free_bytes[kind], families)
                 if len(room.evictions):
                     self._residency.evict(room.evictions)
                     self._counters.evicted += len(room.evictions)
@@ -70,8 +73,8 @@ class Scratch:
             which = np.concatenate(begun)
             of_kind = (which >= num_keys).astype(np.int64)
             ids = self._residency.begin_copies(table, of_kind, blocks[which], heads[which], np.concatenate(targets))
-            self._remember(ids, asker)
-            self._shelf.put(of_kind, ids, asker.family, size, worths[which])
+            self._remember(ids, askers[which])
+            self._shelf.put(of_kind, ids, family, size, worths[which])
             done.append(ids)
             kinds = in_pieces
         return Placed(np.concatenate(done), [kind for kind, its in enumerate(left) if len(its)])
@@ -92,11 +95,11 @@ class Scratch:
         """All worths have been multiplied by `factor`."""
         self._shelf.rescale(factor)
 
-    def _remember(self, ids: Ids, asker: Asker) -> None:
+    def _remember(self, ids: Ids, askers: NDArray[np.object_]) -> None:
         most, old = int(ids.max(initial=-1)) + 1, len(self._askers)
         if most > old:
             self._askers = np.concatenate([self._askers, np.empty(max(most - old, old), object)])
-        self._askers[ids] = asker
+        self._askers[ids] = askers
 
     def _gone(self, ids: Ids, used: NDArray[np.bool_]) -> None:
         """The bytes of these copies are free again."""

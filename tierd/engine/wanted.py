@@ -2,22 +2,25 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tierd.engine.scratch import Asker
 from tierd.policy import Choice
-from tierd.residency import BlockTable
+from tierd.policy.snapshot import Worths
+from tierd.residency import BlockTable, Ids
 
-# A part is one in PART of the records that are wanted, and PART_MIN at least. To begin any takes 0.15 to 0.2 ms and each 2 us more, and to
-# take them in as much again. Beyond 0.2 ms, which kernels hide, tiering took 114 us a call where a look's 54 copies began together with it,
-# 134 in parts of 32, and 70 in one part (`benchmarks/bench_host_path.py` with 917 originals a call; copies arrive by the next).
+# A part is one in PART of the records that are wanted, and PART_MIN at least. Where parts begin often, to begin any takes 0.15 to 0.2 ms
+# and each 2 us more, and to take them in as much again. Beyond 0.2 ms, which kernels hide, tiering took 114 us a call where a look's 54
+# copies began together with it, 134 in parts of 32, and 70 in one part (`benchmarks/bench_host_path.py` with 917 originals a call; copies
+# arrive by the next).
 PART, PART_MIN = 4, 64
-# Fewer than FEW wait for others, or for PATIENCE turns: where nearly all is at hand a look wants some nine records, and to begin them by
-# themselves was a third of what tiering added to a step (`benchmarks/bench_tiering_cuda.py` on an H200: 0.37 to 0.46 of it, now 0.28). A
-# turn is a call of one layer: of 32 layers copies are there when theirs is called next.
-FEW, PATIENCE = 32, 16
+# Fewer wait for others, or until calls have read so many originals from the host meanwhile. Where nearly all is at hand a look wants some
+# nine records, and to begin ten kept an H200's host 0.56 ms longer at a call, for what is done so seldom is in no cache; an original that a
+# call has to read itself costs it 1.6 us. So what waits costs about as much as to begin it before it is begun.
+MISSES_BORNE = 256
 
 
 @dataclass(eq=False)
@@ -47,31 +50,52 @@ class Wish:
         self.at = len(self.choice.records)
 
 
+Part = tuple[Wish, slice]  # which of its records
+
+
+def together(parts: list[Part]) -> tuple[Ids, Worths, Ids]:
+    """What parts of one session's wishes name: records int64 [n, 3], worths [n], which part each is of [n]; of several the best first."""
+    records, worths = [wish.choice.records[some] for wish, some in parts], [wish.choice.worths[some] for wish, some in parts]
+    which = np.repeat(np.arange(len(parts)), [len(each) for each in worths])
+    if len(parts) == 1:
+        return records[0], worths[0], which
+    all_worths = np.concatenate(worths)
+    order = np.argsort(-all_worths, kind="stable")
+    return np.concatenate(records)[order], all_worths[order], which[order]
+
+
 class Wanted:
     """At most one wish of each layer of a session: a later look at the layer names all that is worth a copy then, at its worth of then. So
     what waits is bounded, however often is looked. None may outlive the blocks that it names, nor its session."""
 
     def __init__(self) -> None:
         self._wishes: list[Wish] = []  # in the order of their turns
-        self._waited = 0  # turns that something waits and nothing is due
+        self._missed = 0  # since something waits and nothing was due
 
     def __len__(self) -> int:
         """Records."""
         return sum(wish.left for wish in self._wishes)
 
     def due(self) -> int:
-        """How many records may begin behind a call's kernels, asked once a turn: none while there are few that have not waited long, else
-        so many that what waits is at most four times what a look wants."""
-        self._waited = self._waited + 1 if self._wishes else 0
-        if len(self) < FEW and self._waited < PATIENCE:
+        """How many records may begin behind a call's kernels, asked once a turn: none while there are few and calls read few from the host,
+        else so many that what waits is at most four times what a look wants."""
+        if len(self) < PART_MIN and self._missed < MISSES_BORNE:
             return 0
-        self._waited = 0
+        self._missed = 0
         return max(PART_MIN, -(-len(self) // PART))
 
+    def missed(self, count: int) -> None:
+        """A call has read so many originals from the host."""
+        self._missed += count if self._wishes else 0
+
     def add(self, wish: Wish) -> None:
-        """In place of what the same layer has wanted."""
-        row = wish.asker.session_id, wish.asker.layer
-        self._wishes = [other for other in self._wishes if (other.asker.session_id, other.asker.layer) != row] + [wish]
+        """In place of what the same layer has wanted, behind its session's other layers."""
+        asker = wish.asker
+        kept = [other for other in self._wishes if (other.asker.session_id, other.asker.layer) != (asker.session_id, asker.layer)]
+        behind = [number for number, other in enumerate(kept, 1) if other.asker.session_id == asker.session_id]
+        if wish.left:
+            kept.insert(behind[-1] if behind else len(kept), wish)
+        self._wishes = kept
 
     def rescale(self, factor: float) -> None:
         """All worths have been multiplied by `factor`."""
@@ -86,22 +110,30 @@ class Wanted:
 
     def clear(self) -> None:
         """Nothing is wanted any more."""
-        self._wishes = []
+        self._wishes, self._missed = [], 0
 
-    def serve(self, most: int, room: Callable[[Wish], int], begin: Callable[[Wish, slice], None]) -> None:
-        """Has copies of `most` records begun, the best of each wish in turn: as many as it has `room` for and, where that is not for all of
-        them, no more than its part of it while others wait. One that has no room ends. Where `most` are done before all have had their
-        turn, the next time goes on there: a little of each row every time would take longer than all of one."""
+    def serve(self, most: int, room: Callable[[Wish, int], int], begin: Callable[[list[Part]], None]) -> None:
+        """Has copies of `most` records begun, the best of each wish in turn, those of a session that are neighbours together: as many as it
+        has `room` for, besides what was taken for these, and where that is not for all of them, no more than its part of it while others
+        wait. One that has no room ends. Where `most` are done before all have had their turn, the next time goes on there: a little of
+        each row every time would take longer than all of one."""
         while most and len(self):
-            self._wishes = wishes = [wish for wish in self._wishes if wish.left]
-            for number, wish in enumerate(wishes):
-                if not (free := room(wish)):
-                    wish.end()
-                    continue
-                some = wish.next(most if free >= most else -(-free // (len(wishes) - number)))
-                begin(wish, some)
-                most -= some.stop - some.start
+            wishes, number = [wish for wish in self._wishes if wish.left], 0
+            for _, of_session in groupby(wishes, lambda wish: wish.asker.session_id):
+                parts, taken = list[Part](), 0
+                for wish in of_session:
+                    if free := room(wish, taken):
+                        some = wish.next(most if free >= most else -(-free // (len(wishes) - number)))
+                        parts.append((wish, some))
+                        taken, most = taken + some.stop - some.start, most - (some.stop - some.start)
+                    else:
+                        wish.end()
+                    number += 1
+                    if not most:
+                        break
+                if parts:
+                    begin(parts)
                 if not most:
-                    self._wishes = [*wishes[number + 1 :], *wishes[: number + 1]]
                     break
+            self._wishes = [*wishes[number:], *wishes[:number]]
         self._wishes = [wish for wish in self._wishes if wish.left]
