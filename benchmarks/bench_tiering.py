@@ -5,7 +5,8 @@ beginning copies costs the engine's thread.
 
 Steps come from traces that benchmarks/quality/traces.py recorded and from synthetic regimes; the link is simulated
 (`benchmarks/tiering/simulated.py`). The headline takes the worst of the regimes that the policy was fitted to, the worst of what it was not
-(other seeds, other regimes), and the worst recorded trace of real length, at a scratch of 12.5 % of the originals. A step's time on a GPU:
+(other seeds, other regimes), and the worst recorded trace of real length, at a scratch of 12.5 % of the originals; `waiting`: with copies
+that begin when the engine begins them, while the others begin as soon as a policy chooses them. A step's time on a GPU:
 `bench_tiering_cuda.py`. Refuses to report if a replay's accounts do not add up.
 
 The committed run also has traces of the small model of `benchmarks/quality/`, which these commands record and which it was given in turn:
@@ -50,6 +51,7 @@ from tierd.policy import FIRST_STEP, NO_READS, NONE, POLICIES, Predictive, Snaps
 TRACES = [Path(__file__).parents[1] / "tests" / "quality" / "data" / "trace-tiny"]
 SHARES = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # scratch, of the originals' records
 HEADLINE_SHARE = 1 / 8
+HEADLINE_SIZE = HEADLINE_SHARE, 0.5
 KEY_SHARES = (0.25, 0.5, 0.75)  # of scratch, at the headline's size
 SIZES = [(share, 0.5) for share in SHARES] + [(HEADLINE_SHARE, key) for key in KEY_SHARES if key != 0.5]
 TOKENS_MIN = 4096  # of a recorded trace that counts for the headline
@@ -65,13 +67,18 @@ def capacity(steps: Steps, share: float, key_share: float = 0.5) -> tuple[int, i
 
 
 def sweep(steps: Steps, sizes: Sequence[tuple[float, float]] = SIZES) -> list[dict[str, Any]]:
-    """A row for every policy, size and split of scratch."""
+    """A row for every policy, size and split of scratch; of the headline's size one more, for the default policy as the engine begins its
+    copies."""
     rows = []
     for share, key_share in sizes:
-        for policy in POLICIES:
-            outcome = Replay(steps, policy, capacity(steps, share, key_share)).run()
+        settings = [(policy, False) for policy in POLICIES]
+        if (share, key_share) == HEADLINE_SIZE:
+            settings.append((Predictive.name, True))
+        for policy, waits in settings:
+            outcome = Replay(steps, policy, capacity(steps, share, key_share), waits).run()
             check(steps, outcome)
-            rows.append({"steps": steps.name, "policy": policy, "scratch_share": share, "key_share": key_share, **outcome.row(steps)})
+            size = {"scratch_share": share, "key_share": key_share}
+            rows.append({"steps": steps.name, "policy": policy, "waits": waits, **size, **outcome.row(steps)})
     return rows
 
 
@@ -109,17 +116,21 @@ def held_out(seed: int) -> list[dict[str, Any]]:
     """Rows of what no policy was fitted to, at the headline's size."""
     made = [regime(seed) for regime in HELD_OUT.values()]
     made += [replace(regime(seed + more), name=f"{name}, seed {seed + more}") for name, regime in REGIMES.items() for more in (1, 2)]
-    return [{**row, "held_out": True} for steps in made for row in sweep(steps, ((HEADLINE_SHARE, 0.5),))]
+    return [{**row, "held_out": True} for steps in made for row in sweep(steps, (HEADLINE_SIZE,))]
 
 
 def headline(rows: Sequence[dict[str, Any]], us: float) -> dict[str, float]:
     """The worst of each kind, and the costs. A trace of a few hundred tokens says nothing of thousands."""
-    at = {(row["steps"], row["policy"]): row for row in rows if row["scratch_share"] == HEADLINE_SHARE and row["key_share"] == 0.5}
+    sized = [row for row in rows if (row["scratch_share"], row["key_share"]) == HEADLINE_SIZE]
+    at = {(row["steps"], row["policy"]): row for row in sized if not row["waits"]}
     kinds: dict[str, list[float]] = {}
-    for (name, policy), row in at.items():
-        if policy != "predictive" or ("tokens" in row and row["tokens"] < TOKENS_MIN):
+    for row in sized:
+        if row["policy"] != Predictive.name or ("tokens" in row and row["tokens"] < TOKENS_MIN):
             continue
-        kind = "_recorded" if "tokens" in row else "_held_out" if "held_out" in row else ""
+        name, kind = row["steps"], "_recorded" if "tokens" in row else "_held_out" if "held_out" in row else ""
+        kinds.setdefault(f"exposed_us_per_call{'_waiting' if row['waits'] else ''}{kind}", []).append(row["exposed_us_per_call"])
+        if row["waits"]:
+            continue
         ratio = row["exposed_us_per_step"] / at[name, "reactive"]["exposed_us_per_step"]
         kinds.setdefault(f"exposed_transfer_vs_reactive{kind}", []).append(ratio)
         kinds.setdefault(f"wasted_prefetch_share{kind}", []).append(row["wasted_share"])
@@ -130,8 +141,9 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table("steps", "scratch", "keys", "policy", "hit rate", "host KB/step", "exposed us/step", "wasted", "late")
     for row in rows:
         table.add_row(
-            row["steps"], f"{row['scratch_share']:.1%}", f"{row['key_share']:.0%}", row["policy"], f"{row['hit_rate']:.3f}",
-            f"{row['host_bytes_per_step'] / 1024:.1f}", f"{row['exposed_us_per_step']:.1f}", f"{row['wasted_share']:.1%}", str(row["late"]),
+            row["steps"], f"{row['scratch_share']:.1%}", f"{row['key_share']:.0%}", row["policy"] + ", waits" * row["waits"],
+            f"{row['hit_rate']:.3f}", f"{row['host_bytes_per_step'] / 1024:.1f}", f"{row['exposed_us_per_step']:.1f}",
+            f"{row['wasted_share']:.1%}", str(row["late"]),
         )  # fmt: skip
     Console(width=120).print(table)
 

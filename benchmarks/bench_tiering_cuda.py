@@ -5,12 +5,13 @@
 An engine in this process, over the CUDA backend: 4 layers of 131,072 tokens, 32 query heads, 8 KV heads, d = 128, FP16, layer after layer
 as a model calls them (`benchmarks/tiering/needle_trace.py`): needs like those of a trained model, and "stress" rows, whose needs are
 harder. "resident" has scratch for everything and makes all steps twice: the second time whatever they need is there, and it has no policy
-any more, which would look at calls for nothing. Times are of the calls, from the queue to the answer, all layers together, over the second
-half of the steps: until then scratch fills, and the predictive policy begins five times as many copies. "filling" is the median of the
-first half's. Settings take turns, and what a step is exposed to is how much longer it takes than one of the resident row's, the median over
-turns of their medians. Ends without a report if an error is above its
-bound, nothing was promoted, or a resident row had to read the host. Rows that two minutes have no room for are left out, the least
-important first. --smoke: small shapes, the CPU backend, nothing written.
+any more, which would look at calls for nothing. Times are of the calls, from the queue to the answer, all layers together, after the first
+third of the steps: until then scratch fills, and the predictive policy begins many times as many copies. "filling" is the median of the
+first third's. Settings take turns, each group of them with a resident row of its own, and what a step is exposed to is how much longer it
+takes than one of that row's: the median over turns of their means. Means, since copies begin at few calls, and those wait for it; turns of
+many steps, since in the pause that follows one the engine begins what had waited, which no call waits for. Ends without a report if an
+error is above its bound, nothing was promoted, or a resident row had to read the host. Rows that two minutes have no room for are left
+out, the least important first. --smoke: small shapes, the CPU backend, nothing written.
 
 Where a step's time goes is told by a second table: means over 16 more steps of the thread that has the turn, stages as in
 `bench_host_path.py` ("unpack" holds the wait for the device) and, of tiering, waiting for candidates, choosing, beginning copies and taking
@@ -48,19 +49,19 @@ from tierd.policy import POLICIES
 from tierd.warm import warm_policy
 
 # Storing a layer takes the host 2 to 3 s, once for every row of the report: four are more than the L2 holds, and leave it within minutes.
-FULL = Shape(layers=4, tokens=131072, q_heads=32, kv_heads=8, head_dim=128, steps=216)
+FULL = Shape(layers=4, tokens=131072, q_heads=32, kv_heads=8, head_dim=128, steps=600)
 SMOKE = Shape(layers=2, tokens=2048, q_heads=4, kv_heads=2, head_dim=64, steps=64)
 HEADLINE_SHARE = 1 / 8
 RESIDENT = Setting("resident", "reactive", 1.0, replayed=True)  # which fetches all that was read, if nothing keeps it from it
 PREDICTIVE = Setting("predictive", "predictive", HEADLINE_SHARE)
 NONE, REACTIVE = Setting("none", "none", 0.0), Setting("reactive", "reactive", HEADLINE_SHARE)
-# The settings of one tuple take turns. The first has what the headline needs.
+# The settings of one group take turns, the first of which is what the others are held against. The first group has what the headline needs.
 SETTINGS = (
     (RESIDENT, PREDICTIVE, NONE, REACTIVE),
     tuple(replace(setting, name=f"{setting.name}, stress", stress=True) for setting in (RESIDENT, PREDICTIVE)),
-    *((Setting("predictive", "predictive", share),) for share in (1 / 64, 1 / 32, 1 / 4)),
+    (RESIDENT, *(Setting("predictive", "predictive", share) for share in (1 / 64, 1 / 32, 1 / 4))),
 )
-TURN = 8  # steps: within seconds the same host is a third faster or slower
+TURN = 24  # steps: within seconds the same host is a third faster or slower
 RESIDENT_HITS_MIN = 0.98  # blocks that fill during the trace have no copy at first
 PROFILED, STAGED = 8, 16  # steps
 TIERING = "candidates", "choose", "begin", "take in"
@@ -68,22 +69,30 @@ SECONDS_MAX = 120.0  # no settings are begun that would end after so long, if th
 
 
 def measure(trace: Trace, settings: Sequence[Setting], backend: str) -> list[dict[str, Any]]:
-    """A row for each of the settings, which take turns. The first half of the steps warms up."""
+    """A row for each of the settings, which take turns, held against the first. The first third of the steps warms up."""
     steps, filling_us = trace.shape.steps - PROFILED - STAGED, list[list[float]]()
+    filling = steps // 3
     with ExitStack() as runs_stop:
         runs = [runs_stop.enter_context(driven(trace, setting, backend)) for setting in settings]
         for setting, run in zip(settings, runs, strict=True):
             if setting.replayed:
-                for number in range(trace.shape.steps):
-                    run.step(number)
-                run.back()
-            filling_us.append([run.step(number)[0] for number in range(steps // 2)])
+                run.replay()
+            filling_us.append([run.step(number)[0] for number in range(filling)])
         timed = [Timed(run) for run in runs]
-        for start in range(steps // 2, steps, TURN):
+        for start in range(filling, steps, TURN):
             for one in timed:
                 one.turn(range(start, min(start + TURN, steps)))
         rows = [one.row(trace, setting, steps, backend) for one, setting in zip(timed, settings, strict=True)]
-    return [row | {"filling_p50_us": float(np.median(us))} for row, us in zip(rows, filling_us, strict=True)]
+    return [
+        row | held_against(rows[0]["turns_us"], row["turns_us"]) | {"filling_p50_us": float(np.median(us))}
+        for row, us in zip(rows, filling_us, strict=True)
+    ]
+
+
+def held_against(residents_us: list[float], turns_us: list[float]) -> dict[str, float]:
+    """What the steps of some turns are exposed to, and their gap to the resident row's of the same turns."""
+    own, theirs = np.array(turns_us), np.array(residents_us)
+    return {"exposed_us": max(0.0, float(np.median(own - theirs))), "resident_gap": float(np.median(own / theirs)) - 1.0}
 
 
 class Timed:
@@ -118,7 +127,7 @@ def _row(setting: Setting, times_us: list[list[float]], steps: int, done: dict[s
     needed = done["hits"] + done["misses"]
     return {
         "name": setting.name, "policy": setting.policy, "stress": setting.stress, "scratch_share": setting.share,
-        "p20_us": p20, "p50_us": p50, "p80_us": p80, "turns_us": [float(np.median(turn)) for turn in times_us],
+        "p20_us": p20, "p50_us": p50, "p80_us": p80, "turns_us": [float(np.mean(turn)) for turn in times_us],
         "needed_per_step": needed / steps, "hit_rate": done["hits"] / max(1, needed), "late_per_step": done["late"] / steps,
         "host_bytes_per_step": (done["demand_bytes"] + done["prefetch_bytes"]) / steps,
         "wasted_share": done["wasted"] / max(1, done["prefetched"]), "exact_share": done["exact_heads"] / done["head_steps"],
@@ -160,23 +169,19 @@ def busy(ranges: Sequence[tuple[float, float]]) -> float:
 
 def headline(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Gaps to resident. Ends the program where the rows say nothing."""
-    residents = {row["stress"]: row for row in rows if row["name"].startswith(RESIDENT.name)}
     if not all(row["needed_per_step"] for row in rows):
         sys.exit("a run promoted nothing: its steps say nothing of tiering")
-    for row in residents.values():
-        if row["hit_rate"] < RESIDENT_HITS_MIN:
-            sys.exit(f"{row['name']} had {row['hit_rate']:.3f} of its originals at hand: it is not what the others are to be held against")
     for row in rows:
-        own, residents_us = np.array(row["turns_us"]), np.array(residents[row["stress"]]["turns_us"])
-        row["exposed_us"] = max(0.0, float(np.median(own - residents_us)))
-        row["resident_gap"] = float(np.median(own / residents_us)) - 1.0
-    at = {(row["policy"], row["stress"]): row for row in reversed(rows) if row not in residents.values()}
-    figures = {f"{policy}_gap": at[policy, False]["resident_gap"] for policy in ("reactive", "none")}
-    for stress, suffix in ((False, ""), (True, "_stress")):
-        if (ours := at.get(("predictive", stress))) is not None:
+        if row["name"].startswith(RESIDENT.name) and row["hit_rate"] < RESIDENT_HITS_MIN:
+            sys.exit(f"{row['name']} had {row['hit_rate']:.3f} of its originals at hand: it is not what the others are to be held against")
+    at = {row["name"]: row for row in reversed(rows)}  # the first of each
+    figures = {f"{policy}_gap": at[policy]["resident_gap"] for policy in ("reactive", "none")}
+    figures["exposed_vs_reactive"] = at["predictive"]["exposed_us"] / at["reactive"]["exposed_us"]
+    for trace, suffix in (("", ""), (", stress", "_stress")):
+        if (ours := at.get(f"predictive{trace}")) is not None:
             figures[f"resident_gap_at_12_5pct{suffix}"] = ours["resident_gap"]
             figures[f"hit_rate_at_12_5pct{suffix}"] = ours["hit_rate"]
-            figures[f"resident_p50_us{suffix}"] = residents[stress]["p50_us"]
+            figures[f"resident_p50_us{suffix}"] = at[f"resident{trace}"]["p50_us"]
     return figures
 
 

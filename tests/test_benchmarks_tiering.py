@@ -14,6 +14,8 @@ import bench_tiering as bench
 from decode_steps import RECORD_BYTES, TARGET, Steps, chosen, drifting, promoted, recorded, switching
 from simulated import GATHER_US, LINK_BYTES_PER_US, Replay
 
+from tierd.engine.wanted import MISSES_BORNE, PART_MIN
+
 
 def repeated(steps: int, needed: list[int], m: int = 8) -> Steps:
     """The same blocks' keys at every step of one layer and head."""
@@ -35,15 +37,23 @@ def test_what_is_needed_again_and_again_is_read_from_the_host_once(policy: str) 
     assert (outcome.hits, outcome.demand_bytes, outcome.wasted) == (18, 2 * RECORD_BYTES, 0)
 
 
+def test_few_copies_begin_when_calls_have_waited_for_as_many_reads_as_the_engine_bears() -> None:
+    steps = MISSES_BORNE // 2  # of two misses each
+    outcome = Replay(repeated(steps + 10, [1, 5]), "predictive", (8, 8), waits=True).run()
+    assert (outcome.copied, outcome.hits) == (2, 2 * 8), "before anything is wanted one call misses, and one while copies are under way"
+    everything = Replay(repeated(4, list(range(PART_MIN)), m=PART_MIN), "predictive", (PART_MIN, 1), waits=True).run()
+    assert everything.copied == PART_MIN and everything.hits == 2 * PART_MIN
+
+
 @settings(max_examples=20)
-@given(st.integers(0, 1 << 30), st.sampled_from(["none", "reactive", "predictive"]), st.integers(0, 6), st.integers(0, 6))
-def test_the_accounts_add_up_whatever_happens(seed: int, policy: str, keys: int, values: int) -> None:
+@given(st.integers(0, 1 << 30), st.sampled_from(["none", "reactive", "predictive"]), st.integers(0, 6), st.integers(0, 6), st.booleans())
+def test_the_accounts_add_up_whatever_happens(seed: int, policy: str, keys: int, values: int, waits: bool) -> None:
     rng = np.random.default_rng(seed)
     shares = rng.gamma(0.5, 0.3, (20, 2, 2, 6, 2)).astype(np.float32)
     steps = Steps("random", shares, promoted(shares), np.minimum(6, 3 + np.arange(20) // 4))
     for t, blocks in enumerate(steps.blocks):
         steps.needed[t, :, :, blocks:] = False
-    replay = Replay(steps, policy, (keys, values))
+    replay = Replay(steps, policy, (keys, values), waits)
     bench.check(steps, replay.run())
     held = replay._copy_id >= 0
     assert held[0].sum() <= keys and held[1].sum() <= values and held.sum() == len(replay._places)
@@ -95,12 +105,16 @@ def test_held_out_regimes_ask_for_some_and_not_for_all(name: str) -> None:
 def test_the_headline_keeps_apart_what_was_fitted_what_was_not_and_what_is_real() -> None:
     def row(steps: str, policy: str, us: float, **more: object) -> dict[str, object]:
         size = {"scratch_share": 1 / 8, "key_share": 0.5}
-        return {"steps": steps, "policy": policy, **size, "exposed_us_per_step": us, "wasted_share": us, **more}
+        exposed = {"exposed_us_per_step": us, "exposed_us_per_call": us / 2}
+        return {"steps": steps, "policy": policy, "waits": False, **size, **exposed, "wasted_share": us, **more}
 
     kinds = {"a": {}, "b": {"held_out": True}, "c": {"tokens": 8192}, "d": {"tokens": 300}}
     rows = [row(name, "reactive", 10.0, **more) for name, more in kinds.items()]
     rows += [row(name, "predictive", us, **more) for us, (name, more) in zip((2.0, 3.0, 4.0, 9.0), kinds.items(), strict=True)]
+    rows += [{**row, "waits": True, "exposed_us_per_call": 10.0 * row["exposed_us_per_call"]} for row in rows[len(kinds) :]]
     assert bench.headline(rows, 7.0) == {
+        "exposed_us_per_call": 1.0, "exposed_us_per_call_held_out": 1.5, "exposed_us_per_call_recorded": 2.0,
+        "exposed_us_per_call_waiting": 10.0, "exposed_us_per_call_waiting_held_out": 15.0, "exposed_us_per_call_waiting_recorded": 20.0,
         "exposed_transfer_vs_reactive": 0.2, "exposed_transfer_vs_reactive_held_out": 0.3, "exposed_transfer_vs_reactive_recorded": 0.4,
         "wasted_prefetch_share": 2.0, "wasted_prefetch_share_held_out": 3.0, "wasted_prefetch_share_recorded": 4.0,
         "policy_us_per_step": 7.0,

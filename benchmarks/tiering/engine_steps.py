@@ -14,7 +14,7 @@ from needle_trace import Trace
 from numpy.typing import NDArray
 from tierd_kernels.policy import Budget
 
-from tierd.commands import Append, Attend, Command, OpenSession, Row, RowResult, Tolerance, Truncate
+from tierd.commands import Append, Attend, Command, OpenSession, Row, RowResult, Status, Tolerance, Truncate
 from tierd.commands import Geometry as EngineGeometry
 from tierd.engine import Engine, EngineConfig
 from tierd.policy import Nothing
@@ -56,8 +56,12 @@ class Driven:
         for layer in range(s.layers):
             self._run(Append(self._session, layer, trace.k_raw[:, : s.tokens], trace.v_raw[:, : s.tokens], worker=WORKER))
 
-    def back(self) -> None:
-        """As before the first step; copies of what was stored then stay, and from now on no policy looks at calls."""
+    def replay(self) -> None:
+        """All steps, and back to before the first: copies of what they read and was stored then stay, and from now on no policy looks at
+        calls."""
+        for number in range(self._shape.steps):
+            self.step(number)
+            self._run(Status(worker=WORKER))  # for which all that is wanted begins: few copies would wait, and for some nobody asks again
         self._run(Truncate(self._session, self._shape.tokens, worker=WORKER))
         self.engine._cache._policy = Nothing()
 

@@ -33,6 +33,7 @@ SHARED = 0.9  # of each part, by variance, between the query heads of a KV head
 COMMON = 8.0  # length of what the keys of a cluster have in common; a key of random numbers is sqrt(d) long
 ALIVE = 3.0  # needles that a KV head looks at, on average
 CERTAIN = 1.25  # a needle's score at its height, over what balances all other tokens
+WIDTH = 8  # steps: the standard deviation of a needle's rise and fall
 
 
 @dataclass(frozen=True)
@@ -120,12 +121,12 @@ class Trace:
         s = self.shape
         height = CERTAIN * math.log(s.tokens) / math.sqrt(s.head_dim)
         q = rng.standard_normal((s.steps, s.layers, s.q_heads, s.head_dim)) * 0.1
-        t, width = np.arange(s.steps), s.steps / 16
+        t = np.arange(s.steps)
         group = s.q_heads // s.kv_heads
         for layer, head in np.ndindex(s.layers, s.kv_heads):
-            for _ in range(round(ALIVE * (s.steps + 4 * width) / (2.5 * width))):
+            for _ in range(round(ALIVE * (s.steps + 4 * WIDTH) / (2.5 * WIDTH))):
                 key = self.k_raw[head, rng.integers(s.tokens)].astype(np.float64)
-                swell = height * np.exp(-0.5 * ((t - rng.uniform(-2 * width, s.steps + 2 * width)) / width) ** 2)
+                swell = height * np.exp(-0.5 * ((t - rng.uniform(-2 * WIDTH, s.steps + 2 * WIDTH)) / WIDTH) ** 2)
                 own = swell[:, None] * rng.lognormal(0.0, 0.1, (s.steps, group))
                 q[:, layer, head * group : (head + 1) * group] += own[:, :, None] * key
         return q[:, :, :, None].astype(np.float16)

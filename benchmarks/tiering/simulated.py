@@ -4,10 +4,14 @@ Time is simulated. A layer of a step computes for `COMPUTE_US`; then what it has
 and its bytes at 55 GB/s, which makes the 14 us that 64 blocks of 4 KB take on an H200. Copies ahead of need have half the link while layers
 compute and none while one reads. `reactive` is the paper's: its copies are what the step fetched anyway, at hand from the next call on and
 free of further cost.
+
+That is what policies foresee: what they choose begins at once. The engine lets a few copies wait (`tierd/engine/wanted.py`), which spares
+its host more than it exposes; a replay that `waits` does as the engine.
 """
 
 from collections import deque
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from decode_steps import Steps, chosen, each
@@ -15,8 +19,11 @@ from numpy.typing import NDArray
 from tierd_kernels.select.candidates import largest, near
 
 from tierd.config import EngineConfig
+from tierd.engine.scratch import Asker
+from tierd.engine.wanted import Part, Wanted, Wish, together
 from tierd.notes import NOTE
-from tierd.policy import FIRST_STEP, NONE, Choice, Shelf, Snapshot, named
+from tierd.policy import FIRST_STEP, NONE, Shelf, Snapshot, named
+from tierd.residency import BlockTable
 
 LINK_BYTES_PER_US = 55e3
 GATHER_US = 14.0 - 64 * 4096 / LINK_BYTES_PER_US
@@ -48,6 +55,7 @@ class Outcome:
             "late": self.late,
             "host_bytes_per_step": (self.demand_bytes + self.prefetch_bytes) / count,
             "exposed_us_per_step": self.exposed_us / count,
+            "exposed_us_per_call": self.exposed_us / (count * steps.layers),
             "wasted_share": self.wasted / max(1, self.copied),
             "wasted_bytes": self.wasted * steps.record_bytes,
             "prefetch_bytes": self.prefetch_bytes,
@@ -55,10 +63,12 @@ class Outcome:
 
 
 class Replay:
-    """One session over `slots` (of keys, of values) of scratch. Block ids are `layer * m + block`."""
+    """One session over `slots` (of keys, of values) of scratch. Block ids are `layer * m + block`. `waits`: copies begin when the engine
+    would have them begin, and not at once."""
 
-    def __init__(self, steps: Steps, policy: str, slots: tuple[int, int]) -> None:
+    def __init__(self, steps: Steps, policy: str, slots: tuple[int, int], waits: bool = False) -> None:
         self._steps, self._policy, self._slots = steps, named(policy), slots
+        self._waits, self._wanted, self._table = waits, Wanted(), cast(BlockTable, None)  # which a wish only hands on
         _, layers, _, m, heads = steps.shares.shape
         shape = (2, layers * m, heads)
         self._notes = np.zeros(shape, NOTE)
@@ -81,6 +91,7 @@ class Replay:
         return self.outcome
 
     def _call(self, t: int, layer: int) -> None:
+        self._wanted.serve(self._wanted.due(), lambda wish, taken: sum(self._slots), self._begin)
         m, blocks = self._steps.shares.shape[3], int(self._steps.blocks[t])
         ids = np.arange(layer * m, layer * m + blocks)
         shares, asked = (x[t, layer, :, :blocks] for x in (self._steps.shares, self._steps.needed))
@@ -96,11 +107,13 @@ class Replay:
         if count:
             out.demand_bytes += count * self._steps.record_bytes
             out.exposed_us += GATHER_US + count * self._steps.record_bytes / LINK_BYTES_PER_US
+            self._wanted.missed(count)
         self._now += 1.0 / self._steps.layers
         factor = self._policy.rescale(self._now)
         if factor != 1.0:
             self._notes["worth"] *= factor
             self._shelf.rescale(factor)
+            self._wanted.rescale(factor)
         if not self._policy.looks_at(t + layer, int(needed.sum()), count):
             return
         candidates, scores = largest(near(shares, needed, np.where(at_hand, float(self._policy.preference), 1.0)), CANDIDATES_MAX)
@@ -108,19 +121,30 @@ class Replay:
         reads = np.array(np.nonzero(needed))
         choice = self._policy.choose(Snapshot(ids, reads, exact, candidates, scores, self._notes, self._now))
         self._shelf.gain(choice.held, choice.held_worths)
-        for kind in range(2):
-            self._copy(kind, choice, np.flatnonzero(choice.records[:, 0] == kind))
+        wish = Wish(Asker("session", "session", self._steps.layers, layer, 1), self._table, choice)
+        if self._waits:
+            self._wanted.add(wish)
+        else:
+            self._begin([(wish, slice(None))])
 
-    def _copy(self, kind: int, choice: Choice, wanted: NDArray[np.int64]) -> None:
-        """Begins copies of the `wanted` of a choice, as far as there is room."""
+    def _begin(self, parts: list[Part]) -> None:
+        """Begins copies of what is wanted, as far as there is room; of some there are copies by now."""
+        records, worths, _ = together(parts)
+        without = self._copy_id[*records.T] == NONE
+        for kind in range(2):
+            which = without & (records[:, 0] == kind)
+            self._copy(kind, records[which], worths[which], parts[0][0].choice.displace)
+
+    def _copy(self, kind: int, records: NDArray[np.int64], worths: NDArray[np.float64], displace: float) -> None:
+        """Begins copies of these, the best first, as far as there is room for them in place of what is worth less."""
         free = self._slots[kind] - self._shelf.used_bytes(kind, "session")
-        room = self._shelf.choose(kind, "session", 1, choice.displace * choice.worths[wanted], free, ["session"])
+        room = self._shelf.choose(kind, "session", 1, displace * worths, free, ["session"])
         for copy_id in room.evictions.tolist():
             self._drop(copy_id)
-        begun = wanted[: room.placed]
+        begun = records[: room.placed]
         ids = np.array([self._free_ids.pop() for _ in begun], np.int64)
-        self._shelf.put(np.full(len(ids), kind), ids, "session", 1, choice.worths[begun])
-        for copy_id, (_, block, head) in zip(ids.tolist(), choice.records[begun].tolist(), strict=True):
+        self._shelf.put(np.full(len(ids), kind), ids, "session", 1, worths[: len(begun)])
+        for copy_id, (_, block, head) in zip(ids.tolist(), begun.tolist(), strict=True):
             self._places[copy_id] = kind, block, head
             self._copy_id[kind, block, head], self._notes["begun"][kind, block, head] = copy_id, 1
             self._used[kind, block, head] = False
