@@ -85,10 +85,10 @@ def test_predictive_fetches_what_was_needed_and_what_came_near_best_first() -> N
 
 
 def test_a_share_that_grows_is_fetched_before_it_is_needed() -> None:
-    policy, needed = Predictive(floor=0.5), np.zeros((2, 4, 2), bool)
+    needed = np.zeros((2, 4, 2), bool)
 
     def fetched(shares: list[float], apart: float = 4.0) -> list[list[tuple[int, ...]]]:
-        table, each = Table(), [shares_of({(0, 0, 0): share}) for share in shares]
+        policy, table, each = Predictive(floor=0.5), Table(), [shares_of({(0, 0, 0): share}) for share in shares]
         return [records(policy.choose(table.snapshot(x, needed, FIRST_STEP + apart * t))) for t, x in enumerate(each)]
 
     # 0.4 after 0.3 becomes 0.5.
@@ -189,7 +189,7 @@ def test_a_need_long_after_does_not_speak_for_what_was_asked() -> None:
     followed, asked = Followed(Predictive()), []
     for first in range(0, 1000, 50):
         asked.append(sum(followed.look(block, 0.9, False, after=0.0) for block in range(first, first + 50)))
-        followed.now += SOON
+        followed.now += SOON + 1e-6  # of looks at one time each is a little later
         for block in range(first, first + 50):
             followed.look(block, 0.9, True, after=0.0)
     assert asked[0] == 50 and asked[-1] == 0
@@ -347,6 +347,17 @@ def test_what_was_needed_gets_a_copy_though_it_is_no_candidate() -> None:
     for policy in (Predictive(), Reactive()):
         choice = policy.choose(snapshot._replace(blocks=none, scores=none.astype(np.float32)))
         assert set(records(choice)) == {(kind, int(at), head) for kind in (0, 1) for at in table.ids for head in (0, 1)}
+
+
+def test_what_one_look_found_needed_is_not_needed_at_another_of_the_same_time() -> None:
+    """Sessions that share blocks by fork are answered together."""
+    policy, table, needed = Predictive(), Table(), np.zeros((2, 4, 2), bool)
+    needed[0, 1, 0] = True
+    shares = shares_of({(0, 1, 0): 0.2, (0, 2, 0): 0.1})
+    policy.choose(table.snapshot(shares, needed))
+    before = table.worth.copy()
+    policy.choose(table.snapshot(shares, np.zeros_like(needed)))
+    assert table.worth[0, 2, 0] - before[0, 2, 0] == pytest.approx(2.0 ** (FIRST_STEP / policy.half_life) * policy.near * 0.2)
 
 
 def test_predictive_looks_at_every_fourth_call_and_where_much_was_missed() -> None:

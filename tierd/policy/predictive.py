@@ -4,12 +4,13 @@ Worths are kept multiplied by `weight(now)`, which grows as others fade, so that
 different times compare as they are (the trick of VSIDS: Moskewicz et al., "Chaff", DAC 2001).
 """
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tierd.policy.snapshot import FIRST_STEP, Choice, Snapshot
+from tierd.policy.snapshot import Choice, Snapshot
 from tierd.policy.weighing import GRADES, weigh
 
 # Looking at a call and beginning its copies took an H100's host 0.6 ms; what it spared the next one's kernels and checks, 1 us a record. So
@@ -50,7 +51,7 @@ class Predictive:
     wants_candidates: bool = True
     preference: int = 40
     since: float = 0.0  # when the weight was 1
-    looked: float = FIRST_STEP  # when a call was last looked at
+    looked: float = 0.0  # when a call was last looked at
     asks: NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, GRADES)))  # see `weighing.py`
 
     def looks_at(self, turn: int, needs: int, misses: int) -> bool:
@@ -59,8 +60,11 @@ class Predictive:
     def choose(self, snapshot: Snapshot) -> Choice:
         most = snapshot.blocks.size + snapshot.reads.shape[1]
         found, worths = np.empty((most, 3), np.int64), np.empty(most)
-        passed, self.looked = snapshot.now - self.looked, snapshot.now
-        count, known = weigh(*snapshot, self._weight(snapshot.now), self.near, self.floor, self.asks, passed, found, worths)
+        # A time of its own for each look, by which a record is known that it has come to: forks share blocks, and are answered together.
+        now = max(snapshot.now, math.nextafter(self.looked, math.inf))
+        passed, self.looked = now - self.looked, now
+        asked = *snapshot[:-1], now, self._weight(snapshot.now), self.near, self.floor, self.asks, passed
+        count, known = weigh(*asked, found, worths)
         return Choice(found[:count], worths[:count], self.displace, found[most - known :, 0], worths[most - known :])
 
     def rescale(self, now: float) -> float:

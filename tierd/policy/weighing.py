@@ -45,30 +45,29 @@ def weigh(
     first, and from the end, in any order, with the ids of copies that have gained; returns how many of both. One array for both: numba
     takes its time to be told of each."""
     kinds, heads, most = all_blocks.shape
-    all_needs, named = _needs(reads, exact_heads, all_blocks)
-    kept, shares = np.empty(most, np.int64), np.empty(most, np.float32)
+    needs = np.empty(most, np.bool_)
     gained, since, needed = np.empty(found.shape, np.int64), np.empty(len(found)), np.empty(len(found), np.bool_)
-    count = 0
+    count = _needed(ids, reads, exact_heads, notes, now, weight, gained, since)
+    needed[:count], needed[count:] = True, False
     for kind in range(kinds):
         for head in range(heads):
-            blocks, scores, needs = all_blocks[kind, head], all_scores[kind, head], all_needs[kind, head]
-            length, threshold = _from(blocks, scores, needs)
-            number = _near(scores, length, needs, np.float32(0.5 * floor) * threshold, kept)
-            for i in range(number):
-                note = notes[kind, ids[blocks[kept[i]]], head]
-                shares[i] = note.share if now - note.seen < SAME else scores[kept[i]]
-            for i in range(number):
-                j = kept[i]
+            blocks, scores = all_blocks[kind, head], all_scores[kind, head]
+            length, threshold = _from(ids, blocks, scores, notes[kind, :, head], now, needs)
+            cut = np.float32(0.5 * floor) * threshold
+            for j in range(length):
                 at, score = ids[blocks[j]], scores[j]
                 note = notes[kind, at, head]
-                closeness = min((score + max(score - shares[i], ZERO)) / threshold, ONE)
-                gain = 1.0 if needs[j] else near * closeness if closeness >= floor else 0.0
-                gained[count, 0], gained[count, 1], gained[count, 2] = kind, at, head
-                since[count], needed[count] = now - note.seen, needs[j]
-                note.share, note.seen = score, now
-                note.worth += weight * gain
-                count += gain > 0.0
-    count = _unnamed(ids, reads, named, notes, now, weight, gained, since, needed, count)
+                if needs[j]:
+                    note.share = score
+                elif score >= cut:
+                    before = note.share if now - note.seen < SAME else score
+                    closeness = min((score + max(score - before, ZERO)) / threshold, ONE)
+                    gain = near * closeness if closeness >= floor else 0.0
+                    gained[count, 0], gained[count, 1], gained[count, 2] = kind, at, head
+                    since[count] = now - note.seen
+                    note.share, note.seen = score, now
+                    note.worth += weight * gain
+                    count += gain > 0.0
     count, known = _asked_for(gained[:count], since, needed, notes, weight, asks, _trusted(asks, passed), found, worths)
     if count > 1:
         _order(found[:count], worths[:count], weight)
@@ -91,18 +90,19 @@ def _trusted(asks: Asks, passed: float) -> Mask:
 
 
 @compiled
-def _unnamed(
-    ids: Ids, reads: Ids, named: Mask, notes: NDArray[Any], now: float, weight: float, gained: Ids, since: Worths, needed: Mask, count: int,
-) -> int:  # fmt: skip
-    """Puts what was needed and is not `named` [n] as a candidate behind the `count` records that have gained: its share is unknown, so it
-    is noted as the whole, from which none grows."""
+def _needed(
+    ids: Ids, reads: Ids, exact_heads: Mask, notes: NDArray[Any], now: float, weight: float, gained: Ids, since: Worths
+) -> int:
+    """Notes all that was needed, and puts it to the front of what has gained; returns how much it is. Of what is no candidate the share is
+    unknown: it is noted as the whole, from which none grows. From here on it is told from the rest by when it was seen."""
+    count = 0
     for i in range(reads.shape[1]):
-        if named[i]:
-            continue
         kind, at, head = reads[0, i], ids[reads[1, i]], reads[2, i]
+        if exact_heads[head]:
+            continue
         note = notes[kind, at, head]
         gained[count, 0], gained[count, 1], gained[count, 2] = kind, at, head
-        since[count], needed[count] = now - note.seen, True
+        since[count] = now - note.seen
         note.share, note.seen = ONE, now
         note.worth += weight
         count += 1
@@ -146,25 +146,6 @@ def _asked_for(
     return count, known
 
 
-@compiled
-def _needs(reads: Ids, exact_heads: Mask, all_blocks: NDArray[np.int32]) -> tuple[Mask, Mask]:
-    """Which candidates [2, Hkv, c] were needed; which reads [n] are so named already, or are of exact heads. Both rise, and are gone
-    through side by side."""
-    needs, named = np.zeros(all_blocks.shape, np.bool_), np.empty(reads.shape[1], np.bool_)
-    most, places = all_blocks.shape[2], np.zeros(all_blocks.shape[:2], np.int64)  # places: the candidate that the next read may be
-    for i in range(len(named)):
-        kind, block, head = reads[0, i], reads[1, i], reads[2, i]
-        place = places[kind, head]
-        while place < most and all_blocks[kind, head, place] < block:
-            place += 1
-        places[kind, head] = place
-        found = place < most and all_blocks[kind, head, place] == block and not exact_heads[head]
-        if found:
-            needs[kind, head, place] = True
-        named[i] = found or exact_heads[head]
-    return needs, named
-
-
 def prepare() -> None:
     """Compiles `weigh`, or loads it, for what every call shows it."""
     none, ids = np.empty((2, 1, 0), np.int32), np.empty(0, np.int64)
@@ -173,25 +154,18 @@ def prepare() -> None:
 
 
 @compiled
-def _from(blocks: NDArray[np.int32], scores: NDArray[np.float32], needs: Mask) -> tuple[int, np.float32]:
-    """How many candidates a head has, and from which share on it promoted, by those that were needed."""
+def _from(
+    ids: Ids, blocks: NDArray[np.int32], scores: NDArray[np.float32], notes: NDArray[Any], now: float, needs: Mask
+) -> tuple[int, np.float32]:
+    """How many candidates a head has, and from which share on it promoted, by those that were needed: says in `needs` which."""
     threshold, length = ONE, 0
     for j in range(len(blocks)):
         if blocks[j] < 0:
             break
         length += 1
+        needs[j] = notes[ids[blocks[j]]].seen == now
         threshold = min(threshold, scores[j] if needs[j] else ONE)
     return length, threshold
-
-
-@compiled
-def _near(scores: NDArray[np.float32], length: int, needs: Mask, cut: np.float32, kept: Ids) -> int:
-    """Which candidates may pass the floor: all above half of it, if they have grown from nothing."""
-    number = 0
-    for j in range(length):
-        kept[number] = j
-        number += needs[j] or scores[j] >= cut
-    return number
 
 
 @compiled
