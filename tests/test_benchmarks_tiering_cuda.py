@@ -73,8 +73,8 @@ def test_the_headline_is_held_against_resident_or_refused() -> None:
 
 
 def test_steps_are_held_against_those_of_the_same_turns() -> None:
-    held = bench.held_against([80.0, 120.0, 100.0], [100.0, 120.0, 110.0])
-    assert held == {"exposed_us": 10.0, "resident_gap": pytest.approx(0.1)}
+    held = bench.held_against([80.0, 120.0, 100.0], [90.0, 120.0, 120.0])
+    assert held == {"exposed_us": pytest.approx(10.0), "resident_gap": pytest.approx(0.1)}
     assert bench.held_against([100.0], [90.0])["exposed_us"] == 0.0, "nothing is exposed by less than nothing"
     assert all(settings[0].replayed and not any(s.replayed for s in settings[1:]) for settings in bench.SETTINGS)
 

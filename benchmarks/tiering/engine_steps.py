@@ -21,6 +21,7 @@ from tierd.policy import Nothing
 
 WORKER = "bench"
 RTOL = 0.05
+LINGER_S = 3600.0  # in a pause an engine begins what waits, at no call's cost: a model that decodes makes none, as another's turn would
 OWN_S = 40e-6  # of the model's own work between two layers, at least: no part of any time below, but copies go on meanwhile
 COUNTED = ("hits", "misses", "late", "prefetched", "wasted", "demand_bytes", "prefetch_bytes", "exact_heads", "head_steps")
 
@@ -48,7 +49,7 @@ class Driven:
         self.engine = Engine(EngineConfig(
             backend=backend, hot_bytes=originals, originals_bytes=originals, scratch_bytes=round(originals * setting.share),
             tiering_policy=setting.policy, **(unhindered if setting.replayed else {}),
-        ))  # fmt: skip
+        ), linger_s=LINGER_S)  # fmt: skip
         self.engine.start()
         geometry = EngineGeometry(s.layers, s.q_heads, s.kv_heads, s.head_dim, "float16")
         opening = OpenSession(geometry, Tolerance(RTOL), Budget(), s.tokens + s.steps, worker=WORKER)
