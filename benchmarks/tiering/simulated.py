@@ -142,11 +142,12 @@ class Replay:
         for copy_id in room.evictions.tolist():
             self._drop(copy_id)
         begun = records[: room.placed]
+        self._notes["waits"][*records.T] = 0
         ids = np.array([self._free_ids.pop() for _ in begun], np.int64)
         self._shelf.put(np.full(len(ids), kind), ids, "session", 1, worths[: len(begun)])
         for copy_id, (_, block, head) in zip(ids.tolist(), begun.tolist(), strict=True):
             self._places[copy_id] = kind, block, head
-            self._copy_id[kind, block, head], self._notes["begun"][kind, block, head] = copy_id, 1
+            self._copy_id[kind, block, head] = copy_id
             self._used[kind, block, head] = False
             self.outcome.copied += 1
             if self._policy.name == "reactive":

@@ -313,16 +313,17 @@ def test_a_copy_made_again_is_unread_until_it_is_read_itself() -> None:
     assert told == [True, False]
 
 
-def test_a_record_says_that_a_copy_began_also_when_it_has_gone() -> None:
+def test_a_record_waits_until_its_copy_begins_or_is_refused() -> None:
     residency = make()
     table = residency.table(LAYOUT)
     block = filled(table, 1)
-    copies = copies_begun(residency, table, 1, block, ids(0))
-    residency.finish_copies(copies, table.checksum[1, block, 0])
-    residency.evict(copies)
-    assert table.notes["begun"][:, block[0]].tolist() == [[0, 0], [1, 0]]
+    table.notes["waits"][:, block] = 1
+    copies_begun(residency, table, 1, block, ids(0))
+    assert table.notes["waits"][:, block[0]].tolist() == [[1, 1], [0, 1]]
+    residency.refuse_copies(table, np.array([[0, block[0], 1]]))
+    assert table.notes["waits"][:, block[0]].tolist() == [[1, 0], [0, 1]]
     residency.release(table, block)
-    assert not table.notes["begun"][:, table.add_tails(1)].any(), "a new block's records have no past"
+    assert not table.notes["waits"][:, table.add_tails(1)].any(), "a new block's records have no past"
 
 
 def test_no_record_gets_two_copies_at_once() -> None:

@@ -114,7 +114,7 @@ class Followed:
         reads = np.array([[0], [block], [0]]) if needed else NO_READS
         choice = self.policy.choose(Snapshot(self.ids, reads, np.zeros(1, bool), blocks, scores, self.notes, self.now))
         for kind, at, head in choice.records.tolist() if self.begins else []:
-            self.notes["copy_id"][kind, at, head], self.notes["begun"][kind, at, head] = at, 1
+            self.notes["copy_id"][kind, at, head], self.notes["waits"][kind, at, head] = at, 0
         self.now += after
         return len(choice.records)
 
@@ -285,7 +285,7 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
     """Random calls against the rule, record by record: notes, what is asked for, best first to a sixteenth of a need, what copies gain, and
     which grades are trusted. Some calls need more than they name candidates."""
     rng, table, policy = np.random.default_rng(seed), Table(), Predictive()
-    expected, last, asked, begun = np.zeros((2, 6, 2)), {}, dict[tuple[int, int, int], int](), np.zeros((2, 6, 2), np.int8)
+    expected, last, asked, waits = np.zeros((2, 6, 2)), {}, dict[tuple[int, int, int], int](), np.zeros((2, 6, 2), np.int8)
     lately, before_that, met = np.zeros((3, GRADES))
     now, passed = FIRST_STEP, 0.0
     for _ in range(16):
@@ -298,9 +298,9 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
         named = largest(shares, candidates)
         shares = named.shares(4)
         table.copy_id[:] = rng.choice([NONE, 7, BARRED], table.copy_id.shape, p=(0.7, 0.2, 0.1))
-        begun[rng.random(begun.shape) < 0.5] = 1
-        table.notes["begun"][:] = begun
-        wanted, held = set(), list[float]()
+        waits[rng.random(waits.shape) < 0.5] = 0
+        table.notes["waits"][:] = waits
+        wanted, held = set[tuple[int, int, int]](), list[float]()
         for kind, b, head in np.ndindex(2, 4, 2):
             at, need = (kind, int(table.ids[b]), head), bool(needed[kind, b, head] and not exact[head])
             score, (before, then) = float(shares[kind, b, head]), last.get(at, (0.0, -9.0))
@@ -313,7 +313,7 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
             if near or need:
                 last[at] = (score if score > 0 else 1.0), now
             if need and (grade := asked.pop(at, None)) is not None:
-                met[grade] += soon and (table.copy_id[at] == 7 or not begun[at] or not trusted[grade])
+                met[grade] += soon and (table.copy_id[at] == 7 or waits[at] or not trusted[grade])
             if need or (near and closeness >= policy.floor):
                 expected[at] += 2.0 ** (now / policy.half_life) * (1.0 if need else policy.near * closeness)
                 held += [expected[at]] if table.copy_id[at] == 7 else []
@@ -321,9 +321,11 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
                     worth = expected[at] / 2.0 ** (now / policy.half_life)
                     grade = int(np.searchsorted(LEAST * 2.0 ** np.arange(GRADES - 1), worth, side="right"))
                     if at not in asked or not soon:
-                        asked[at], begun[at] = grade, 0
+                        asked[at] = grade
                         lately[grade] += 1
-                    wanted |= {at} if trusted[grade] else set()
+                    if trusted[grade]:
+                        wanted.add(at)
+                        waits[at] = 1
         snapshot = table.snapshot(shares, needed, now, tuple(exact))._replace(blocks=named.blocks, scores=named.scores)
         choice = policy.choose(snapshot)
         np.testing.assert_allclose(table.worth, expected, rtol=1e-5)
@@ -333,7 +335,7 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
         assert (np.diff(choice.worths / 2.0 ** (now / policy.half_life)) <= 1 / 16 + 1e-9).all()
         assert set(choice.held.tolist()) <= {7}
         np.testing.assert_allclose(np.sort(choice.held_worths), sorted(held), rtol=1e-5)
-        assert np.array_equal(table.notes["begun"], begun)
+        assert np.array_equal(table.notes["waits"], waits)
         np.testing.assert_allclose(policy.asks, [lately, before_that, met], rtol=1e-9, atol=1e-12)
         passed = float(rng.integers(1, 8))
         now += passed

@@ -140,8 +140,11 @@ def test_nothing_more_of_a_kind_is_tried_once_scratch_has_no_room_for_a_better_o
 
     monkeypatch.setattr(bench.cache._scratch, "place", told)
     bench.hide()
+    (table,) = bench.engine.residency.tables.values()
+    assert np.count_nonzero(table.notes["waits"]) == 200
     bench.hide()
     bench.run()
+    assert not table.notes["waits"].any(), "what has no room waits no more"
     assert sum(tried[0]) == PART_MIN and len(tried) > 1 and not any(map(any, tried[1:])) and bench.counters.prefetched == 8
 
 

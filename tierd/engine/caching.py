@@ -248,6 +248,8 @@ class ScratchCache:
         for kind in placed.short:
             self._wanted.fill(name, kind)
         begun = len(placed.ids)
+        if begun < len(records):
+            self._residency.refuse_copies(table, records)
         if begun:
             self._turns.start(name, begun)
             self._link.spend(name, begun * nbytes)

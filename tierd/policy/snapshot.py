@@ -22,7 +22,7 @@ class Snapshot(NamedTuple):
     such a head reads all. `blocks` int32 and `scores` float32 [2, Hkv, c]: the candidates, blocks near needing their originals, as indices
     into `ids` in rising order and with their shares of what the bound may be, or of what their head promoted from on; -1 ends a shorter
     list. What was needed is mostly none of them (it may be where a call was answered in parts). `notes` [2, C, Hkv], of `tierd/notes.py`,
-    are the table's: all but `copy_id` is the policy's own to write, and zero where nothing is known; residency sets `begun`. `now`: steps,
+    are the table's: all but `copy_id` is the policy's own to write, and zero where nothing is known; residency ends `waits`. `now`: steps,
     a fraction for each layer; at least FIRST_STEP.
     """
 

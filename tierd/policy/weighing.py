@@ -116,7 +116,7 @@ def _asked_for(
     """Of the records that have gained [n, 3], which were looked at `since` [n] steps ago: puts those that get a copy to the front of
     `found`, and the copies of those that have one to its end.
 
-    A need speaks for the grade that its record was asked for at, unless a copy had begun and has gone already: what scratch is too small
+    A need speaks for the grade that its record was asked for at, unless a copy's turn has come and there is none: what scratch is too small
     for is not worth copying. Where a grade is not trusted its records are only watched.
 
     One loop, and all in it: compiled functions that are called take and give back references to their arrays, and three calls a record
@@ -127,7 +127,7 @@ def _asked_for(
         note = notes[kind, at, head]
         copy, worth, lately = note.copy_id, note.worth, since[i] < SOON
         if needed[i]:
-            if note.asked and lately and (copy >= 0 or not note.begun or not trusted[note.asked - 1]):
+            if note.asked and lately and (copy >= 0 or note.waits or not trusted[note.asked - 1]):
                 asks[NEEDED, note.asked - 1] += 1.0
             note.asked = 0
         if copy == NONE:
@@ -136,8 +136,9 @@ def _asked_for(
                 grade, edge = grade + 1, 2.0 * edge
             if not (note.asked and lately):
                 asks[LATELY, grade] += 1.0
-                note.asked, note.begun = grade + 1, 0
+                note.asked = grade + 1
             if trusted[grade]:
+                note.waits = 1
                 found[count, 0], found[count, 1], found[count, 2], worths[count] = kind, at, head, worth
                 count += 1
         elif copy >= 0:

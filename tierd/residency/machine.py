@@ -153,6 +153,10 @@ class Residency:
         self._num_in_flight += len(ids)
         return ids
 
+    def refuse_copies(self, table: BlockTable, records: Ids) -> None:
+        """The turn of these records [n, 3] (kinds, block ids, heads) has come, and those that have no copy get none: there is no room."""
+        table.notes["waits"][*records.T] = 0
+
     def finish_copies(self, ids: Ids, digests: NDArray[np.uint64] | None) -> Finished:
         """The copier is done with these, and their bytes hash to `digests` (None: nothing arrived)."""
         good, blocks, records = np.zeros(len(ids), np.bool_), np.empty(len(ids), np.int64), self._copies.records

@@ -53,7 +53,7 @@ def begin(
         note = notes[kind, block, head]
         if hot_offset[block] < 0 or note.copy_id != NO_COPY:
             return False
-        note.copy_id, note.begun = ids[i], 1
+        note.copy_id, note.waits = ids[i], 0
         used[kind, block, head] = False
         in_flight[block] += 1
         copies[ids[i]] = record[0]
