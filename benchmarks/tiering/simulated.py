@@ -142,7 +142,8 @@ class Replay:
         for copy_id in room.evictions.tolist():
             self._drop(copy_id)
         begun = records[: room.placed]
-        self._notes["waits"][*records.T] = 0
+        left_out = self._wanted.leave_out("session", kind) if room.placed < len(records) else []
+        self._notes["waits"][*np.concatenate([records, *left_out]).T] = 0
         ids = np.array([self._free_ids.pop() for _ in begun], np.int64)
         self._shelf.put(np.full(len(ids), kind), ids, "session", 1, worths[: len(begun)])
         for copy_id, (_, block, head) in zip(ids.tolist(), begun.tolist(), strict=True):

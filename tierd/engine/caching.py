@@ -234,22 +234,21 @@ class ScratchCache:
         return min(affordable, room)
 
     def _place(self, parts: list[Part]) -> Ids:
-        """Begins copies of what layers of one session want; returns their ids. A kind without room for them is `full` from then on. All of
-        them at once: the few that each layer wants were placed in 0.1 ms a layer."""
+        """Begins copies of what layers of one session want; returns their ids. Of a kind without room for them nothing is wanted any more.
+        All of them at once: the few that each layer wants were placed in 0.1 ms a layer."""
         wishes = [wish for wish, _ in parts]
         asker, table = wishes[0].asker, wishes[0].table
         name, nbytes = asker.session_id, asker.nbytes
         assert name in self._sessions, "a closed session wants copies"
         records, worths, of = together(parts)
         # Some have a copy by now: another row may share the block.
-        blocks, heads, worths, of, num_keys = without_copies(records, worths, of, np.array([wish.full for wish in wishes]), table.notes)
+        blocks, heads, worths, of, num_keys = without_copies(records, worths, of, table.notes)
         askers = np.array([wish.asker for wish in wishes], object)[of]
         placed = self._scratch.place(askers, table, blocks, heads, worths, num_keys, wishes[0].choice.displace, self._families)
-        for kind in placed.short:
-            self._wanted.fill(name, kind)
         begun = len(placed.ids)
         if begun < len(records):
-            self._residency.refuse_copies(table, records)
+            left_out = [rest for kind in placed.short for rest in self._wanted.leave_out(name, kind)]
+            self._residency.refuse_copies(table, np.concatenate([records, *left_out]))
         if begun:
             self._turns.start(name, begun)
             self._link.spend(name, begun * nbytes)

@@ -1,11 +1,10 @@
 """What looks at calls still want copied: a part of it begins in each turn of tiering that hides behind a call's kernels."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tierd.engine.scratch import Asker
 from tierd.policy import Choice
@@ -25,14 +24,12 @@ MISSES_BORNE = 256
 
 @dataclass(eq=False)
 class Wish:
-    """What a row wants copied: `choice` from record `at` on, but for kinds that are `full` [2], of which scratch had no room for a better
-    one. The blocks are of `table`."""
+    """What a row wants copied: `choice` from record `at` on. The blocks are of `table`."""
 
     asker: Asker
     table: BlockTable
     choice: Choice
     at: int = 0
-    full: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(2, np.bool_))
 
     @property
     def left(self) -> int:
@@ -48,6 +45,14 @@ class Wish:
     def end(self) -> None:
         """Nothing more is copied."""
         self.at = len(self.choice.records)
+
+    def leave_out(self, kind: int) -> Ids:
+        """Nothing more of a kind is copied; returns the records [n, 3] that were left of it."""
+        records, worths = self.choice.records[self.at :], self.choice.worths[self.at :]
+        of_kind = records[:, 0] == kind
+        left_out: Ids = records[of_kind]
+        self.choice, self.at = self.choice._replace(records=records[~of_kind], worths=worths[~of_kind]), 0
+        return left_out
 
 
 Part = tuple[Wish, slice]  # which of its records
@@ -102,11 +107,10 @@ class Wanted:
         for wish in self._wishes:
             wish.choice.worths[...] *= factor
 
-    def fill(self, session_id: str, kind: int) -> None:
-        """Scratch has no room for what this session wants most of a kind: all that it wants is worth less."""
-        for wish in self._wishes:
-            if wish.asker.session_id == session_id:
-                wish.full[kind] = True
+    def leave_out(self, session_id: str, kind: int) -> list[Ids]:
+        """Scratch has no room for what this session wants most of a kind: all that it wants is worth less, and is not wanted any more.
+        Returns the records, [n, 3] of each wish."""
+        return [wish.leave_out(kind) for wish in self._wishes if wish.asker.session_id == session_id]
 
     def clear(self) -> None:
         """Nothing is wanted any more."""

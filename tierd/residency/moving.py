@@ -24,15 +24,15 @@ COPY = np.dtype([
 
 @compiled
 def without_copies(
-    records: Ints, worths: NDArray[np.float64], of: Ints, left_out: NDArray[np.bool_], notes: NDArray[Any]
+    records: Ints, worths: NDArray[np.float64], of: Ints, notes: NDArray[Any]
 ) -> tuple[Ints, Ints, NDArray[np.float64], Ints, int]:
-    """Those of these records [n, 3] (kinds, block ids, heads) that have no copy and may get one, without kinds that are `left_out` [k, 2]
-    by the wish that each is `of` [n]: keys first, else in their order. Their blocks, heads, `worths` and wishes; and how many are keys."""
+    """Those of these records [n, 3] (kinds, block ids, heads) that have no copy and may get one: keys first, else in their order. Their
+    blocks, heads, `worths` and whom each is `of` [n]; and how many are keys."""
     blocks, heads, theirs, wishes = np.empty(len(records), np.int64), np.empty(len(records), np.int64), worths.copy(), of.copy()
     count = num_keys = 0
     for kind in range(2):
         for i in range(len(records)):
-            if records[i, 0] == kind and not left_out[of[i], kind] and notes[kind, records[i, 1], records[i, 2]].copy_id == NO_COPY:
+            if records[i, 0] == kind and notes[kind, records[i, 1], records[i, 2]].copy_id == NO_COPY:
                 blocks[count], heads[count], theirs[count], wishes[count] = records[i, 1], records[i, 2], worths[i], of[i]
                 count += 1
         if kind == 0:
@@ -115,7 +115,7 @@ def prepare() -> None:
     none, counts, places, notes = np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros((2, 0, 1), np.int64), np.zeros((2, 0, 1), NOTE)
     copies = np.zeros(0, COPY)
     used, which = places.astype(np.bool_), none.astype(np.bool_)
-    without_copies(np.zeros((0, 3), np.int64), none.astype(np.float64), none, np.zeros((0, 2), np.bool_), notes)
+    without_copies(np.zeros((0, 3), np.int64), none.astype(np.float64), none, notes)
     begin(copies, none, np.zeros(1, COPY), none, none, none, none, none, none, notes, used, counts)
     settle(copies, none, 0, none.astype(np.uint64), places.astype(np.uint64), places, counts, counts, which, none)
     detach(copies, none, 0, places, notes, counts, none)
