@@ -4,9 +4,9 @@ import numpy as np
 
 # `copy_id` is residency's, the rest the policy's. `worth`: larger is better to keep. `seen`: the step at which the record was last a
 # candidate, `share` its share of the error budget then. `asked`: one more than the grade (`policy/weighing.py`) at which a copy was asked
-# for that no need has followed yet, or zero; `waits`: 1 from when one is wanted until its turn has come, which residency says. In one place
-# of 32 bytes, since a policy waits for memory more than for anything else: in four columns a candidate took four cache misses, and at 128K
-# tokens a step's choices twice the time.
+# for that no need has followed yet, or zero; `waits`: 1 from when a copy is wanted until one begins or scratch has no room for it, which
+# residency says. In one place of 32 bytes, since a policy waits for memory more than for anything else: in four columns a candidate took
+# four cache misses, and at 128K tokens a step's choices twice the time.
 NOTE = np.dtype([
     ("copy_id", np.int64), ("worth", np.float64), ("seen", np.float64), ("share", np.float32), ("asked", np.int8), ("waits", np.int8),
 ], align=True)  # fmt: skip

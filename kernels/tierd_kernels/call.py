@@ -29,7 +29,7 @@ class Call:
     `canary_blocks`: full blocks to re-score from originals. `preference`: how many times its share of the bound an original counts of which
     there is a copy, where promotion by budget chooses: what is at hand spares what is not. `candidates_max`: of a KV head, keys and values
     apart. `is_looked_at`: whether anybody will ask for candidates of a call that read so many originals, and so many of them from the host;
-    of one that read none: whatever it reads.
+    a yes for one that read none is a yes for whatever it reads.
     """
 
     q: NDArray[np.generic]

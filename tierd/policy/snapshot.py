@@ -60,7 +60,7 @@ class Policy(Protocol):
 
     def looks_at(self, turn: int, needs: int, misses: int) -> bool:
         """Whether it is to be shown a call that needed so many originals and read `misses` of them from the host. `turn`: rises by one with
-        each call of a layer, and differs between neighbouring layers."""
+        each call of a layer, and differs between neighbouring layers. A yes to a call without needs is one to whatever it needs."""
         ...
 
     def choose(self, snapshot: Snapshot) -> Choice:

@@ -46,9 +46,8 @@ def weigh(
     takes its time to be told of each."""
     kinds, heads, most = all_blocks.shape
     needs = np.empty(most, np.bool_)
-    gained, since, needed = np.empty(found.shape, np.int64), np.empty(len(found)), np.empty(len(found), np.bool_)
-    count = _needed(ids, reads, exact_heads, notes, now, weight, gained, since)
-    needed[:count], needed[count:] = True, False
+    gained, since = np.empty(found.shape, np.int64), np.empty(len(found))
+    count = needed = _needed(ids, reads, exact_heads, notes, now, weight, gained, since)
     for kind in range(kinds):
         for head in range(heads):
             blocks, scores = all_blocks[kind, head], all_scores[kind, head]
@@ -111,13 +110,13 @@ def _needed(
 
 @compiled
 def _asked_for(
-    gained: Ids, since: Worths, needed: Mask, notes: NDArray[Any], weight: float, asks: Asks, trusted: Mask, found: Ids, worths: Worths
+    gained: Ids, since: Worths, needed: int, notes: NDArray[Any], weight: float, asks: Asks, trusted: Mask, found: Ids, worths: Worths
 ) -> tuple[int, int]:
-    """Of the records that have gained [n, 3], which were looked at `since` [n] steps ago: puts those that get a copy to the front of
-    `found`, and the copies of those that have one to its end.
+    """Of the records that have gained [n, 3], which were looked at `since` [n] steps ago, the first `needed` because they were: puts those
+    that get a copy to the front of `found`, and the copies of those that have one to its end.
 
-    A need speaks for the grade that its record was asked for at, unless a copy's turn has come and there is none: what scratch is too small
-    for is not worth copying. Where a grade is not trusted its records are only watched.
+    A need speaks for the grade that its record was asked for at, unless a copy began and is gone, or scratch had no room for one: what that
+    is too small for is not worth copying. Where a grade is not trusted its records are only watched.
 
     One loop, and all in it: compiled functions that are called take and give back references to their arrays, and three calls a record
     took 80 ns of its 90."""
@@ -126,7 +125,7 @@ def _asked_for(
         kind, at, head = gained[i, 0], gained[i, 1], gained[i, 2]
         note = notes[kind, at, head]
         copy, worth, lately = note.copy_id, note.worth, since[i] < SOON
-        if needed[i]:
+        if i < needed:
             if note.asked and lately and (copy >= 0 or note.waits or not trusted[note.asked - 1]):
                 asks[NEEDED, note.asked - 1] += 1.0
             note.asked = 0

@@ -28,7 +28,7 @@ def without_copies(
 ) -> tuple[Ints, Ints, NDArray[np.float64], Ints, int]:
     """Those of these records [n, 3] (kinds, block ids, heads) that have no copy and may get one: keys first, else in their order. Their
     blocks, heads, `worths` and whom each is `of` [n]; and how many are keys."""
-    blocks, heads, theirs, wishes = np.empty(len(records), np.int64), np.empty(len(records), np.int64), worths.copy(), of.copy()
+    blocks, heads, theirs, wishes = np.empty_like(of), np.empty_like(of), np.empty_like(worths), np.empty_like(of)
     count = num_keys = 0
     for kind in range(2):
         for i in range(len(records)):
