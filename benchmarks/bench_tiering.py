@@ -47,6 +47,7 @@ from simulated import Outcome, Replay
 from tierd.config import EngineConfig
 from tierd.notes import NOTE
 from tierd.policy import FIRST_STEP, NO_READS, NONE, POLICIES, Predictive, Snapshot
+from tierd.policy.predictive import EVERY
 
 TRACES = [Path(__file__).parents[1] / "tests" / "quality" / "data" / "trace-tiny"]
 SHARES = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # scratch, of the originals' records
@@ -92,7 +93,8 @@ def check(steps: Steps, outcome: Outcome) -> None:
 
 def policy_us(candidates: int, rounds: int = 30) -> float:
     """Median microseconds of a step's choices over `candidates` (block, score) pairs a kind, layer and KV head at 128K tokens, of which a
-    quarter is near the threshold, as in a head that promotes, and few have a copy: nothing is copied here, so much is asked for."""
+    quarter is near the threshold, as in a head that promotes, and few have a copy: nothing is copied here, so much is asked for; no layer
+    is settled."""
     rng = np.random.default_rng(0)
     notes = np.full((2, LAYERS * BLOCKS, HEADS), 0, NOTE)  # filled, as the engine's table is: then it lies on large pages
     notes["copy_id"] = np.where(rng.random(notes.shape) < 0.125, 1, NONE)
@@ -106,8 +108,8 @@ def policy_us(candidates: int, rounds: int = 30) -> float:
     for step in range(rounds):
         began = time.perf_counter()
         for layer in range(LAYERS):
-            if policy.looks_at(step + layer, needs=0, misses=0):
-                policy.choose(Snapshot(ids[layer], NO_READS, exact, *picked[layer], notes, FIRST_STEP + step))
+            if policy.looks_at(step + layer, settled=0, needs=0, misses=0):
+                policy.choose(Snapshot(ids[layer], NO_READS, exact, *picked[layer], notes, FIRST_STEP + step, FIRST_STEP + step - EVERY))
         times.append(1e6 * (time.perf_counter() - began))
     return float(np.median(times))
 

@@ -4,6 +4,7 @@ Legend: Hkv KV heads, n new tokens, d head dimension, B block size, G complete g
 """
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,7 +38,8 @@ class Quantiser(Protocol):
 @dataclass
 class LayerState:
     """`ids`: the blocks in order, a tail last if `length` is not a multiple of B. Group arrays are [G, Hkv]. `calls`: attends
-    answered. `offsets`: see `Session.offsets`; None until asked for again after `ids` or what is full has changed."""
+    answered; `looked`: the step at which tiering looked at one last; `settled`: how many of its last looks found the layer settled.
+    `offsets`: see `Session.offsets`; None until asked for again after `ids` or what is full has changed."""
 
     group_value_norms: NDArray[np.float32]
     group_error_norms: NDArray[np.float32]
@@ -45,6 +47,8 @@ class LayerState:
     ids: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     places: Places = field(default_factory=Places)
     calls: int = 0
+    looked: float = inf
+    settled: int = 0
     offsets: tuple[Ids, Ids] | None = None
 
 

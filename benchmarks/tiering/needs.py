@@ -36,7 +36,7 @@ class Watching(Nothing):
     def __init__(self) -> None:
         self.seen: list[NDArray[np.bool_]] = []
 
-    def looks_at(self, turn: int, needs: int, misses: int) -> bool:
+    def looks_at(self, turn: int, settled: int, needs: int, misses: int) -> bool:
         return True
 
     def choose(self, snapshot: Snapshot) -> Choice:

@@ -11,6 +11,7 @@ its host more than it exposes; a replay that `waits` does as the engine.
 
 from collections import deque
 from dataclasses import dataclass
+from math import inf
 from typing import cast
 
 import numpy as np
@@ -79,6 +80,7 @@ class Replay:
         self._places: dict[int, tuple[int, int, int]] = {}
         self._under_way: deque[tuple[int, float]] = deque()  # (copy id, microseconds of link still needed)
         self._now = FIRST_STEP
+        self._looked, self._settled = [inf] * layers, [0] * layers
         self._free_ids = list(range(sum(slots)))
         self.outcome = Outcome()
 
@@ -114,12 +116,13 @@ class Replay:
             self._notes["worth"] *= factor
             self._shelf.rescale(factor)
             self._wanted.rescale(factor)
-        if not self._policy.looks_at(t + layer, int(needed.sum()), count):
+        if not self._policy.looks_at(t + layer, self._settled[layer], int(needed.sum()), count):
             return
         candidates, scores = largest(near(shares, needed, np.where(at_hand, float(self._policy.preference), 1.0)), CANDIDATES_MAX)
         exact = np.zeros(needed.shape[2], bool)
         reads = np.array(np.nonzero(needed))
-        choice = self._policy.choose(Snapshot(ids, reads, exact, candidates, scores, self._notes, self._now))
+        choice = self._policy.choose(Snapshot(ids, reads, exact, candidates, scores, self._notes, self._now, self._looked[layer]))
+        self._looked[layer], self._settled[layer] = self._now, self._settled[layer] + 1 if choice.settled else 0
         self._shelf.gain(choice.held, choice.held_worths)
         wish = Wish(Asker("session", "session", self._steps.layers, layer, 1), self._table, choice)
         if self._waits:

@@ -1,6 +1,7 @@
 """The scratch cache: promoted originals are read from it, and every hit, miss and eviction is counted."""
 
 from dataclasses import replace
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from tierd.engine import Engine, EngineConfig
 from tierd.engine.caching import ACTIVE_STEPS
 from tierd.errors import CapacityExceeded
 from tierd.migrator import Migrator
-from tierd.policy import Predictive
+from tierd.policy import Choice, Predictive, Snapshot
 from tierd.policy.predictive import EVERY
 from tierd.residency import CopyState, ScratchCopy
 
@@ -60,12 +61,20 @@ def test_a_call_that_wants_no_copies_does_not_bother_the_migrator(monkeypatch: p
 
 
 def test_kernels_are_told_which_calls_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every fourth of a layer, in turns with its neighbour, and any that misses much: the same that the policy is shown."""
-    bench, shown = Bench(), list[int]()
+    """Every fourth of a layer, in turns with its neighbour, later every sixteenth, since none needs anything; and any that misses much: the
+    same that the policy is shown."""
+    bench, shown, last = Bench(), list[int](), [inf, inf]
     name = bench.opened()
     choose, attend = Predictive.choose, bench.kernels.attend
-    monkeypatch.setattr(Predictive, "choose", lambda self, snapshot: [shown.append(number), choose(self, snapshot)][1])
     told: list[bool] = []
+
+    def chosen(self: Predictive, snapshot: Snapshot) -> Choice:
+        shown.append(number)
+        assert snapshot.last == last[number % 2]
+        last[number % 2] = snapshot.now
+        return choose(self, snapshot)
+
+    monkeypatch.setattr(Predictive, "choose", chosen)
 
     def attended(layout: Any, memory: Any, calls: list[Call], *args: Any) -> Any:
         told.append(calls[0].is_looked_at(0, 0))
@@ -75,12 +84,18 @@ def test_kernels_are_told_which_calls_are_looked_at(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(bench.kernels, "attend", attended)
     for layer in (0, 1):
         bench.run(bench.append(name, 10, layer))  # no full block: nothing is read
-    for number in range(24):
+    for number in range(96):
         bench.run(Attend([Row(name, number % 2, bench.numbers(4, 1))], worker="w"))
-    assert shown == [i for i in range(24) if told[i]]
+    assert shown == [i for i in range(96) if told[i]]
     for layer in (0, 1):
         of_layer = [i // 2 for i in shown if i % 2 == layer]
-        assert len(of_layer) == 3 and set(np.diff(of_layer)) == {EVERY} and of_layer[0] == 3 - layer
+        assert of_layer == [each - 1 - layer for each in (EVERY, 2 * EVERY, 4 * EVERY, 8 * EVERY, 12 * EVERY)]
+    bench.run(bench.append(name, 64, 0))
+    number = 96
+    while number < 106:
+        bench.run(Attend([Row(name, 0, bench.numbers(4, 1))], worker="w"))
+        number += 2
+    assert shown[-2:] == [96, 102], "what has no copy is looked at, and its layer soon again"
 
 
 @pytest.mark.parametrize(("policy", "preference"), [("predictive", Predictive().preference), ("reactive", 1), ("none", 1)])

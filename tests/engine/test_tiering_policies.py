@@ -1,5 +1,7 @@
 """The policies on snapshots: what each keeps, fetches and lets go. Pure functions, so properties over random snapshots."""
 
+from math import inf
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -12,15 +14,12 @@ from tierd.policy import FIRST_STEP, NO_READS, NONE, Choice, LinkBudget, Nothing
 from tierd.policy.link import BURST_S
 from tierd.policy.predictive import EVERY, RESCALE_AT
 from tierd.policy.weighing import (
-    AGAIN_NEEDED,
     AT_FIRST,
     FADES,
-    GRADE_OF_A_NEED,
     GRADES,
     LEAST,
-    NEAR_NEEDED,
+    NEEDED_SHARE,
     RIPENS,
-    SAME,
     SOON,
 )
 from tierd.residency import BARRED
@@ -36,12 +35,14 @@ class Table:
         self.notes = np.zeros((2, 6, 2), NOTE)
         self.copy_id, self.worth = self.notes["copy_id"], self.notes["worth"]
         self.copy_id[:] = NONE
+        self.looked = inf
 
     def snapshot(
         self, shares: NDArray[np.float32], needed: NDArray[np.bool_], now: float = FIRST_STEP, exact: tuple[bool, bool] = (False, False)
     ) -> Snapshot:
         blocks, scores = largest(np.where((shares == 0) & needed & ~np.array(exact), np.float32(0.5), shares), 4)
-        return Snapshot(self.ids, np.array(np.nonzero(needed)), np.array(exact), blocks, scores, self.notes, now)
+        last, self.looked = self.looked, now
+        return Snapshot(self.ids, np.array(np.nonzero(needed)), np.array(exact), blocks, scores, self.notes, now, last)
 
 
 def shares_of(values: dict[tuple[int, int, int], float]) -> NDArray[np.float32]:
@@ -87,20 +88,21 @@ def test_predictive_fetches_what_was_needed_and_what_came_near_best_first() -> N
 def test_a_share_that_grows_is_fetched_before_it_is_needed() -> None:
     needed = np.zeros((2, 4, 2), bool)
 
-    def fetched(shares: list[float], apart: float = 4.0) -> list[list[tuple[int, ...]]]:
+    def fetched(shares: list[float], apart: float) -> list[list[tuple[int, ...]]]:
         policy, table, each = Predictive(floor=0.5), Table(), [shares_of({(0, 0, 0): share}) for share in shares]
         return [records(policy.choose(table.snapshot(x, needed, FIRST_STEP + apart * t))) for t, x in enumerate(each)]
 
-    # 0.4 after 0.3 becomes 0.5.
-    assert fetched([0.3, 0.4]) == [[], [(0, 4, 0)]]
-    assert fetched([0.4, 0.4]) == [[], []] == fetched([0.45, 0.4]) and fetched([0.3, 0.4], apart=5.0) == [[], []]
+    # 0.4 after 0.3 becomes 0.5; what the last look at the layer did not show is not known to have grown.
+    for apart in (0.25, 4.0, 16.0):
+        assert fetched([0.3, 0.4], apart) == [[], [(0, 4, 0)]]
+        assert fetched([0.4, 0.4], apart) == [[], []] == fetched([0.45, 0.4], apart) and fetched([0.3, 0.0, 0.4], apart) == [[], [], []]
 
 
 class Followed:
     """Steps of a table of one KV head; record 0 of the kinds in turn comes near at `share`, and is needed at the next step or never."""
 
     def __init__(self, policy: Predictive, begins: bool = True) -> None:
-        self.policy, self.now, self.blocks, self.begins = policy, FIRST_STEP, 4096, begins
+        self.policy, self.now, self.blocks, self.begins, self.looked = policy, FIRST_STEP, 4096, begins, inf
         self.ids, self.notes = np.arange(self.blocks), np.zeros((2, self.blocks, 1), NOTE)
         self.notes["copy_id"] = NONE
 
@@ -112,7 +114,8 @@ class Followed:
         if share:
             blocks[0, 0, 0], scores[0, 0, 0] = block, share
         reads = np.array([[0], [block], [0]]) if needed else NO_READS
-        choice = self.policy.choose(Snapshot(self.ids, reads, np.zeros(1, bool), blocks, scores, self.notes, self.now))
+        choice = self.policy.choose(Snapshot(self.ids, reads, np.zeros(1, bool), blocks, scores, self.notes, self.now, self.looked))
+        self.looked = self.now
         for kind, at, head in choice.records.tolist() if self.begins else []:
             self.notes["copy_id"][kind, at, head], self.notes["waits"][kind, at, head] = at, 0
         self.now += after
@@ -139,10 +142,10 @@ def test_what_comes_near_in_vain_is_copied_no_more_until_needs_follow_again(shar
 
 def test_a_grade_is_held_to_its_own_asks() -> None:
     followed = Followed(Predictive())
-    for block in range(200):  # weak and strong in turn: only what comes very near is needed
-        followed.pairs(2 * block, 1, 0.3, needed=False)
-        strong = followed.pairs(2 * block + 1, 1, 0.9, needed=True)
-    assert strong == [1] and followed.pairs(400, 1, 0.3, needed=False) == [0]
+    for block in range(0, 1000, 5):  # four weak ones and a strong one in turn: only what comes very near is needed
+        followed.pairs(block, 4, 0.3, needed=False)
+        strong = followed.pairs(block + 4, 1, 0.9, needed=True)
+    assert strong == [1] and followed.pairs(1000, 1, 0.3, needed=False) == [0]
 
 
 def test_needs_that_are_not_named_count_too() -> None:
@@ -162,19 +165,19 @@ def test_needs_that_are_not_named_count_too() -> None:
 
 def test_however_often_a_copy_is_read_it_speaks_once() -> None:
     followed, asked = Followed(Predictive()), []
-    for first in range(0, 3000, 10):
-        asked += [*followed.pairs(first, 9, 0.9, needed=False), followed.look(first + 9, 0.9, False)]
+    for first in range(0, 4000, 20):
+        asked += [*followed.pairs(first, 19, 0.9, needed=False), followed.look(first + 19, 0.9, False)]
         for _ in range(5):
-            followed.look(first + 9, 0.9, True)
+            followed.look(first + 19, 0.9, True)
     assert asked[0] == 1 and asked[-1] == 0
 
 
 def test_what_scratch_has_no_room_for_until_it_is_needed_is_copied_less() -> None:
     followed, asked = Followed(Predictive()), []
     for block in range(400):
-        asked.append(followed.look(block, 0.9, False))
+        asked.append(followed.look(block, 0.9, False, after=0.25))
         followed.notes["copy_id"][0, block, 0] = NONE  # gone at once
-        followed.look(block, 0.9, True)
+        followed.look(block, 0.9, True, after=0.25)
     # Never for good: what is watched and not copied is needed, and so trusted again.
     assert all(asked[:5]) and 0.2 < np.mean(asked[100:]) < 0.9
 
@@ -287,12 +290,11 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
     rng, table, policy = np.random.default_rng(seed), Table(), Predictive()
     expected, last, asked, waits = np.zeros((2, 6, 2)), {}, dict[tuple[int, int, int], int](), np.zeros((2, 6, 2), np.int8)
     lately, before_that, met = np.zeros((3, GRADES))
-    now, passed = FIRST_STEP, 0.0
+    now, looked, passed = FIRST_STEP, inf, 0.0
     for _ in range(16):
         ripe = lately * (1 - 0.5 ** (passed / RIPENS))
         lately, before_that, met = lately - ripe, before_that * 0.5 ** (passed / FADES) + ripe, met * 0.5 ** (passed / FADES)
-        least = np.where(np.arange(GRADES) < GRADE_OF_A_NEED, NEAR_NEEDED, AGAIN_NEEDED)
-        trusted = met + AT_FIRST >= least * (before_that + AT_FIRST)
+        trusted = met + AT_FIRST >= NEEDED_SHARE * (before_that + AT_FIRST)
         shares = np.where(rng.random((2, 4, 2)) < 0.7, rng.random((2, 4, 2)), 0).astype(np.float32)
         needed, exact = rng.random((2, 4, 2)) < 0.3, rng.random(2) < 0.2
         named = largest(shares, candidates)
@@ -305,11 +307,11 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
             at, need = (kind, int(table.ids[b]), head), bool(needed[kind, b, head] and not exact[head])
             score, (before, then) = float(shares[kind, b, head]), last.get(at, (0.0, -9.0))
             of_head = needed[kind, :, head] & (shares[kind, :, head] > 0) & ~exact[head]
-            threshold = shares[kind, of_head, head].min(initial=1.0)
+            threshold = float(shares[kind, of_head, head].min(initial=1.0))
             near = score > 0 and (need or score >= 0.5 * policy.floor * threshold)
-            grown = max(score - before, 0.0) if now - then < 4.5 else 0.0
+            grown = max(score - before, 0.0) if then == looked else 0.0
             closeness = min((score + grown) / threshold, 1.0)
-            soon = now - then < SOON
+            soon = now - then <= SOON or then == looked
             if near or need:
                 last[at] = (score if score > 0 else 1.0), now
             if need and (grade := asked.pop(at, None)) is not None:
@@ -335,9 +337,10 @@ def test_predictive_does_what_its_rule_says(seed: int, candidates: int) -> None:
         assert (np.diff(choice.worths / 2.0 ** (now / policy.half_life)) <= 1 / 16 + 1e-9).all()
         assert set(choice.held.tolist()) <= {7}
         np.testing.assert_allclose(np.sort(choice.held_worths), sorted(held), rtol=1e-5)
+        assert choice.settled == (not wanted and not held and not needed.any()), "a 64th of fewer needs is none"
         assert np.array_equal(table.notes["waits"], waits)
         np.testing.assert_allclose(policy.asks, [lately, before_that, met], rtol=1e-9, atol=1e-12)
-        passed = float(rng.integers(1, 8))
+        looked, passed = now, float(rng.choice([1, 4, 7, 16, 40]))
         now += passed
 
 
@@ -362,10 +365,30 @@ def test_what_one_look_found_needed_is_not_needed_at_another_of_the_same_time() 
     assert table.worth[0, 2, 0] - before[0, 2, 0] == pytest.approx(2.0 ** (FIRST_STEP / policy.half_life) * policy.near * 0.2)
 
 
-def test_predictive_looks_at_every_fourth_call_and_where_much_was_missed() -> None:
+@pytest.mark.parametrize(("settled", "every"), [(0, EVERY), (1, 2 * EVERY), (2, 4 * EVERY), (3, 4 * EVERY), (1000, 4 * EVERY)])
+def test_predictive_looks_the_more_seldom_the_longer_a_layer_is_settled_and_where_much_was_missed(settled: int, every: int) -> None:
     policy = Predictive()
     for misses in (0, 2):  # of 64
-        looked = [policy.looks_at(turn, 64, misses) for turn in range(8)]
-        assert looked.count(True) == 2 and looked[:4] == looked[4:], "neighbouring layers take turns: each step has the same work"
-    assert all(policy.looks_at(turn, 64, 3) and policy.looks_at(turn, 1, 1) for turn in range(4))
-    assert EVERY < SAME < min(EVERY + 1, FIRST_STEP), "growth is that since the last look, and no note was written before the first step"
+        looked = [policy.looks_at(turn, settled, 64, misses) for turn in range(2 * every)]
+        assert looked.count(True) == 2 and looked[:every] == looked[every:], "neighbouring layers take turns: each step has the same work"
+    assert all(policy.looks_at(turn, settled, 64, 3) and policy.looks_at(turn, settled, 1, 1) for turn in range(every))
+
+
+@pytest.mark.parametrize(
+    ("needs", "wanted", "settled"),
+    [(0, 0, True), (1, 0, False), (63, 0, False), (64, 0, True), (64, 1, False), (640, 9, True), (640, 10, False)],
+)
+def test_a_layer_is_settled_where_next_to_none_of_its_needs_has_no_copy(needs: int, wanted: int, settled: bool) -> None:
+    notes, reads = np.zeros((2, needs, 1), NOTE), np.stack([np.zeros(needs, np.int64), np.arange(needs), np.zeros(needs, np.int64)])
+    notes["copy_id"] = np.where(np.arange(needs) < wanted, NONE, np.arange(needs))[:, None]
+    none = np.empty((2, 1, 0), np.int32)
+    shown = np.arange(needs), reads, np.zeros(1, bool), none, none.astype(np.float32), notes, FIRST_STEP, inf
+    choice = Predictive().choose(Snapshot(*shown))
+    assert len(choice.records) == wanted and choice.settled == settled
+
+
+@pytest.mark.parametrize("copy_id", [NONE, 3])
+def test_a_layer_that_comes_near_its_needs_is_not_settled(copy_id: int) -> None:
+    table = Table()
+    table.copy_id[:] = copy_id
+    assert not Predictive().choose(table.snapshot(shares_of({(0, 2, 0): 0.2}), np.zeros((2, 4, 2), bool))).settled

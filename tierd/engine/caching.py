@@ -58,7 +58,8 @@ class ScratchCache:
 
     def looks_at(self, session: Session, layer: int) -> Callable[[int, int], bool]:
         """Whether the policy will look at the layer's next call, once that has read so many originals, so many of them from the host."""
-        return partial(self._policy.looks_at, session.layers[layer].calls + 1 + layer)
+        state = session.layers[layer]
+        return partial(self._policy.looks_at, state.calls + 1 + layer, state.settled)
 
     def wait(self, jobs: Iterable[Job]) -> float:
         """Takes in copies of the blocks that `jobs` will read, if some are under way, and gives these the configured time to arrive;
@@ -142,9 +143,11 @@ class ScratchCache:
             needs, misses = self._count(work)
             self._wanted.missed(misses)
             session, layer = work.session, work.row.layer
-            session.layers[layer].calls += 1
+            state = session.layers[layer]
+            state.calls += 1
             if work.call.is_looked_at(needs, misses):
                 choice, nbytes = self._policy.choose(self._snapshot(work)), session.layout.original_record_bytes
+                state.looked, state.settled = self._now, state.settled + 1 if choice.settled else 0
                 asker = Asker(session.session_id, session.family, len(session.layers), layer, nbytes)
                 self._scratch.gain(choice)
                 self._wanted.add(Wish(asker, session.table, choice))
@@ -205,8 +208,8 @@ class ScratchCache:
     def _snapshot(self, work: Work) -> Snapshot:
         assert work.result is not None
         # The table's columns of now, not the call's: a batch may hold several sessions that share blocks.
-        notes = work.session.table.notes
-        return Snapshot(work.ids, work.reads.records, work.exact_heads, *work.result.candidates(), notes, self._now)
+        notes, last = work.session.table.notes, work.session.layers[work.row.layer].looked
+        return Snapshot(work.ids, work.reads.records, work.exact_heads, *work.result.candidates(), notes, self._now, last)
 
     def _begin(self, most: int) -> None:
         """Begins so many copies of what is wanted, until room, link or scratch is used up; all are given to the copier together."""

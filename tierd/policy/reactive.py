@@ -12,7 +12,7 @@ class Nothing:
     wants_candidates = False
     preference = 1
 
-    def looks_at(self, turn: int, needs: int, misses: int) -> bool:
+    def looks_at(self, turn: int, settled: int, needs: int, misses: int) -> bool:
         return False
 
     def choose(self, snapshot: Snapshot) -> Choice:
@@ -29,7 +29,7 @@ class Reactive:
     wants_candidates = False
     preference = 1
 
-    def looks_at(self, turn: int, needs: int, misses: int) -> bool:
+    def looks_at(self, turn: int, settled: int, needs: int, misses: int) -> bool:
         return True
 
     def choose(self, snapshot: Snapshot) -> Choice:

@@ -23,7 +23,7 @@ class Snapshot(NamedTuple):
     into `ids` in rising order and with their shares of what the bound may be, or of what their head promoted from on; -1 ends a shorter
     list. What was needed is mostly none of them (it may be where a call was answered in parts). `notes` [2, C, Hkv], of `tierd/notes.py`,
     are the table's: all but `copy_id` is the policy's own to write, and zero where nothing is known; residency ends `waits`. `now`: steps,
-    a fraction for each layer; at least FIRST_STEP.
+    a fraction for each layer; at least FIRST_STEP. `last`: when the layer was last looked at, infinite if never.
     """
 
     ids: Ids
@@ -33,18 +33,21 @@ class Snapshot(NamedTuple):
     scores: NDArray[np.float32]
     notes: NDArray[Any]
     now: float
+    last: float
 
 
 class Choice(NamedTuple):
     """What a call has taught. `records` int64 [n, 3] of (kind, block id, head) deserve a copy, best first (to a sixteenth of a need);
     `worths` float64 [n]: only copies of less than `displace` of that make room. `held` int64 [k]: copies that are worth more than before,
-    namely `held_worths` float64 [k]."""
+    namely `held_worths` float64 [k]. `settled`: next to none of what the layer needs, or comes near,
+    is without a copy."""
 
     records: Ids
     worths: Worths
     displace: float
     held: Ids
     held_worths: Worths
+    settled: bool = False
 
 
 NO_READS: Ids = np.empty((3, 0), np.int64)
@@ -58,9 +61,10 @@ class Policy(Protocol):
     wants_candidates: bool
     preference: int  # how many times its share of the bound an original counts that has a copy, where a call chooses what to promote
 
-    def looks_at(self, turn: int, needs: int, misses: int) -> bool:
+    def looks_at(self, turn: int, settled: int, needs: int, misses: int) -> bool:
         """Whether it is to be shown a call that needed so many originals and read `misses` of them from the host. `turn`: rises by one with
-        each call of a layer, and differs between neighbouring layers. A yes to a call without needs is one to whatever it needs."""
+        each call of a layer, and differs between neighbouring layers; `settled`: how many of the layer's last looks found it so. A yes
+        to a call without needs is one to whatever it needs."""
         ...
 
     def choose(self, snapshot: Snapshot) -> Choice:

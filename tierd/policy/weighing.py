@@ -19,27 +19,24 @@ from tierd.policy.snapshot import NO_READS, NONE, Ids, Worths
 
 Mask = NDArray[np.bool_]
 Asks = NDArray[np.float64]
-SAME = 4.5  # steps: what was seen no longer ago was seen when the layer was last looked at
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
 LEVELS, LEVELS_PER_NEED = 64, 16.0
 GRADES, LEAST = 7, 0.125  # the first is below LEAST
-GRADE_OF_A_NEED = 4
 LATELY, BEFORE, NEEDED = range(3)
 # Steps: until half of what was asked for lately can be told; until half of what followed is forgotten; since the last look at a record, in
 # which a need is soon.
 RIPENS, FADES, SOON = 8.0, 64.0, 16.0
 AT_FIRST = 12.0  # asks that a grade is trusted for, with nothing known. With 8, topics that switch wait up to 0.54 of reactive, not 0.49
-# So much of what was asked for because it came near, and because it had been needed, must be needed soon. Recorded text and prompts,
-# scratch for an eighth, two to three hundred steps: while every grade was trusted, and calls had no preference for what is at hand, 57 to
-# 74 % of the copies were never read; now 13 to 27 %. With 0.3 for what comes near up to 34 % are, and calls wait up to an eighth less;
-# with 0.45 and 0.5 up to 24 %, and they wait up to a tenth longer.
-NEAR_NEEDED, AGAIN_NEEDED = 0.4, 0.35
+# So much of what was asked for must be needed soon. Recorded text and prompts, scratch for an eighth, two to three hundred steps: while
+# every grade was trusted, and calls had no preference for what is at hand, 57 to 74 % of the copies were never read; now 9 to 26 %. With
+# 0.4 a prompt that asks for frequent words waits for 65 % of what it does under `reactive`, not 48; with 0.2 up to 29 % are never read.
+NEEDED_SHARE = 0.3
 
 
 @compiled
 def weigh(
     ids: Ids, reads: Ids, exact_heads: Mask, all_blocks: NDArray[np.int32], all_scores: NDArray[np.float32], notes: NDArray[Any],
-    now: float, weight: float, near: float, floor: float, asks: Asks, passed: float, found: Ids, worths: Worths,
+    now: float, last: float, weight: float, near: float, floor: float, asks: Asks, passed: float, found: Ids, worths: Worths,
 ) -> tuple[int, int]:  # fmt: skip
     """Writes notes, and `asks`, as it was `passed` steps ago; fills `found` [., 3] and `worths` with the records that deserve a copy, best
     first, and from the end, in any order, with the ids of copies that have gained; returns how many of both. One array for both: numba
@@ -59,7 +56,7 @@ def weigh(
                 if needs[j]:
                     note.share = score
                 elif score >= cut:
-                    before = note.share if now - note.seen < SAME else score
+                    before = note.share if note.seen >= last else score
                     closeness = min((score + max(score - before, ZERO)) / threshold, ONE)
                     gain = near * closeness if closeness >= floor else 0.0
                     gained[count, 0], gained[count, 1], gained[count, 2] = kind, at, head
@@ -67,7 +64,8 @@ def weigh(
                     note.share, note.seen = score, now
                     note.worth += weight * gain
                     count += gain > 0.0
-    count, known = _asked_for(gained[:count], since, needed, notes, weight, asks, _trusted(asks, passed), found, worths)
+    soon = max(SOON, now - last)
+    count, known = _asked_for(gained[:count], since, needed, soon, notes, weight, asks, _trusted(asks, passed), found, worths)
     if count > 1:
         _order(found[:count], worths[:count], weight)
     return count, known
@@ -83,8 +81,7 @@ def _trusted(asks: Asks, passed: float) -> Mask:
         asks[LATELY, grade] -= can_be_told
         asks[BEFORE, grade] = asks[BEFORE, grade] * kept + can_be_told
         asks[NEEDED, grade] *= kept
-        least = NEAR_NEEDED if grade < GRADE_OF_A_NEED else AGAIN_NEEDED
-        trusted[grade] = asks[NEEDED, grade] + AT_FIRST >= least * (asks[BEFORE, grade] + AT_FIRST)
+        trusted[grade] = asks[NEEDED, grade] + AT_FIRST >= NEEDED_SHARE * (asks[BEFORE, grade] + AT_FIRST)
     return trusted
 
 
@@ -110,7 +107,8 @@ def _needed(
 
 @compiled
 def _asked_for(
-    gained: Ids, since: Worths, needed: int, notes: NDArray[Any], weight: float, asks: Asks, trusted: Mask, found: Ids, worths: Worths
+    gained: Ids, since: Worths, needed: int, soon: float, notes: NDArray[Any], weight: float, asks: Asks, trusted: Mask, found: Ids,
+    worths: Worths,
 ) -> tuple[int, int]:
     """Of the records that have gained [n, 3], which were looked at `since` [n] steps ago, the first `needed` because they were: puts those
     that get a copy to the front of `found`, and the copies of those that have one to its end.
@@ -124,7 +122,7 @@ def _asked_for(
     for i in range(len(gained)):
         kind, at, head = gained[i, 0], gained[i, 1], gained[i, 2]
         note = notes[kind, at, head]
-        copy, worth, lately = note.copy_id, note.worth, since[i] < SOON
+        copy, worth, lately = note.copy_id, note.worth, since[i] <= soon
         if i < needed:
             if note.asked and lately and (copy >= 0 or note.waits or not trusted[note.asked - 1]):
                 asks[NEEDED, note.asked - 1] += 1.0
@@ -150,7 +148,7 @@ def prepare() -> None:
     """Compiles `weigh`, or loads it, for what every call shows it."""
     none, ids = np.empty((2, 1, 0), np.int32), np.empty(0, np.int64)
     shown = ids, NO_READS, np.zeros(1, np.bool_), none, none.astype(np.float32), np.zeros((2, 0, 1), NOTE)
-    weigh(*shown, 0.0, 1.0, 0.0, 0.0, np.zeros((3, GRADES)), 0.0, np.empty((0, 3), np.int64), np.empty(0))
+    weigh(*shown, 0.0, 0.0, 1.0, 0.0, 0.0, np.zeros((3, GRADES)), 0.0, np.empty((0, 3), np.int64), np.empty(0))
 
 
 @compiled
