@@ -215,12 +215,14 @@ def appended(layout: Layout) -> Times:
     shapes = (HEADS, 1024, D), (HEADS, 1024, D), (HEADS * GROUP, 1, D)
     k, v, q = (torch.randn(*x, device="cuda", generator=generator).half() for x in shapes)
     memory, (call,) = stored(layout, [(k, v, q)])
-    norms, at, hot = cp.zeros((1, HEADS), cp.float32), cp.asarray(call.original_offsets), cp.asarray(call.hot_offsets)
     count = 1024 // layout.block_size
+    memory.blocks[:, :count] = call.original_offsets, call.hot_offsets
+    (from_at, to_at), each = memory.blocks_at, memory.blocks.itemsize
 
     def run(on: Any) -> None:
         for i in range(count):
-            kernels(layout).quantise(memory.originals_at, memory.hot_at, at[i : i + 1], hot[i : i + 1], norms, on)
+            places = from_at + i * each, to_at + i * each, memory.norms_at
+            kernels(layout).quantise(memory.originals_at, memory.hot_at, *places, 1, on)
 
     cp.cuda.Device().synchronize()
     graph = captured(run, memory.stream)

@@ -39,7 +39,7 @@ class Quantiser(Protocol):
 class LayerState:
     """`ids`: the blocks in order, a tail last if `length` is not a multiple of B. Group arrays are [G, Hkv]. `calls`: attends
     answered; `looked`: the step at which tiering looked at one last; `settled`: how many of its last looks found the layer settled.
-    `offsets`: see `Session.offsets`; None until asked for again after `ids` or what is full has changed."""
+    `hot_offsets`, `original_offsets`: of its first blocks, see `Session.offsets`."""
 
     group_value_norms: NDArray[np.float32]
     group_error_norms: NDArray[np.float32]
@@ -49,7 +49,8 @@ class LayerState:
     calls: int = 0
     looked: float = inf
     settled: int = 0
-    offsets: tuple[Ids, Ids] | None = None
+    hot_offsets: Ids = field(default_factory=lambda: NO_IDS)
+    original_offsets: Ids = field(default_factory=lambda: NO_IDS)
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,11 @@ class Session:
 
     def offsets(self, layer: int) -> tuple[Ids, Ids]:
         """Byte offsets of the layer's full blocks in hot, and of all its blocks in the originals; the same arrays from call to call, for
-        they change with every sixteenth token only. Not to be written."""
-        state = self.layers[layer]
-        if state.offsets is None:
-            state.offsets = self.table.hot_offset[self.full_ids(layer)], self.table.original_offset[state.ids]
-        return state.offsets
+        each changes with every sixteenth token only, and not with the same. Not to be written."""
+        state, table = self.layers[layer], self.table
+        state.hot_offsets = _extended(state.hot_offsets, table.hot_offset, self.full_ids(layer))
+        state.original_offsets = _extended(state.original_offsets, table.original_offset, state.ids)
+        return state.hot_offsets, state.original_offsets
 
     def append(self, layer: int, k: Raw, v: Raw) -> Savepoint:
         """Store `k`, `v` [Hkv, n, d] behind what the layer has; full blocks are quantised.
@@ -111,8 +112,8 @@ class Session:
         saved = Savepoint(layer, state.length)
         end = state.length + k.shape[1]
         fresh = self.table.add_tails(-(-end // block_size) - len(state.ids))
-        if end // block_size != state.length // block_size or len(fresh):  # twice in a block's tokens
-            state.ids, state.offsets = np.concatenate([state.ids, fresh]), None
+        if len(fresh):  # once in a block's tokens
+            state.ids = np.concatenate([state.ids, fresh])
         try:
             filling = state.ids[state.length // block_size : end // block_size]
             if len(filling):
@@ -240,7 +241,8 @@ class Session:
     def _cut(self, state: LayerState, length: int) -> None:
         """Forget blocks and groups beyond `length`; the block that `length` falls into must already be a tail."""
         num_blocks = -(-length // self.layout.block_size)
-        gone, state.ids, state.offsets = state.ids[num_blocks:], state.ids[:num_blocks].copy(), None
+        gone, state.ids = state.ids[num_blocks:], state.ids[:num_blocks].copy()
+        state.hot_offsets = state.original_offsets = NO_IDS
         state.length = length
         groups = length // GROUP_TOKENS
         state.group_value_norms, state.group_error_norms = (
@@ -248,3 +250,8 @@ class Session:
             state.group_error_norms[:groups],
         )
         self._residency.release(self.table, gone)
+
+
+def _extended(known: Ids, column: Ids, ids: Ids) -> Ids:
+    """`column` at `ids`, of which `known` has the first; the same array where that is all."""
+    return known if len(known) == len(ids) else np.concatenate([known, column[ids[len(known) :]]])

@@ -110,7 +110,7 @@ class Kernels:
             "dense": lambda grid, *args: answer(script, *map(int, args[:3])),
             "candidates": lambda grid, *args: tell_candidates(script, *map(int, args[:3])),
             "gather": lambda grid, *args: gather(grid[0], *args),
-            "quantise": lambda grid, *args: args[4].fill(1.0),
+            "quantise": lambda grid, *args: at(args[4], grid[:2], np.float32).fill(1.0),
             "gram": lambda grid, source, before, out, facts, rows: at(facts, (2 * grid[0] * grid[1],), np.float64).fill(0.0),
         }
         self._known = {name: device(do) for name, do in self._known.items()}

@@ -171,6 +171,7 @@ def test_records_are_the_references(layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_groups_are_bounded_together_as_alone(layout: Layout) -> None:
+    import cupy
     from tierd_kernels.cuda import backend
 
     heads, groups, per = layout.num_kv_heads, 3, GROUP // layout.block_size
@@ -187,6 +188,7 @@ def test_groups_are_bounded_together_as_alone(layout: Layout) -> None:
     kept = cache.memory.workspace  # type: ignore[attr-defined]
     cache.memory.workspace = kept[: 16 * layout.head_dim * (GROUP + 2 * layout.head_dim) * 2]  # type: ignore[attr-defined]
     kept[:] = 0xFF  # NaN
+    cupy.cuda.Device().synchronize()  # or the groups may be there first
     assert np.array_equal(backend.group_norms(layout, cache.memory, *places), cache.groups)  # two of a group and KV head at once
     assert (kept[cache.memory.workspace.nbytes :] == 0xFF).all()  # type: ignore[attr-defined]
     for g, h in product(range(groups), range(heads)):
@@ -707,6 +709,18 @@ def test_corruption_is_seen_by_the_canary_and_a_copy_in_scratch_is_read() -> Non
     cache.memory.scratch[:] ^= 0x08  # type: ignore[index]
     (other,) = backend.attend(layout, cache.memory, [good], 8)
     assert isinstance(other, Result) and not np.array_equal(other.output[certified], result.output[certified])
+
+
+@pytest.mark.parametrize(("blocks", "norms"), [(1, 1 << 14), (5, 1 << 14), (1 << 10, 7)])
+def test_blocks_quantised_a_few_at_a_time_are_as_those_quantised_together(blocks: int, norms: int) -> None:
+    layout = LAYOUTS[0]
+    k, v, _ = draw(layout, 400, 8, 1, "outlier", 4)
+    memory = store(layout, k, v).memory
+    expected, exponents = memory.hot.copy(), memory.exponents.copy()  # type: ignore[attr-defined]
+    memory.blocks, memory.norms = memory.blocks[:, :blocks], memory.norms[:norms]  # type: ignore[attr-defined]
+    memory.exponents.fill(-1)  # type: ignore[attr-defined]
+    store(layout, k, v, memory=memory)
+    assert (memory.hot == expected).all() and np.array_equal(np.maximum(memory.exponents, 0), exponents)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[4]], ids=str)

@@ -56,18 +56,21 @@ def _own(memory: Memory) -> DeviceMemory:
 def quantise_blocks(
     layout: Layout, memory: Memory, original_offsets: NDArray[np.int64], hot_offsets: NDArray[np.int64]
 ) -> None:
-    """Writes the hot blocks of n full original blocks; offsets int64 [n] in bytes. Raises DeviceLost."""
-    if not len(hot_offsets):
-        return
-    own = _own(memory)
-    with faults(), own.device, own.stream:
-        at = cp.asarray(np.stack([original_offsets, hot_offsets]))
-        norms = cp.empty((len(hot_offsets), layout.num_kv_heads), cp.float32)
-        kernels(layout).quantise(own.originals_at, own.hot_at, at[0], at[1], norms, own.stream)
-        largest = norms.max(axis=1).get(stream=own.stream).astype(np.float64)
-        own.stream.synchronize()
-    exponent = np.frexp(np.where(np.isfinite(largest), largest, 2.0**UNIT_MAX))[1]
-    own.exponents[hot_offsets // BLOCK_BYTES_MIN] = np.clip(np.where(largest > 0, exponent, UNIT_MIN), UNIT_MIN, UNIT_MAX)
+    """Writes the hot blocks of n full original blocks; offsets int64 [n] in bytes. Raises DeviceLost.
+
+    Offsets are read and norms written over the link: with arrays of CuPy's on the device a block took a decode step's host 0.39 to 0.49 ms,
+    so 0.16."""
+    own, heads = _own(memory), layout.num_kv_heads
+    at_once = min(own.blocks.shape[1], own.norms.size // heads)
+    for start in range(0, len(hot_offsets), at_once):
+        originals, hot = original_offsets[start : start + at_once], hot_offsets[start : start + at_once]
+        own.blocks[0, : len(hot)], own.blocks[1, : len(hot)] = originals, hot
+        with faults(), own.device:
+            kernels(layout).quantise(own.originals_at, own.hot_at, *own.blocks_at, own.norms_at, len(hot), own.stream)
+            own.stream.synchronize()
+        largest = own.norms[: len(hot) * heads].reshape(-1, heads).max(axis=1)
+        # 2^(e - 1) is the least number of exponent e. A NaN counts as none.
+        own.exponents[hot // BLOCK_BYTES_MIN] = np.frexp(np.fmax(np.minimum(largest, 2.0 ** (UNIT_MAX - 1)), 2.0 ** (UNIT_MIN - 1)))[1]
 
 
 def group_norms(

@@ -137,10 +137,11 @@ class Kernels:
     def __init__(self, layout: Layout, naive: bool = False) -> None:
         self.layout, self.record, self.naive = layout, Record(layout), naive
 
-    def quantise(self, originals: int, hot: int, original_at: Any, hot_at: Any, norms: Any, stream: Any) -> None:
-        """Writes the hot records of n full blocks; offsets int64 [n] on the device; norms float32 [n, Hkv], max ||V_t||."""
-        args = (np.uint64(originals), np.uint64(hot), original_at, hot_at, norms, np.int32(self.layout.num_kv_heads))
-        self._launch("quantise", (len(hot_at), self.layout.num_kv_heads, 2), QUANTISE_THREADS, args, stream)
+    def quantise(self, originals: int, hot: int, original_at: int, hot_at: int, norms: int, count: int, stream: Any) -> None:
+        """Writes the hot records of `count` full blocks. All are addresses, of pinned host memory too: of the memories, of the blocks'
+        offsets in them, int64 [count], and of where max ||V_t|| goes, float32 [count, Hkv]."""
+        args = (*map(np.uint64, (originals, hot, original_at, hot_at, norms)), np.int32(self.layout.num_kv_heads))
+        self._launch("quantise", (count, self.layout.num_kv_heads, 2), QUANTISE_THREADS, args, stream)
 
     def split_blocks(self, full: int, tiles: int, processors: int) -> int:
         """Blocks of a split: the fewest, a power of two times the warps, with which all splits are resident at once (131,072 tokens:

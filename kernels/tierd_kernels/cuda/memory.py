@@ -24,6 +24,7 @@ KEPT_BYTES = 128 << 20
 ARRANGED_MAX = 256  # of about 5 KB each
 LANDING_BYTES = 1 << 20  # records on their way back from scratch
 COPIES_MAX = 1024  # begun together
+BLOCKS_MAX, NORMS_MAX = 1024, 16384  # quantised together, and their KV heads
 # Blocks are larger than this, so that the offset over it tells them apart.
 BLOCK_BYTES_MIN = 1024
 
@@ -35,7 +36,8 @@ class DeviceMemory(Memory):
     it `copier`: of copies to scratch. `kept`: what stays on the device from call to call. `arranged`: the `Arrangement`s of the latest
     launches. `answered`, `arrived`: events behind the copies of a step's answers and behind candidates, which are the `late` of the last
     step that named any. Of copies to scratch under way: `ways` int64 [2, COPIES_MAX], their offsets in originals and scratch; `landing`,
-    where they come back to; `copied`: the event behind them. Both arrays are pinned."""
+    where they come back to; `copied`: the event behind them. Of blocks that are quantised together: `blocks` int64 [2, BLOCKS_MAX], their
+    offsets in originals and hot, and `norms` float32 [NORMS_MAX], which come back. These four arrays are pinned."""
 
     hot_at: int
     scratch_at: int
@@ -53,6 +55,10 @@ class DeviceMemory(Memory):
     landing_at: int
     ways: NDArray[np.int64]
     ways_at: tuple[int, int]
+    blocks: NDArray[np.int64]
+    blocks_at: tuple[int, int]
+    norms: NDArray[np.float32]
+    norms_at: int
     exponents: NDArray[np.int16]
     exponent: OfArray
     processors: int
@@ -97,9 +103,10 @@ def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: 
     memory.workspace_at = int(workspace.data.ptr)
     memory.workspace, memory.inputs, memory.outputs, memory.kept = workspace, inputs, outputs, kept
     memory.arranged, memory.landing = Recent(ARRANGED_MAX), pinned(LANDING_BYTES, "copies")
-    memory.ways = pinned(2 * 8 * COPIES_MAX, "copies").view(np.int64).reshape(2, COPIES_MAX)
-    memory.landing_at = int(memory.landing.ctypes.data)
-    memory.ways_at = int(memory.ways[0].ctypes.data), int(memory.ways[1].ctypes.data)
+    memory.ways, memory.blocks = (pinned(2 * 8 * n, "offsets").view(np.int64).reshape(2, n) for n in (COPIES_MAX, BLOCKS_MAX))
+    memory.norms = pinned(4 * NORMS_MAX, "norms").view(np.float32)
+    memory.landing_at, memory.norms_at = int(memory.landing.ctypes.data), int(memory.norms.ctypes.data)
+    memory.ways_at, memory.blocks_at = ((int(x[0].ctypes.data), int(x[1].ctypes.data)) for x in (memory.ways, memory.blocks))
     memory.exponents = np.zeros(hot_bytes // BLOCK_BYTES_MIN + 1, np.int16)
     exponents = memory.exponents
     memory.exponent = OfArray(lambda hot_offsets: int(exponents[hot_offsets // BLOCK_BYTES_MIN].max()))
