@@ -54,6 +54,7 @@ SHARES = (0.0, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # scratch, of the ori
 HEADLINE_SHARE = 1 / 8
 HEADLINE_SIZE = HEADLINE_SHARE, 0.5
 KEY_SHARES = (0.25, 0.5, 0.75)  # of scratch, at the headline's size
+RECENCY_SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8)
 SIZES = [(share, 0.5) for share in SHARES] + [(HEADLINE_SHARE, key) for key in KEY_SHARES if key != 0.5]
 TOKENS_MIN = 4096  # of a recorded trace that counts for the headline
 LAYERS, BLOCKS, HEADS = 32, 8192, 8  # 128K tokens of an 8B model
@@ -69,17 +70,19 @@ def capacity(steps: Steps, share: float, key_share: float = 0.5) -> tuple[int, i
 
 def sweep(steps: Steps, sizes: Sequence[tuple[float, float]] = SIZES) -> list[dict[str, Any]]:
     """A row for every policy, size and split of scratch; of the headline's size one more, for the default policy as the engine begins its
-    copies."""
+    copies, and of some sizes another, for its copies where the one goes that was read least recently."""
     rows = []
     for share, key_share in sizes:
-        settings = [(policy, False) for policy in POLICIES]
+        settings = [(policy, False, False) for policy in POLICIES]
         if (share, key_share) == HEADLINE_SIZE:
-            settings.append((Predictive.name, True))
-        for policy, waits in settings:
-            outcome = Replay(steps, policy, capacity(steps, share, key_share), waits).run()
+            settings.append((Predictive.name, True, False))
+        if share in RECENCY_SHARES and key_share == 0.5:
+            settings.append((Predictive.name, False, True))
+        for policy, waits, recency in settings:
+            outcome = Replay(steps, policy, capacity(steps, share, key_share), waits, recency).run()
             check(steps, outcome)
             size = {"scratch_share": share, "key_share": key_share}
-            rows.append({"steps": steps.name, "policy": policy, "waits": waits, **size, **outcome.row(steps)})
+            rows.append({"steps": steps.name, "policy": policy, "waits": waits, "recency": recency, **size, **outcome.row(steps)})
     return rows
 
 
@@ -123,7 +126,7 @@ def held_out(seed: int) -> list[dict[str, Any]]:
 
 def headline(rows: Sequence[dict[str, Any]], us: float) -> dict[str, float]:
     """The worst of each kind, and the costs. A trace of a few hundred tokens says nothing of thousands."""
-    sized = [row for row in rows if (row["scratch_share"], row["key_share"]) == HEADLINE_SIZE]
+    sized = [row for row in rows if (row["scratch_share"], row["key_share"]) == HEADLINE_SIZE and not row["recency"]]
     at = {(row["steps"], row["policy"]): row for row in sized if not row["waits"]}
     kinds: dict[str, list[float]] = {}
     for row in sized:
@@ -142,8 +145,9 @@ def headline(rows: Sequence[dict[str, Any]], us: float) -> dict[str, float]:
 def show(rows: Sequence[dict[str, Any]]) -> None:
     table = Table("steps", "scratch", "keys", "policy", "hit rate", "host KB/step", "exposed us/step", "wasted", "late")
     for row in rows:
+        how = ", waits" * row["waits"] + ", recency" * row["recency"]
         table.add_row(
-            row["steps"], f"{row['scratch_share']:.1%}", f"{row['key_share']:.0%}", row["policy"] + ", waits" * row["waits"],
+            row["steps"], f"{row['scratch_share']:.1%}", f"{row['key_share']:.0%}", row["policy"] + how,
             f"{row['hit_rate']:.3f}", f"{row['host_bytes_per_step'] / 1024:.1f}", f"{row['exposed_us_per_step']:.1f}",
             f"{row['wasted_share']:.1%}", str(row["late"]),
         )  # fmt: skip

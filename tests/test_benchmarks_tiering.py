@@ -15,6 +15,8 @@ from decode_steps import RECORD_BYTES, TARGET, Steps, chosen, drifting, promoted
 from simulated import GATHER_US, LINK_BYTES_PER_US, Replay
 
 from tierd.engine.wanted import MISSES_BORNE, PART_MIN
+from tierd.policy import NONE, POLICIES, Choice, Predictive, Snapshot
+from tierd.policy.weighing import LEVELS_PER_NEED
 
 
 def repeated(steps: int, needed: list[int], m: int = 8) -> Steps:
@@ -45,15 +47,29 @@ def test_few_copies_begin_when_calls_have_waited_for_as_many_reads_as_the_engine
     assert everything.copied == PART_MIN and everything.hits == 2 * PART_MIN
 
 
+def test_by_recency_what_was_read_longest_ago_goes_for_whatever_is_needed() -> None:
+    """Block 0 is needed at every step; two others in turn, for one place beside it."""
+    shares = np.zeros((40, 1, 2, 3, 1), np.float32)
+    shares[:, 0, 0, 0, 0] = 0.5
+    shares[::2, 0, 0, 1, 0] = shares[1::2, 0, 0, 2, 0] = 0.5
+    steps = Steps("in turn", shares, shares > 0, np.full(40, 3))
+    by_worth, by_recency = (Replay(steps, "predictive", (2, 0), recency=recency).run() for recency in (False, True))
+    assert (by_recency.hits, by_recency.copied, by_recency.wasted) == (39, 41, 40), "each pushes out the other"
+    assert by_worth.hits > 50 and by_worth.wasted < 5
+
+
 @settings(max_examples=20)
-@given(st.integers(0, 1 << 30), st.sampled_from(["none", "reactive", "predictive"]), st.integers(0, 6), st.integers(0, 6), st.booleans())
-def test_the_accounts_add_up_whatever_happens(seed: int, policy: str, keys: int, values: int, waits: bool) -> None:
+@given(
+    st.integers(0, 1 << 30), st.sampled_from(["none", "reactive", "predictive"]), st.integers(0, 6), st.integers(0, 6),
+    st.sampled_from([(False, False), (True, False), (False, True)]),
+)  # fmt: skip
+def test_the_accounts_add_up_whatever_happens(seed: int, policy: str, keys: int, values: int, how: tuple[bool, bool]) -> None:
     rng = np.random.default_rng(seed)
     shares = rng.gamma(0.5, 0.3, (20, 2, 2, 6, 2)).astype(np.float32)
     steps = Steps("random", shares, promoted(shares), np.minimum(6, 3 + np.arange(20) // 4))
     for t, blocks in enumerate(steps.blocks):
         steps.needed[t, :, :, blocks:] = False
-    replay = Replay(steps, policy, (keys, values), waits)
+    replay = Replay(steps, policy, (keys, values), *how)
     bench.check(steps, replay.run())
     held = replay._copy_id >= 0
     assert held[0].sum() <= keys and held[1].sum() <= values and held.sum() == len(replay._places)
@@ -106,12 +122,13 @@ def test_the_headline_keeps_apart_what_was_fitted_what_was_not_and_what_is_real(
     def row(steps: str, policy: str, us: float, **more: object) -> dict[str, object]:
         size = {"scratch_share": 1 / 8, "key_share": 0.5}
         exposed = {"exposed_us_per_step": us, "exposed_us_per_call": us / 2}
-        return {"steps": steps, "policy": policy, "waits": False, **size, **exposed, "wasted_share": us, **more}
+        return {"steps": steps, "policy": policy, "waits": False, "recency": False, **size, **exposed, "wasted_share": us, **more}
 
     kinds = {"a": {}, "b": {"held_out": True}, "c": {"tokens": 8192}, "d": {"tokens": 300}}
     rows = [row(name, "reactive", 10.0, **more) for name, more in kinds.items()]
     rows += [row(name, "predictive", us, **more) for us, (name, more) in zip((2.0, 3.0, 4.0, 9.0), kinds.items(), strict=True)]
     rows += [{**row, "waits": True, "exposed_us_per_call": 10.0 * row["exposed_us_per_call"]} for row in rows[len(kinds) :]]
+    rows += [{**row, "recency": True, "exposed_us_per_step": 99.0, "exposed_us_per_call": 99.0} for row in rows if not row["waits"]]
     assert bench.headline(rows, 7.0) == {
         "exposed_us_per_call": 1.0, "exposed_us_per_call_held_out": 1.5, "exposed_us_per_call_recorded": 2.0,
         "exposed_us_per_call_waiting": 10.0, "exposed_us_per_call_waiting_held_out": 15.0, "exposed_us_per_call_waiting_recorded": 20.0,
@@ -127,6 +144,35 @@ def test_the_committed_trace_can_be_replayed() -> None:
     bench.check(steps, Replay(steps, "predictive", bench.capacity(steps, 0.5)).run())
     with pytest.raises(ValueError, match=r"holds no trace\.json"):
         recorded(Path(__file__).parent)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_each_policy_chooses_on_recorded_steps(policy: str) -> None:
+    steps = recorded(bench.TRACES[0])
+    replay, chosen_in_all = Replay(steps, policy, bench.capacity(steps, 1 / 8)), 0
+    choose = replay._policy.choose
+
+    def checked(snapshot: Snapshot) -> Choice:
+        nonlocal chosen_in_all
+        copy_id = snapshot.notes["copy_id"].copy()
+        kinds, heads = np.indices(snapshot.blocks.shape)[[0, 1]]
+        named = snapshot.blocks >= 0
+        needs = set(zip(snapshot.reads[0], snapshot.ids[snapshot.reads[1]], snapshot.reads[2], strict=True))
+        near = set(zip(kinds[named], snapshot.ids[snapshot.blocks[named]], heads[named], strict=True))
+        choice = choose(snapshot)
+        records = [tuple(record) for record in choice.records.tolist()]
+        without = {record for record in needs if copy_id[record] == NONE}
+        assert len(records) == len(set(records)) and {copy_id[record] for record in records} <= {NONE}
+        assert set(records) == without if policy == "reactive" else set(records) <= without | near
+        held = {copy_id[record] for record in needs} - {NONE}
+        assert held <= set(choice.held.tolist()) <= held | {copy_id[record] for record in near}
+        assert (np.diff(choice.worths) <= 1 / LEVELS_PER_NEED * 2.0 ** (snapshot.now / Predictive.half_life)).all(), "best first"
+        chosen_in_all += len(records)
+        return choice
+
+    replay._policy.choose = checked  # type: ignore[method-assign]
+    replay.run()
+    assert (chosen_in_all > 0) == (policy != "none")
 
 
 def test_a_replay_that_loses_a_need_is_not_reported() -> None:

@@ -6,7 +6,8 @@ compute and none while one reads. `reactive` is the paper's: its copies are what
 free of further cost.
 
 That is what policies foresee: what they choose begins at once. The engine lets a few copies wait (`tierd/engine/wanted.py`), which spares
-its host more than it exposes; a replay that `waits` does as the engine.
+its host more than it exposes; a replay that `waits` does as the engine. One by `recency` makes room for whatever a policy wants, in place
+of what was read least recently, and hears of every call's reads, which the engine's policies do not.
 """
 
 from collections import deque
@@ -65,10 +66,10 @@ class Outcome:
 
 class Replay:
     """One session over `slots` (of keys, of values) of scratch. Block ids are `layer * m + block`. `waits`: copies begin when the engine
-    would have them begin, and not at once."""
+    would have them begin, and not at once; `recency`: the one goes that was read least recently."""
 
-    def __init__(self, steps: Steps, policy: str, slots: tuple[int, int], waits: bool = False) -> None:
-        self._steps, self._policy, self._slots = steps, named(policy), slots
+    def __init__(self, steps: Steps, policy: str, slots: tuple[int, int], waits: bool = False, recency: bool = False) -> None:
+        self._steps, self._policy, self._slots, self._recency = steps, named(policy), slots, recency
         self._waits, self._wanted, self._table = waits, Wanted(), cast(BlockTable, None)  # which a wish only hands on
         _, layers, _, m, heads = steps.shares.shape
         shape = (2, layers * m, heads)
@@ -101,6 +102,7 @@ class Replay:
         needed = chosen(shares, asked, at_hand, self._policy.preference)
         missed = needed & ~at_hand
         self._used[:, ids] |= needed & at_hand
+        read = self._copy_id[:, ids][needed & at_hand]
         out, count = self.outcome, int(missed.sum())
         out.asked += int(asked.sum())
         out.needed += int(needed.sum())
@@ -116,6 +118,8 @@ class Replay:
             self._notes["worth"] *= factor
             self._shelf.rescale(factor)
             self._wanted.rescale(factor)
+        if self._recency:
+            self._shelf.gain(read, np.full(len(read), self._now))
         if not self._policy.looks_at(t + layer, self._settled[layer], int(needed.sum()), count):
             return
         candidates, scores = largest(near(shares, needed, np.where(at_hand, float(self._policy.preference), 1.0)), CANDIDATES_MAX)
@@ -123,7 +127,8 @@ class Replay:
         reads = np.array(np.nonzero(needed))
         choice = self._policy.choose(Snapshot(ids, reads, exact, candidates, scores, self._notes, self._now, self._looked[layer]))
         self._looked[layer], self._settled[layer] = self._now, self._settled[layer] + 1 if choice.settled else 0
-        self._shelf.gain(choice.held, choice.held_worths)
+        if not self._recency:
+            self._shelf.gain(choice.held, choice.held_worths)
         wish = Wish(Asker("session", "session", self._steps.layers, layer, 1), self._table, choice)
         if self._waits:
             self._wanted.add(wish)
@@ -132,11 +137,13 @@ class Replay:
 
     def _begin(self, parts: list[Part]) -> None:
         """Begins copies of what is wanted, as far as there is room; of some there are copies by now."""
-        records, worths, _ = together(parts)
+        (records, worths, _), displace = together(parts), parts[0][0].choice.displace
+        if self._recency:
+            worths, displace = np.full(len(worths), self._now), 1.0
         without = self._copy_id[*records.T] == NONE
         for kind in range(2):
             which = without & (records[:, 0] == kind)
-            self._copy(kind, records[which], worths[which], parts[0][0].choice.displace)
+            self._copy(kind, records[which], worths[which], displace)
 
     def _copy(self, kind: int, records: NDArray[np.int64], worths: NDArray[np.float64], displace: float) -> None:
         """Begins copies of these, the best first, as far as there is room for them in place of what is worth less."""
