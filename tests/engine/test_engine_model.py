@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from command_fuzz import EXACT, LOOSE, NARROW, WORKERS, CommandFuzz
 from fake_kernels import FakeKernels
+from scratch_copies import original_at
 from session_model import Model
 
 from tierd.clock import ManualClock
@@ -89,7 +90,7 @@ class Machine:
         name, layer, index = place
         session, draw = self.engine.sessions.by_id[name], self.fuzz.random.randrange
         layout, block = session.layout, int(session.layers[layer].ids[index])
-        record = session.table.offsets_of(draw(2), block, draw(layout.num_kv_heads))
+        record = original_at(session.table, draw(2), block, draw(layout.num_kv_heads))
         command: Command = Truncate(name, index * layout.block_size + 1 + draw(layout.block_size - 1), worker=session.worker)
         if not self.fuzz.one_in(3):
             command = Attend([self.fuzz.row(name, layer, self.fuzz.random.choice([EXACT, LOOSE]))], worker=session.worker)

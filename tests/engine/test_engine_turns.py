@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from engine_calls import CONFIG, GEOMETRY, LOOSE, Bench
 from fake_kernels import attention
+from scratch_copies import original_at
 from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.policy import Budget
 from tierd_kernels.reads import Reads
@@ -124,7 +125,7 @@ def test_a_group_is_not_measured_over_corrupt_originals() -> None:
     bench = Bench()
     name = bench.opened(tokens=1020)
     session = bench.engine.sessions.by_id[name]
-    at = session.table.offsets_of(1, int(session.layers[0].ids[5]), 1)
+    at = original_at(session.table, 1, int(session.layers[0].ids[5]), 1)
     bench.engine.residency.arenas.memory.originals[at + 3] ^= 0x40
     (refused,) = bench.run(bench.append(name, 5))
     assert type(refused) is CertificateUnavailable and "values of block" in str(refused)
@@ -143,7 +144,7 @@ def test_an_answer_that_read_one_kind_of_originals_has_those_checked(kind: int, 
         return [replace(x, reads=Reads(*(y[..., x.reads.records[0] == kind] for y in x.reads))) for x in attend(*args)]
 
     monkeypatch.setattr(bench.kernels, "attend", of_one_kind)
-    at = session.table.offsets_of(corrupt, int(session.layers[0].ids[5]), 1)
+    at = original_at(session.table, corrupt, int(session.layers[0].ids[5]), 1)
     bench.engine.residency.arenas.memory.originals[at] ^= 1  # the answer stays finite
     (answer,) = bench.run(bench.attend(name))
     assert (type(answer) is CertificateUnavailable) == (corrupt == kind), answer

@@ -10,7 +10,7 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from scratch_copies import copies_begun
+from scratch_copies import copies_begun, original_at
 from tierd_kernels.host import hot_block_bytes, reserve
 from tierd_kernels.layout import Layout
 
@@ -217,7 +217,7 @@ class Machine(RuleBasedStateMachine):
             for kind, head in RECORDS:
                 copy = resident.get((kind, block, head))
                 assert (table.copy_id[kind, block, head] == BARRED) == ((kind, block, head) in self.barred)
-                assert table.location[kind, block, head] == (copy.target if copy else ~table.offsets_of(kind, block, head))
+                assert table.location[kind, block, head] == (copy.target if copy else ~original_at(table, kind, block, head))
                 if copy:
                     seen = arenas.memory.scratch[copy.target : copy.target + copy.nbytes].view(np.float16)
                     np.testing.assert_array_equal(seen, table.originals(block)[kind][head].reshape(-1))
@@ -346,14 +346,14 @@ def test_a_corrupt_record_is_named() -> None:
     table = residency.table(LAYOUT)
     block = int(filled(table, 1)[0])
     table.require_sound(block)
-    residency.arenas.memory.originals[table.offsets_of(1, block, 1) + 5] ^= 0x20
+    residency.arenas.memory.originals[original_at(table, 1, block, 1) + 5] ^= 0x20
     with pytest.raises(CertificateUnavailable, match=f"values of block {block}, KV head 1"):
         table.require_sound(block)
     records = np.array([[0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 1]])
     for which, bad in (([0, 0, 1, 1], [(1, block, 1)]), ([0, 0, 1, 0], []), ([1, 1, 0, 0], []), ([0, 0, 0, 0], [])):
         some = table.stored(records, np.array(which, np.bool_), np.array([block]))
         assert table.corrupt(some) == bad and some.shape == (5, sum(which))
-        assert np.array_equal(some[3], table.offsets_of(*some[:3]))
+        assert np.array_equal(some[3], original_at(table, *some[:3]))
 
 
 def test_a_pin_that_is_released_early_leaves_the_others() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from engine_calls import CONFIG, EXACT, GEOMETRY, LOOSE, RECORD_BYTES, Bench
 from oracle import check_reply
+from scratch_copies import original_at
 from tierd_kernels.call import Call
 from tierd_kernels.copying import Copying
 from tierd_kernels.policy import Budget
@@ -148,6 +149,12 @@ def test_the_cache_can_be_off(config: EngineConfig) -> None:
         assert counts(bench) == (0, RECORDS, 0, 0)
 
 
+def test_scratch_may_be_larger_than_all_originals() -> None:
+    bench = Bench(replace(CONFIG, scratch_bytes=2 * CONFIG.originals_bytes))
+    name = bench.opened(tokens=64)
+    assert [(bench.run(bench.attend(name)), counts(bench))[1] for _ in range(2)] == [(0, RECORDS, RECORDS, 0), (RECORDS, 0, 0, 0)]
+
+
 def test_a_working_set_that_does_not_fit_stays_and_does_not_churn() -> None:
     bench = Bench(room_for(10))
     name = bench.opened(tokens=64)
@@ -219,7 +226,7 @@ def test_a_copy_that_arrives_changed_is_made_once_more_and_then_never_again() ->
 
     def spoiled(*arguments: Any) -> Copying:
         copying, sources = begin(*arguments), arguments[1]
-        copying.arrived[sources == residency.tables[GEOMETRY.layout()].offsets_of(0, 0, 0), 0] ^= 1
+        copying.arrived[sources == original_at(residency.tables[GEOMETRY.layout()], 0, 0, 0), 0] ^= 1
         return copying
 
     bench.kernels.begin_copies = spoiled

@@ -39,8 +39,7 @@ class Snapshot(NamedTuple):
 class Choice(NamedTuple):
     """What a call has taught. `records` int64 [n, 3] of (kind, block id, head) deserve a copy, best first (to a sixteenth of a need);
     `worths` float64 [n]: only copies of less than `displace` of that make room. `held` int64 [k]: copies that are worth more than before,
-    namely `held_worths` float64 [k]. `settled`: next to none of what the layer needs, or comes near,
-    is without a copy."""
+    namely `held_worths` float64 [k]. `settled`: next to none of what the layer needs, or comes near, is without a copy."""
 
     records: Ids
     worths: Worths

@@ -24,7 +24,7 @@ LEVELS, LEVELS_PER_NEED = 64, 16.0
 GRADES, LEAST = 7, 0.125  # the first is below LEAST
 LATELY, BEFORE, NEEDED = range(3)
 # Steps: until half of what was asked for lately can be told; until half of what followed is forgotten; since the last look at a record, in
-# which a need is soon.
+# which a need is soon, unless its layer was looked at even longer ago.
 RIPENS, FADES, SOON = 8.0, 64.0, 16.0
 AT_FIRST = 12.0  # asks that a grade is trusted for, with nothing known. With 8, topics that switch wait up to 0.54 of reactive, not 0.49
 # So much of what was asked for must be needed soon. Recorded text and prompts, scratch for an eighth, two to three hundred steps: while

@@ -95,8 +95,7 @@ class BlockTable:
         self.hot_offset[ids] = -1
         self.references[ids] = 1
         self.notes[:, ids] = EMPTY_NOTE
-        for kind in (KEY, VALUE):
-            self.location[kind, ids] = ~self.record_offsets(kind, ids)
+        self.location[:, ids] = layout.own_locations(offsets)
         self.touch(ids)
         return ids
 
@@ -116,9 +115,8 @@ class BlockTable:
 
     def seal(self, ids: Ids) -> None:
         """Record checksums of full blocks' originals as they are now."""
-        for kind in (KEY, VALUE):
-            starts = self.record_offsets(kind, ids)
-            self.checksum[kind, ids] = digests(self.arenas.memory.originals, starts, self.layout.original_record_bytes)
+        starts = ~self.layout.own_locations(self.original_offset[ids])
+        self.checksum[:, ids] = digests(self.arenas.memory.originals, starts, self.layout.original_record_bytes)
 
     def take_hot(self, block: int) -> None:
         """Make a full block a tail again: its hot slot is freed, its originals stay."""
@@ -144,10 +142,6 @@ class BlockTable:
         shaped = raw.view(NUMPY_DTYPE[layout.dtype]).reshape(2, layout.num_kv_heads, layout.block_size, layout.head_dim)
         return shaped[KEY], shaped[VALUE]
 
-    def offsets_of(self, kind: int | Ids, ids: int | Ids, head: int | Ids) -> Ids:
-        """Byte offsets in the originals of these records, int64 of the shape that indices have together."""
-        return np.asarray(self.original_offset[ids] + (kind * self.layout.num_kv_heads + head) * self.layout.original_record_bytes)
-
     def stored(self, records: Ids, which: NDArray[np.bool_], ids: Ids) -> Ids:
         """Those in `which` [n] of these records of full blocks, int64 [3, n] (kinds, indices of blocks in `ids` [m], heads): int64 [5, k],
         kinds, block ids, heads, and what `corrupt` asks for."""
@@ -169,9 +163,6 @@ class BlockTable:
         every = np.stack([kind, np.zeros_like(kind), head])
         if bad := self.corrupt(self.stored(every, np.ones(len(kind), np.bool_), np.array([block]))):
             raise CertificateUnavailable(f"the original {NAMES[bad[0][0]]} of block {block}, KV head {bad[0][2]}, fail their checksum")
-
-    def record_offsets(self, kind: int, ids: Ids) -> NDArray[np.int64]:
-        return self.offsets_of(kind, ids[:, None], np.arange(self.layout.num_kv_heads))
 
     def _grow(self) -> None:
         """Double the columns. The originals pool bounds the number of blocks, hence this."""

@@ -270,12 +270,10 @@ class Residency:
 
     def _check_locations(self, table: BlockTable, live: Ids) -> None:
         assert (table.resident[live] == (table.location[:, live] >= 0).sum(axis=(0, 2))).all(), "records in scratch are miscounted"
-        for kind in (0, 1):
-            expected = ~table.record_offsets(kind, live)
-            at = {int(block): i for i, block in enumerate(live)}
-            for copy in self.copies():
-                if copy.table is table and copy.kind == kind and copy.state is not CopyState.ORPHAN:
-                    assert table.copy_id[kind, copy.block, copy.head] == copy.copy_id, "a record's copy is not its own"
-                    if copy.state is CopyState.RESIDENT:
-                        expected[at[copy.block], copy.head] = copy.target
-            assert (table.location[kind, live] == expected).all(), "kernels would read the wrong place"
+        expected, at = table.layout.own_locations(table.original_offset[live]), {int(block): i for i, block in enumerate(live)}
+        for copy in self.copies():
+            if copy.table is table and copy.state is not CopyState.ORPHAN:
+                assert table.copy_id[copy.kind, copy.block, copy.head] == copy.copy_id, "a record's copy is not its own"
+                if copy.state is CopyState.RESIDENT:
+                    expected[copy.kind, at[copy.block], copy.head] = copy.target
+        assert (table.location[:, live] == expected).all(), "kernels would read the wrong place"
