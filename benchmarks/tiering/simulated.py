@@ -22,7 +22,7 @@ from tierd_kernels.select.candidates import largest, near
 
 from tierd.config import EngineConfig
 from tierd.engine.scratch import Asker
-from tierd.engine.wanted import Part, Wanted, Wish, together
+from tierd.engine.wanted import MISSES_SEEN, Part, Wanted, Wish, together
 from tierd.notes import NOTE
 from tierd.policy import FIRST_STEP, NONE, Shelf, Snapshot, named
 from tierd.residency import BlockTable
@@ -120,7 +120,8 @@ class Replay:
             self._wanted.rescale(factor)
         if self._recency:
             self._shelf.gain(read, np.full(len(read), self._now))
-        if not self._policy.looks_at(t + layer, self._settled[layer], int(needed.sum()), count):
+        seen = 0 if self._waits and count < MISSES_SEEN else count
+        if not self._policy.looks_at(t + layer, self._settled[layer], int(needed.sum()), seen):
             return
         candidates, scores = largest(near(shares, needed, np.where(at_hand, float(self._policy.preference), 1.0)), CANDIDATES_MAX)
         exact = np.zeros(needed.shape[2], bool)

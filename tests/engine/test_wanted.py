@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tierd.commands import Attend, CloseSession, CloseWorker, Command, Fork, Row, Truncate
 from tierd.engine import EngineConfig
 from tierd.engine.scratch import Asker
-from tierd.engine.wanted import MISSES_BORNE, PART, PART_MIN, Part, Wanted, Wish, together
+from tierd.engine.wanted import MISSES_BORNE, MISSES_SEEN, PART, PART_MIN, Part, Wanted, Wish, together
 from tierd.policy import Choice
 from tierd.policy.link import BURST_S
 from tierd.residency import BlockTable, Ids
@@ -116,6 +116,16 @@ def test_what_has_arrived_is_taken_in_behind_kernels_too() -> None:
         bench.hide()
     assert bench.hide() == RECORDS
     assert bench.engine.residency.num_copies == RECORDS and bench.engine.residency.num_in_flight == 0
+
+
+def test_a_call_is_not_looked_at_for_a_few_misses_whose_copies_would_wait() -> None:
+    bench = Hidden()
+    (name,) = bench.filled([[64, 0]])
+    session = bench.engine.sessions.by_id[name]
+    for turn, least in ((lambda: None, 1), (bench.hide, MISSES_SEEN), (bench.engine._tier, 1)):
+        turn()
+        looks_at = bench.cache.looks_at(session, 0)
+        assert looks_at(16, least) and not looks_at(16, least - 1), "in a turn that is not hidden all copies begin"
 
 
 def test_what_a_call_taught_is_learnt_though_the_engine_stops() -> None:

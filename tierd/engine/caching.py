@@ -14,7 +14,7 @@ from tierd.engine.batch import Job, Work
 from tierd.engine.counters import Counters
 from tierd.engine.ledger import Ledger
 from tierd.engine.scratch import Asker, Scratch
-from tierd.engine.wanted import Part, Wanted, Wish, together
+from tierd.engine.wanted import MISSES_SEEN, Part, Wanted, Wish, together
 from tierd.migrator import CopyOrders, Migrator
 from tierd.policy import FIRST_STEP, LinkBudget, Snapshot, Turns, named
 from tierd.residency import NO_COPIES, Ids, Residency, mark_used, without_copies
@@ -41,7 +41,7 @@ class ScratchCache:
         self._active: dict[str, float] = {}  # when each session called last
         self._families: set[str] = set()  # theirs
         self._answered: list[Work] = []  # what `update` has not learnt from yet
-        self._wanted = Wanted()
+        self._wanted, self._may_wait = Wanted(), False  # what looks want now
         self._now = FIRST_STEP
         self._began_s = clock.now()
         self.ledger = Ledger(self._began_s)
@@ -59,7 +59,8 @@ class ScratchCache:
     def looks_at(self, session: Session, layer: int) -> Callable[[int, int], bool]:
         """Whether the policy will look at the layer's next call, once that has read so many originals, so many of them from the host."""
         state = session.layers[layer]
-        return partial(self._policy.looks_at, state.calls + 1 + layer, state.settled)
+        policys = partial(self._policy.looks_at, state.calls + 1 + layer, state.settled)
+        return (lambda needs, misses: policys(needs, misses if misses >= MISSES_SEEN else 0)) if self._may_wait else policys
 
     def wait(self, jobs: Iterable[Job]) -> float:
         """Takes in copies of the blocks that `jobs` will read, if some are under way, and gives these the configured time to arrive;
@@ -120,6 +121,7 @@ class ScratchCache:
         free blocks until a turn that is not hidden. A copy that the kernels read may go, and is unread if none did before; the batch says
         what that needs.
         """
+        self._may_wait = hidden
         if hidden:
             self._begin(self._wanted.due())
             self.collect()
