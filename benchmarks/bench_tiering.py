@@ -23,7 +23,7 @@ The committed run also has traces of the small model of `benchmarks/quality/`, w
     traces.py --model MODEL --context 8192 --steps 192 --task cwe --seed 11 --out cwe-8k
     traces.py --model MODEL --context 8192 --steps 192 --task niah_multikey --seed 12 --out multikey-8k
 
-No policy was fitted to the last two.
+None of the policy's constants was chosen for the last two.
 """
 
 import argparse
