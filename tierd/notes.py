@@ -1,4 +1,8 @@
-"""What is remembered of an original record's copy, and by the tiering policy of the record: kept beside its block, and gone with it."""
+"""What is remembered of an original record's copy, and by the tiering policy of the record: kept beside its block, and gone with it. And
+what tiering has found at a layer."""
+
+from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 
@@ -10,3 +14,16 @@ import numpy as np
 NOTE = np.dtype([
     ("copy_id", np.int64), ("worth", np.float64), ("seen", np.float64), ("share", np.float32), ("asked", np.int8), ("waits", np.int8),
 ], align=True)  # fmt: skip
+
+
+@dataclass
+class Looks:
+    """Tiering's at the calls of one layer. `last`: the step of the last one, infinite if there was none; `settled`: how many of the last
+    ones, in a row, found the layer settled (`policy/snapshot.py`)."""
+
+    last: float = inf
+    settled: int = 0
+
+    def add(self, now: float, settled: bool) -> None:
+        """One more, at step `now`."""
+        self.last, self.settled = now, self.settled + 1 if settled else 0

@@ -4,7 +4,6 @@ Legend: Hkv KV heads, n new tokens, d head dimension, B block size, G complete g
 """
 
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any, Protocol
 
 import numpy as np
@@ -13,6 +12,7 @@ from tierd_kernels.layout import Layout, Memory
 from tierd_kernels.policy import Budget, Coverage
 
 from tierd.commands import Geometry, Raw, Tolerance
+from tierd.notes import Looks
 from tierd.residency import BlockTable, Ids, Places, Residency
 
 GROUP_TOKENS = 1024
@@ -38,8 +38,7 @@ class Quantiser(Protocol):
 @dataclass
 class LayerState:
     """`ids`: the blocks in order, a tail last if `length` is not a multiple of B. Group arrays are [G, Hkv]. `calls`: attends
-    answered; `looked`: the step at which tiering looked at one last; `settled`: how many of its last looks found the layer settled.
-    `hot_offsets`, `original_offsets`: of its first blocks, see `Session.offsets`."""
+    answered; `looks`: tiering's at them. `hot_offsets`, `original_offsets`: of its first blocks, see `Session.offsets`."""
 
     group_value_norms: NDArray[np.float32]
     group_error_norms: NDArray[np.float32]
@@ -47,8 +46,7 @@ class LayerState:
     ids: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     places: Places = field(default_factory=Places)
     calls: int = 0
-    looked: float = inf
-    settled: int = 0
+    looks: Looks = field(default_factory=Looks)
     hot_offsets: Ids = field(default_factory=lambda: NO_IDS)
     original_offsets: Ids = field(default_factory=lambda: NO_IDS)
 

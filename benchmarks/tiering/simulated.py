@@ -12,7 +12,6 @@ of what was read least recently, and hears of every call's reads, which the engi
 
 from collections import deque
 from dataclasses import dataclass
-from math import inf
 from typing import cast
 
 import numpy as np
@@ -22,8 +21,8 @@ from tierd_kernels.select.candidates import largest, near
 
 from tierd.config import EngineConfig
 from tierd.engine.scratch import Asker
-from tierd.engine.wanted import MISSES_SEEN, Part, Wanted, Wish, together
-from tierd.notes import NOTE
+from tierd.engine.wanted import Part, Wanted, Wish, that_count, together
+from tierd.notes import NOTE, Looks
 from tierd.policy import FIRST_STEP, NONE, Shelf, Snapshot, named
 from tierd.residency import BlockTable
 
@@ -81,7 +80,7 @@ class Replay:
         self._places: dict[int, tuple[int, int, int]] = {}
         self._under_way: deque[tuple[int, float]] = deque()  # (copy id, microseconds of link still needed)
         self._now = FIRST_STEP
-        self._looked, self._settled = [inf] * layers, [0] * layers
+        self._looks = [Looks() for _ in range(layers)]
         self._free_ids = list(range(sum(slots)))
         self.outcome = Outcome()
 
@@ -102,7 +101,6 @@ class Replay:
         needed = chosen(shares, asked, at_hand, self._policy.preference)
         missed = needed & ~at_hand
         self._used[:, ids] |= needed & at_hand
-        read = self._copy_id[:, ids][needed & at_hand]
         out, count = self.outcome, int(missed.sum())
         out.asked += int(asked.sum())
         out.needed += int(needed.sum())
@@ -119,15 +117,16 @@ class Replay:
             self._shelf.rescale(factor)
             self._wanted.rescale(factor)
         if self._recency:
+            read = self._copy_id[:, ids][needed & at_hand]
             self._shelf.gain(read, np.full(len(read), self._now))
-        seen = 0 if self._waits and count < MISSES_SEEN else count
-        if not self._policy.looks_at(t + layer, self._settled[layer], int(needed.sum()), seen):
+        looks = self._looks[layer]
+        if not self._policy.looks_at(t + layer, looks.settled, int(needed.sum()), that_count(count) if self._waits else count):
             return
         candidates, scores = largest(near(shares, needed, np.where(at_hand, float(self._policy.preference), 1.0)), CANDIDATES_MAX)
         exact = np.zeros(needed.shape[2], bool)
         reads = np.array(np.nonzero(needed))
-        choice = self._policy.choose(Snapshot(ids, reads, exact, candidates, scores, self._notes, self._now, self._looked[layer]))
-        self._looked[layer], self._settled[layer] = self._now, self._settled[layer] + 1 if choice.settled else 0
+        choice = self._policy.choose(Snapshot(ids, reads, exact, candidates, scores, self._notes, self._now, looks.last))
+        looks.add(self._now, choice.settled)
         if not self._recency:
             self._shelf.gain(choice.held, choice.held_worths)
         wish = Wish(Asker("session", "session", self._steps.layers, layer, 1), self._table, choice)

@@ -92,10 +92,8 @@ def test_kernels_are_told_which_calls_are_looked_at(monkeypatch: pytest.MonkeyPa
         of_layer = [i // 2 for i in shown if i % 2 == layer]
         assert of_layer == [each - 1 - layer for each in (EVERY, 2 * EVERY, 4 * EVERY, 8 * EVERY, 12 * EVERY)]
     bench.run(bench.append(name, 64, 0))
-    number = 96
-    while number < 106:
-        bench.run(Attend([Row(name, 0, bench.numbers(4, 1))], worker="w"))
-        number += 2
+    for number in range(96, 106, 2):
+        bench.run(Attend([Row(name, number % 2, bench.numbers(4, 1))], worker="w"))
     assert shown[-2:] == [96, 102], "what has no copy is looked at, and its layer soon again"
 
 

@@ -14,7 +14,7 @@ from tierd.engine.batch import Job, Work
 from tierd.engine.counters import Counters
 from tierd.engine.ledger import Ledger
 from tierd.engine.scratch import Asker, Scratch
-from tierd.engine.wanted import MISSES_SEEN, Part, Wanted, Wish, together
+from tierd.engine.wanted import Part, Wanted, Wish, that_count, together
 from tierd.migrator import CopyOrders, Migrator
 from tierd.policy import FIRST_STEP, LinkBudget, Snapshot, Turns, named
 from tierd.residency import NO_COPIES, Ids, Residency, mark_used, without_copies
@@ -41,7 +41,8 @@ class ScratchCache:
         self._active: dict[str, float] = {}  # when each session called last
         self._families: set[str] = set()  # theirs
         self._answered: list[Work] = []  # what `update` has not learnt from yet
-        self._wanted, self._may_wait = Wanted(), False  # what looks want now
+        self._wanted = Wanted()
+        self._may_wait = False  # what looks want: the last turn was hidden
         self._now = FIRST_STEP
         self._began_s = clock.now()
         self.ledger = Ledger(self._began_s)
@@ -59,8 +60,8 @@ class ScratchCache:
     def looks_at(self, session: Session, layer: int) -> Callable[[int, int], bool]:
         """Whether the policy will look at the layer's next call, once that has read so many originals, so many of them from the host."""
         state = session.layers[layer]
-        policys = partial(self._policy.looks_at, state.calls + 1 + layer, state.settled)
-        return (lambda needs, misses: policys(needs, misses if misses >= MISSES_SEEN else 0)) if self._may_wait else policys
+        asked = partial(self._policy.looks_at, state.calls + 1 + layer, state.looks.settled)
+        return (lambda needs, misses: asked(needs, that_count(misses))) if self._may_wait else asked
 
     def wait(self, jobs: Iterable[Job]) -> float:
         """Takes in copies of the blocks that `jobs` will read, if some are under way, and gives these the configured time to arrive;
@@ -149,7 +150,7 @@ class ScratchCache:
             state.calls += 1
             if work.call.is_looked_at(needs, misses):
                 choice, nbytes = self._policy.choose(self._snapshot(work)), session.layout.original_record_bytes
-                state.looked, state.settled = self._now, state.settled + 1 if choice.settled else 0
+                state.looks.add(self._now, choice.settled)
                 asker = Asker(session.session_id, session.family, len(session.layers), layer, nbytes)
                 self._scratch.gain(choice)
                 self._wanted.add(Wish(asker, session.table, choice))
@@ -210,7 +211,7 @@ class ScratchCache:
     def _snapshot(self, work: Work) -> Snapshot:
         assert work.result is not None
         # The table's columns of now, not the call's: a batch may hold several sessions that share blocks.
-        notes, last = work.session.table.notes, work.session.layers[work.row.layer].looked
+        notes, last = work.session.table.notes, work.session.layers[work.row.layer].looks.last
         return Snapshot(work.ids, work.reads.records, work.exact_heads, *work.result.candidates(), notes, self._now, last)
 
     def _begin(self, most: int) -> None:

@@ -62,6 +62,11 @@ class Wish:
 Part = tuple[Wish, slice]  # which of its records
 
 
+def that_count(misses: int) -> int:
+    """How many of a call's misses speak for a look at it where copies wait: none of a few."""
+    return misses if misses >= MISSES_SEEN else 0
+
+
 def together(parts: list[Part]) -> tuple[Ids, Worths, Ids]:
     """What parts of one session's wishes name: records int64 [n, 3], worths [n], which part each is of [n]; of several the best first."""
     records, worths = [wish.choice.records[some] for wish, some in parts], [wish.choice.worths[some] for wish, some in parts]
