@@ -387,6 +387,17 @@ def test_a_layer_is_settled_where_next_to_none_of_its_needs_has_no_copy(needs: i
     assert len(choice.records) == wanted and choice.settled == settled
 
 
+def test_what_exact_heads_read_settles_no_layer() -> None:
+    """Two records of head 1 are wanted, among sixty-two others that it needs; head 0 is exact, and reads two hundred."""
+    notes, needed = np.zeros((2, 200, 2), NOTE), np.zeros((2, 200, 2), bool)
+    needed[0, :, 0] = needed[1, :64, 1] = True
+    notes["copy_id"][1, :2, 1] = NONE
+    none = np.empty((2, 2, 0), np.int32)
+    shown = np.arange(200), np.array(np.nonzero(needed)), np.array([True, False]), none, none.astype(np.float32), notes, FIRST_STEP, inf
+    choice = Predictive().choose(Snapshot(*shown))
+    assert len(choice.records) == 2 and not choice.settled
+
+
 @pytest.mark.parametrize("copy_id", [NONE, 3])
 def test_a_layer_that_comes_near_its_needs_is_not_settled(copy_id: int) -> None:
     table = Table()

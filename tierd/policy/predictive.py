@@ -72,9 +72,8 @@ class Predictive:
         now = max(snapshot.now, math.nextafter(self.looked, math.inf))
         passed, self.looked = now - self.looked, now
         asked = *snapshot[:-2], now, snapshot.last, self._weight(snapshot.now), self.near, self.floor, self.asks, passed
-        count, known = weigh(*asked, found, worths)
-        needs = snapshot.reads.shape[1]
-        settled = count < needs // SETTLED or not needs + count + known
+        count, known, needs = weigh(*asked, found, worths)
+        settled = count < needs // SETTLED or not snapshot.reads.size + count + known
         return Choice(found[:count], worths[:count], self.displace, found[most - known :, 0], worths[most - known :], settled)
 
     def rescale(self, now: float) -> float:

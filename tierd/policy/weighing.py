@@ -37,10 +37,10 @@ NEEDED_SHARE = 0.3
 def weigh(
     ids: Ids, reads: Ids, exact_heads: Mask, all_blocks: NDArray[np.int32], all_scores: NDArray[np.float32], notes: NDArray[Any],
     now: float, last: float, weight: float, near: float, floor: float, asks: Asks, passed: float, found: Ids, worths: Worths,
-) -> tuple[int, int]:  # fmt: skip
+) -> tuple[int, int, int]:  # fmt: skip
     """Writes notes, and `asks`, as it was `passed` steps ago; fills `found` [., 3] and `worths` with the records that deserve a copy, best
-    first, and from the end, in any order, with the ids of copies that have gained; returns how many of both. One array for both: numba
-    takes its time to be told of each."""
+    first, and from the end, in any order, with the ids of copies that have gained; returns how many of both, and how many records were
+    needed. One array for both: numba takes its time to be told of each."""
     kinds, heads, most = all_blocks.shape
     needs = np.empty(most, np.bool_)
     gained, since = np.empty(found.shape, np.int64), np.empty(len(found))
@@ -68,7 +68,7 @@ def weigh(
     count, known = _asked_for(gained[:count], since, needed, soon, notes, weight, asks, _trusted(asks, passed), found, worths)
     if count > 1:
         _order(found[:count], worths[:count], weight)
-    return count, known
+    return count, known, needed
 
 
 @compiled
