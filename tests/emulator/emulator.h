@@ -232,6 +232,7 @@ inline u32 __float_as_uint(float x) { return bits_as<u32>(x); }
 inline double __hiloint2double(int high, int low) { return bits_as<double>((u64)(u32)high << 32 | (u32)low); }
 inline int __ffs(u32 x) { return __builtin_ffs((int)x); }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
+inline int __clz(int x) { return x ? __builtin_clz((u32)x) : 32; }
 inline float __fdividef(float a, float b) { return a / b; }
 inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
   const u64 both = (u64)y << 32 | x;

@@ -614,6 +614,7 @@ def test_coverage_promotes_what_the_cpu_promotes(policy: Coverage) -> None:
 @pytest.mark.parametrize("preference", [1, 24])
 @pytest.mark.parametrize(("layout", "tokens", "rtol"), [
     (LAYOUTS[0], 4000, 0.1), (LAYOUTS[0], 4000, 0.02), (LAYOUTS[2], 5000, 0.05), (LAYOUTS[0], 700, 0.05),
+    (LAYOUTS[4], 36000, 0.05),  # more groups than thread blocks select in
 ])  # fmt: skip
 def test_no_more_is_promoted_than_on_the_cpu(layout: Layout, tokens: int, rtol: float, preference: int) -> None:
     from kernels_cache import store as store_on_cpu

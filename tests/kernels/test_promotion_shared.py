@@ -1,5 +1,5 @@
-"""Promotion alone, after the first passes, of blocks that the test chooses: whoever's thread blocks take part, each tile of rows gets what
-its own blocks' originals make of it.
+"""What the first passes leave, and promotion alone after them, of blocks that the test chooses: whoever's thread blocks take part, each
+tile of rows gets what its own blocks' originals make of it.
 
 Legend: a tile is four query rows of one KV head; it is open where some row of it waits for originals.
 """
@@ -22,6 +22,7 @@ from tierd_kernels.quantise.reference import dequantise_values, quantise_block
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 OPEN, CERTIFIED = 0, 1  # of `state` in cuda/common.cuh
 ERROR, SPLIT_TOP, STATISTIC_WORDS, FACTS, LIMIT, SUMMED = 15, 12, 32, 7, 6, 17
+LARGEST, TOP, MASS, UNIT_NORM = [12, 13, 14, 16], 0, 1, 2  # of partials those that are maxima; of facts
 PER, B, D, ROWS = 16, 16, 128, 4  # blocks of a split; rows of a tile
 LOG2E = np.log2(np.e)
 Arrays = dict[str, NDArray[Any]]
@@ -31,18 +32,18 @@ REPEATS = 20 if device.real() else 2  # a race shows at times
 class Promotion:
     """A step of 8 KV heads whose first passes have run, and which promotes what it is told to, again and again."""
 
-    def __init__(self, query_heads: int, n: int, tokens: int) -> None:
+    def __init__(self, query_heads: int, n: int, tokens: int, per: int = PER) -> None:
         from tierd_kernels.cuda.packing import Part
         from tierd_kernels.cuda.step import Step
 
         layout = Layout(8, D, B, 16, "float16")
         self.k, self.v, self.q = draw(layout, tokens, query_heads, n, "sharp", 1)
         self.cache: Cache = store(layout, self.k, self.v)
-        self.step = Step(layout, self.cache.memory, [Part(layout, self.cache.call(self.q, 1e-3, Budget(skip_share=0.0)), 0, n)], PER)  # type: ignore[arg-type]
+        self.step = Step(layout, self.cache.memory, [Part(layout, self.cache.call(self.q, 1e-3, Budget(skip_share=0.0)), 0, n)], per)  # type: ignore[arg-type]
         self.step.upload()
         self.step.kernels.certify(self.step.at, self.step.grid, False, self.step.memory.stream)
         self.full, self.rows = tokens // B, query_heads // 8 * n
-        self.of_head, self.splits = -(-self.rows // ROWS), -(-self.full // PER)
+        self.of_head, self.splits = -(-self.rows // ROWS), -(-self.full // per)
         self.tiles = 8 * self.of_head
         self.shapes: dict[str, tuple[tuple[int, ...], type]] = {
             "state": ((8, self.rows), np.int32), "facts": ((8, self.rows, FACTS), np.float32), "counts": ((8, self.rows, 2), np.int32),
@@ -50,6 +51,7 @@ class Promotion:
             "sums": ((self.tiles, self.splits + 1, ROWS, D), np.float32),
             "partials": ((self.tiles, self.splits + 1, 19, ROWS), np.float32),
             "statistics": ((self.tiles, self.full + 1, STATISTIC_WORDS), np.uint32),
+            "dots": ((8, self.rows, self.splits + 1), np.float32), "output": ((query_heads, n, D), np.float16),
             "weights": ((self.tiles, self.full + 1, 68), np.float32),
             "dense": ((self.tiles * (self.splits + 1) * ROWS * (6 + D) * 2,), np.float32),
             "tickets": ((2 * (8 + self.tiles) + (self.tiles * self.splits if self.tiles <= 32 else 0),), np.int32),
@@ -257,3 +259,31 @@ def test_what_is_left_does_not_depend_on_how_many_share_it(decoding: Promotion) 
         assert np.array_equal(np.delete(one, ERROR, 1), np.delete(other, ERROR, 1))
         np.testing.assert_allclose(one[:, ERROR], other[:, ERROR], rtol=1e-5)
         assert (one[:, ERROR] > decoding.first["partials"][tile, : decoding.splits, ERROR]).any()
+
+
+def test_a_row_that_promotes_alone_has_the_sums_that_it_has_among_others(decoding: Promotion) -> None:
+    """The thread block adds up one row's blocks by all its threads, or those of all four side by side."""
+    state, limit, weights = drawn(decoding, ALL, 9, 8)
+    limit = np.full_like(limit, 0.9)
+    together, first = (x["partials"][:, : decoding.splits, :SUMMED] for x in (decoding.run(state, limit, weights), decoding.first))
+    for row in range(ROWS):
+        alone = decoding.run(state, np.where(np.arange(ROWS) == row, limit, np.inf), weights)["partials"][:, : decoding.splits, :SUMMED]
+        assert np.array_equal(alone[:, :, LARGEST, row], together[:, :, LARGEST, row])
+        np.testing.assert_allclose(alone[..., row], together[..., row], rtol=1e-5, atol=1e-30)
+        others = np.arange(ROWS) != row
+        assert np.array_equal(alone[..., others].view(np.uint32), first[..., others].view(np.uint32))
+        assert (alone[..., row] != first[..., row]).any()
+
+
+def test_each_split_s_part_of_the_output_is_told(cuda: None) -> None:
+    """o_G . O, as selection and the bound's spread use it, of 51 splits; the trailing block is another."""
+    first = Promotion(32, 1, 201 * B + 3, per=4).first
+    sums, tops = first["sums"].astype(np.float64), first["partials"][:, :, SPLIT_TOP].astype(np.float64)
+    row_top, mass = (first["facts"][..., i].astype(np.float64)[:, None] for i in (TOP, MASS))
+    parts = sums * (np.exp2(tops - row_top) / mass)[..., None]  # [8, splits + 1, 4, d]
+    output = first["output"].reshape(8, 1, ROWS, D).astype(np.float64)
+    norm = np.linalg.norm(output[:, 0], axis=-1)
+    unit = np.exp2(np.round(np.log2(norm / first["facts"][..., UNIT_NORM])))  # norms are told in it
+    assert np.allclose(parts.sum(axis=1), output[:, 0], atol=1e-3 * norm.max())
+    want = (parts * output).sum(axis=-1).transpose(0, 2, 1) / unit[..., None] ** 2
+    np.testing.assert_allclose(first["dots"], want, rtol=1e-4, atol=1e-5 * float(np.abs(want).max()))

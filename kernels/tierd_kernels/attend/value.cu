@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) val
   const bool may_skip = !NAIVE && call.skip_share > 0.;
   const int tiles = (group * n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
   if (blockIdx.x >= heads * tiles || split > splits || exact_only) return;
-  const int h = blockIdx.x / tiles, tile = blockIdx.x - h * tiles, base = h * tiles + tile;
+  const int h = quotient(blockIdx.x, tiles), tile = blockIdx.x - h * tiles, base = h * tiles + tile;
   constexpr int STAGE_BYTES = VALUE_BYTES + WEIGHT_FLOATS * 4;  // a tile of tokens
   // Where codes can keep their lines, all of them come first, then all weights.
   constexpr int CODES_EACH = LINED ? VALUE_BYTES : STAGE_BYTES, WEIGHTS_EACH = LINED ? WEIGHT_FLOATS * 4 : STAGE_BYTES;

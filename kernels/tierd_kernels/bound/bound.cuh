@@ -7,7 +7,7 @@ constexpr float SAFETY = 1.f + 1.f / 1024, THETA = 3e-5f, LOW_ROUNDING = 1.f + 1
 // measured); TILE tokens an MMA, 32 MMAs at most into one accumulator (a warp's blocks of a split). Two FP16 parts of a weight: 2^-22.
 // Warps, splits and corrections: 24 additions.
 constexpr float VALUE_ROUNDING = (32 * 34 + 4 + 24) * U32F;
-constexpr int GROUP_TOKENS = 1024;
+constexpr int GROUP_BITS = 10, GROUP_TOKENS = 1 << GROUP_BITS;
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
@@ -62,31 +62,37 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
   return t;
 }
 
+// Of which row a thread adds up blocks of a split, and which ones: every `step`-th, from `first` on. Threads have all rows in turn, or one alone.
+constexpr int THREADS_A_ROW = WARPS * LANES / ROW_TILE;
+struct Turn {
+  int row = threadIdx.x % ROW_TILE, first = threadIdx.x / ROW_TILE, step = THREADS_A_ROW;
+  bool alone = false;
+};
+__device__ __forceinline__ Turn alone(int row) { return {row, (int)threadIdx.x, WARPS * LANES, true}; }
 // The sums of a split over its blocks' statistics, relative to `reference`, the row's largest score in it: what each thread adds up, a block and
 // row at a time, and what the thread block makes of it. `marked`: some blocks were promoted, as `marks` says, and scores changed.
 typedef float OfWarps[WARPS][RUN_MASS][ROW_TILE];
-constexpr int THREADS_A_ROW = WARPS * LANES / ROW_TILE;
 template <bool marked>
 struct SplitSums {
+  const Turn turn = {};
   float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
 
-  // Of a split's `count` blocks, whose words lie in shared memory: a thread has row threadIdx.x % ROW_TILE of every so many-th. `first`: the
-  // number of the first block.
+  // Of a split's `count` blocks, whose words lie in shared memory; `first`: the number of the first one.
   __device__ __forceinline__ void add(const float *of_split, int first, int count, float reference, const u32 *marks = nullptr) {
     static_assert(THREADS_A_ROW % 8 == 0, "words of a thread's blocks lie alike");
-    const int row = threadIdx.x % ROW_TILE, own = threadIdx.x / ROW_TILE;
+    const int row = turn.row, own = turn.first;
     u32 at[8];  // of the words of one block: worked out for every block, where they lie was a quarter of all instructions
 #pragma unroll
     for (int k = 0; k < 8; k++) at[k] = in_register(shared_at(of_split + own * STATISTIC_WORDS + word_at(first + own, k) + row));
 #pragma unroll 1
-    for (int b = own; b < count; b += THREADS_A_ROW) {
+    for (int b = own; b < count; b += turn.step) {
       float words[8];
 #pragma unroll
       for (int k = 0; k < 8; k++) words[k] = __uint_as_float(shared32(at[k]));
       const uint4 of_rows = shared128(at[D_AND_NOTE] - 4 * row);
       const u32 notes[] = {of_rows.x, of_rows.y, of_rows.z};
 #pragma unroll
-      for (int k = 0; k < 8; k++) at[k] += THREADS_A_ROW * STATISTIC_WORDS * 4;
+      for (int k = 0; k < 8; k++) at[k] += turn.step * STATISTIC_WORDS * 4;
       Stats x;
 #pragma unroll
       for (int k = 0; k < STATISTICS + 3; k++) x[k] = part_of(k < STATISTICS ? words[word_with(k)] : __uint_as_float(notes[k - STATISTICS]), k);
@@ -110,13 +116,16 @@ struct SplitSums {
   __device__ __forceinline__ void leave(OfWarps &room, float reference) {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4;
 #pragma unroll
-    for (int bit = 4; bit < 32; bit <<= 1) {
+    for (int bit = 1; bit < 32; bit <<= 1) {
+      if (bit < 4 && !turn.alone) continue;
       delta_max = fmaxf(delta_max, __shfl_xor_sync(~0u, delta_max, bit));
       norm_top = fmaxf(norm_top, __shfl_xor_sync(~0u, norm_top, bit));
       amplitude_top = fmaxf(amplitude_top, __shfl_xor_sync(~0u, amplitude_top, bit));
     }
-    const float low = fold8(p0, lane);
-    float high = fold8(p1, lane);
+    float low = fold8(p0, lane), high = fold8(p1, lane);
+    if (turn.alone)
+#pragma unroll
+      for (int bit = 1; bit < ROW_TILE; bit <<= 1) low += __shfl_xor_sync(~0u, low, bit), high += __shfl_xor_sync(~0u, high, bit);
     if (r == SPLIT_TOP - 8) high = reference;
     if (r == DELTA_MAX - 8) high = delta_max;
     if (r == NORM_TOP - 8) high = norm_top;
@@ -126,11 +135,11 @@ struct SplitSums {
   }
 };
 
-// What all warps left, to the split's `partials`.
+// What all warps left of some rows, a bit each, to the split's `partials`.
 template <bool marked>
-__device__ __forceinline__ void write_sums(float *partials, const OfWarps &room) {
+__device__ __forceinline__ void write_sums(float *partials, const OfWarps &room, u32 rows = ~0u) {
   const int k = threadIdx.x / ROW_TILE, row = threadIdx.x % ROW_TILE;
-  if (k >= RUN_MASS || (!marked && k == SPLIT_TOP)) return;  // which others read meanwhile, where it is what it was
+  if (k >= RUN_MASS || !(rows >> row & 1) || (!marked && k == SPLIT_TOP)) return;  // which others read meanwhile, where it is what it was
   float x = room[0][k][row];
 #pragma unroll
   for (int w = 1; w < WARPS; w++) {
@@ -143,10 +152,12 @@ __device__ __forceinline__ void write_sums(float *partials, const OfWarps &room)
 
 // Groups of 1024 tokens, or splits where they are larger; the trailing block is a group of its own, the last.
 struct Groups {
-  int together, spanned, count;
+  int doublings, together, spanned, count;  // a group has 2^doublings splits, a lane each; or a split spans groups
   __device__ __forceinline__ explicit Groups(const Call &call) {
-    together = max(1, GROUP_TOKENS / (call.per * BLOCK)), spanned = max(1, call.per * BLOCK / GROUP_TOKENS);
-    count = (call.splits + together - 1) / together + (call.tokens > call.full * BLOCK);
+    static_assert(GROUP_TOKENS / (WARPS * BLOCK) <= LANES, "a lane a split of a group");
+    const int bits = 31 - __clz(call.per * BLOCK);
+    doublings = max(0, GROUP_BITS - bits), together = 1 << doublings, spanned = 1 << max(0, bits - GROUP_BITS);
+    count = (call.splits + together - 1 >> doublings) + (call.tokens > call.full * BLOCK);
   }
 };
 struct Group {

@@ -13,6 +13,19 @@ static_assert(COLLECTED * 4 == LANES, "four lanes a number");
 constexpr int COLLECTED_BYTES = 4 * COLLECTED * LANES, CHANNELS_ROOM = D > COLLECTED_BYTES / 8 ? D : COLLECTED_BYTES / 8;
 constexpr int AHEAD = 4, AT_ONCE = AHEAD * FINISH_WARPS;  // splits of a warp, every 16th, and of the thread block, under way together
 
+// Sums four values over a warp: lane i of four returns the sum of value i. Six shuffles, which a multiprocessor does one a cycle, where butterflies
+// take twenty.
+static_assert(AHEAD == 4, "a value a split");
+__device__ __forceinline__ float fold4(const float (&v)[AHEAD], int lane) {
+  const bool second = lane & 2, odd = lane & 1;
+  float x = second ? v[2] : v[0], y = second ? v[3] : v[1];
+  x += __shfl_xor_sync(~0u, second ? v[0] : v[2], 2), y += __shfl_xor_sync(~0u, second ? v[1] : v[3], 2);
+  float sum = (odd ? y : x) + __shfl_xor_sync(~0u, odd ? x : y, 1);
+#pragma unroll
+  for (int bit = 4; bit < LANES; bit <<= 1) sum += __shfl_xor_sync(~0u, sum, bit);
+  return sum;
+}
+
 // What rows have read of a KV head's originals once some were promoted: of each record a bit, and of each row how many had no copy. By thread
 // blocks of their own, on multiprocessors that those of the rows leave idle. It makes a step that promotes 1.3 us longer, as it did where
 // promotion told it, and spares the host the marks of all tiles: 40 us and their way.
@@ -55,9 +68,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   if (again && index >= again && !exact_only) return tell_reads(call, heads, h, rows, tiles, index - again);
   if (index >= rows) return;
   const Groups groups(call);
-  int share = 1;  // lanes to a group
-  while (share < LANES && share < groups.together) share <<= 1;
-  const GroupNorms ahead(call, groups, warp * (LANES / share) + lane / share, heads, h);
+  const int share = groups.together, side_by_side = LANES >> groups.doublings;  // lanes to a group, groups of a warp
+  const GroupNorms ahead(call, groups, warp * side_by_side + (lane >> groups.doublings), heads, h);
   int *state = call.state + h * rows + index, *counts = call.counts + 2 * (h * rows + index), *cold = call.cold + h * rows + index;
   float *facts = call.facts + (i64)(h * rows + index) * ROW_FACTS;
   // What is needed last, and by one thread: each first look at a line of the call costs as much as a look at the splits' sums.
@@ -121,7 +133,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) {
       const int s = first + k * FINISH_WARPS + warp;
-      if (s < splits && lane < NUMBERS) own[s * NUMBERS + lane] = numbers[k];
+      if (s >= splits) break;  // to widen zeros would take as long
+      if (lane < NUMBERS) own[s * NUMBERS + lane] = numbers[k];
       const double f = exp2_approx(__shfl_sync(~0u, numbers[k], SPLIT_TOP) - top);
 #pragma unroll
       for (int i = 0; i < PER_LANE; i++) wide[i] = fma(f, (double)held[k].x[i], wide[i]);
@@ -154,8 +167,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
     for (int k = 0; k < SKIPS; k++) x[k] = warp_sum(x[k]);
     if (lane < SKIPS) left[lane] = lane == SKIP_MASS ? x[SKIP_MASS] : lane == SKIP_GROWN ? x[SKIP_GROWN] : lane == SKIP_NORM ? x[SKIP_NORM] : x[SKIP_COUNT];
   } else if (channel >= 0 && channel < D) {
+    double quarters[4] = {0.};  // sums that do not wait for one another
 #pragma unroll
-    for (int w = 0; w < FINISH_WARPS; w++) sum += wide_of[w][channel];
+    for (int w = 0; w < FINISH_WARPS; w++) quarters[w % 4] += wide_of[w][channel];
+    sum = (quarters[0] + quarters[1]) + (quarters[2] + quarters[3]);
   }
   __syncthreads();
   // Of what was kept: sums over all blocks, divided by it, only grow.
@@ -163,7 +178,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
 
   float norm2 = 0.f, error2 = 0.f;
   if (channel >= 0 && channel < D) {
-    const i64 at = ((i64)(h * group + index / n) * n + index % n) * D;
+    const i64 at = (i64)(h * rows + index) * D;
     // A quotient in double is a subroutine; one step of Newton's takes the inverse from 2^-22 to 2^-44.
     sum *= fma(-(double)mass, (double)inverse, 2.) * inverse;
     const double y = store(output, at + channel, sum);
@@ -192,12 +207,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
 #pragma unroll
       for (int i = 0; i < PER_LANE; i++) dot[k] = fmaf(held[k].x[i], own_output.x[i], dot[k]);
     }
-#pragma unroll
-    for (int k = 0; k < AHEAD; k++) dot[k] = warp_sum(dot[k]);
+    const float own_dot = fold4(dot, lane);
     const int s = first + lane * FINISH_WARPS + warp;
-#pragma unroll
-    for (int k = 1; k < AHEAD; k++) dot[0] = lane == k ? dot[k] : dot[0];
-    if (lane < AHEAD && s < splits) dots[s] = out_dots[s] = dot[0] * (exp2_approx(part(s, SPLIT_TOP) - top) * unit_factor(unit) * inverse);
+    if (lane < AHEAD && s < splits) dots[s] = out_dots[s] = own_dot * (exp2_approx(part(s, SPLIT_TOP) - top) * unit_factor(unit) * inverse);
   }
   __syncthreads();
 
@@ -205,12 +217,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   // warps', and the first warp puts the row together.
   float own_sums[COLLECTED] = {0.f};
 #pragma unroll 1
-  for (int of_warp = warp * (LANES / share); of_warp < groups.count; of_warp += FINISH_WARPS * (LANES / share)) {
-    const int k = of_warp + lane / share, first = min(k * groups.together, own_splits);
+  for (int of_warp = warp * side_by_side; of_warp < groups.count; of_warp += FINISH_WARPS * side_by_side) {
+    const int k = of_warp + (lane >> groups.doublings), first = min(k * groups.together, own_splits), i = first + (lane & share - 1);
     const int last = k >= groups.count ? first : first == own_splits ? splits : min(first + groups.together, own_splits);
     Group x = {};
-#pragma unroll 1
-    for (int i = first + lane % share; i < last; i += share) {
+    if (i < last) {
       const float f = exp2_approx(part(i, SPLIT_TOP) - top) * inverse;
       add_split(x, f, [&](int k) { return part(i, k); });
       x.dot += dots[i];
@@ -221,9 +232,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
     }
 #pragma unroll 1
     for (int bit = 1; bit < share; bit <<= 1) x.join(bit);
-    const GroupNorms of_group = of_warp < FINISH_WARPS * (LANES / share) ? ahead : GroupNorms(call, groups, k, heads, h);
+    const GroupNorms of_group = of_warp < FINISH_WARPS * side_by_side ? ahead : GroupNorms(call, groups, k, heads, h);
     const float2 terms = group_terms(x, spread_factor(x, o), of_group.in_units(unit_factor(unit)), o);
-    const bool counts = k < groups.count && lane % share == 0;  // once for the lanes that share it
+    const bool counts = k < groups.count && (lane & share - 1) == 0;  // once for the lanes that share it
     own_sums[OF_KEYS] += counts ? terms.x : 0.f, own_sums[OF_VALUES] += counts ? terms.y : 0.f;
   }
   // Four lanes a number, each a quarter of the lanes; then of the warps.

@@ -77,7 +77,7 @@ constexpr float LOG2_MIN = -124.f;                     // a weight below 2^-124 
 // full blocks lies in scratch is told as in_scratch.py has it; nothing is where nothing does. What the passes need first lies together, in
 // one line of the cache: at 8,192 tokens a kernel is waiting for its call for a tenth of its time.
 struct Call {
-  int n, tokens, full, splits, per, groups;        // per: blocks of a split; groups: complete ones
+  int n, tokens, full, splits, per, groups;        // per: blocks of a split, a power of two; groups: complete ones
   int unit;                                        // within [-60, 120]: norms are counted in units of 2^unit
   int relative_to_output, exact_only, num_canaries, require_rank, coverage, k_min, k_max;  // coverage: 2 where the boundary is checked
   int preference;                                  // how many times its share an original counts of which there is a copy
@@ -130,13 +130,21 @@ enum { DENSE_TOP, DENSE_MASS, DENSE_NORM, DENSE_SCORE, DENSE_KEY, DENSE_VALUE, D
 __device__ __forceinline__ u32 record_of(int kind, int heads, int h, int block) { return (2 * block + kind) * heads + h; }
 // Of the records that `copied` tells of together with this one; the record's own bit is `record % 32`.
 __device__ __forceinline__ u32 copied_with(const Call &call, u32 record) { return (u32)call.copied[record / 32]; }
+// Where among all copies' places that of a record stands, by the word that tells of it; -1 where it has no copy.
+__device__ __forceinline__ i64 copy_of(u64 word, u32 record) {
+  const u32 bit = 1u << record % 32;
+  return (u32)word & bit ? (i64)(word >> 32) + __popc((u32)word & (bit - 1)) : -1;
+}
+__device__ __forceinline__ const unsigned char *copy_at(const Call &call, u32 place) { return call.scratch + (i64)place * PLACE_BYTES; }
+__device__ __forceinline__ const unsigned char *original_of(const Call &call, i64 block_at, int kind, int heads, int h) {
+  return call.originals + block_at + (i64)(kind * heads + h) * ORIGINAL_BYTES;
+}
+
 // Where one lies: a copy, or the original itself.
 __device__ __forceinline__ const unsigned char *located(const Call &call, int kind, int heads, int h, int block) {
-  const unsigned char *original = call.originals + call.original[block] + (i64)(kind * heads + h) * ORIGINAL_BYTES;
-  if (!call.copied) return original;
-  const u32 record = record_of(kind, heads, h, block), bit = 1u << record % 32;
-  const u64 word = call.copied[record / 32];
-  return (u32)word & bit ? call.scratch + (i64)call.copies[(word >> 32) + __popc((u32)word & (bit - 1))] * PLACE_BYTES : original;
+  const u32 record = record_of(kind, heads, h, block);
+  const i64 copy = call.copied ? copy_of(call.copied[record / 32], record) : -1;
+  return copy < 0 ? original_of(call, call.original[block], kind, heads, h) : copy_at(call, call.copies[copy]);
 }
 
 __device__ __forceinline__ float as_float(const void *p, i64 i) {
@@ -189,6 +197,9 @@ __device__ __forceinline__ float fold8(float (&v)[8], int lane) {
 __device__ __forceinline__ float downscale(float x, int e) { return x * __int_as_float((127 - e / 2) << 23) * __int_as_float((127 - (e - e / 2)) << 23); }
 // The least e with x < 2^e, of a finite x that FP32 does not flush; 0 of zero.
 __device__ __forceinline__ int exponent_above(float x) { return x > 0.f ? (int)(__float_as_uint(x) >> 23) - 126 : 0; }
+// x / y, of numbers below 2^20. What the compiler makes of a quotient of integers is thirty instructions, each waiting for the one before; and most
+// often y is 1.
+__device__ __forceinline__ int quotient(int x, int y) { return y == 1 ? x : (int)__fdividef(x + 0.5f, (float)y); }
 // 2^-unit, for a unit within [-60, 120]. Norms that no such unit brings near 1 leave a bound that is too large to certify anything.
 __device__ __forceinline__ float unit_factor(int unit) { return __int_as_float((127 - unit) << 23); }
 __device__ __forceinline__ double power_of_two(int e) { return __hiloint2double((1023 + e) << 20, 0); }
@@ -200,6 +211,16 @@ __device__ __forceinline__ float half_bits(u32 w, int upper) { return __half2flo
 // Bit of `marks`: the value pass left the block out. Parts of a tile's blocks that selection looks at side by side, at most.
 constexpr u32 SKIPPED_BLOCK = 256;
 constexpr int PICK_PARTS = 32;
+
+// The thread block's own copy of its call, made before what is waited for: behind it the first look at each line of the call takes 0.6 us, as long
+// as a look at what was waited for. For all of so many threads.
+template <int threads>
+__device__ __forceinline__ const Call &own_call(const Call *calls) {
+  __shared__ Call own;
+  for (int i = threadIdx.x; i < (int)(sizeof(Call) / sizeof(u64)); i += threads) ((u64 *)&own)[i] = ((const u64 *)(calls + blockIdx.z))[i];
+  __syncthreads();
+  return own;
+}
 
 // Whether this thread block is the last of `parts` to come here, by a ticket that is zero before and after all have; it sees what the others
 // have written before. For all threads.

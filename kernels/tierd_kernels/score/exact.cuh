@@ -8,9 +8,9 @@ constexpr float STORE = 1.f + 9.5367431640625e-7f;             // from above, ov
 // Query row `index` of KV head h: where its channels start in q and output, and how many tokens it sees.
 struct Row { bool real; i64 at; int seen; };
 __device__ __forceinline__ Row query_row(const Call &call, int h, int group, int index) {
-  const bool real = index < group * call.n;
-  const int head = real ? index / call.n : 0, token = real ? index % call.n : 0;
-  return {real, ((i64)(h * group + head) * call.n + token) * D, real ? call.tokens - call.n + 1 + token : 0};
+  const int n = call.n, rows = group * n, token = index - quotient(index, n) * n;
+  const bool real = index < rows;
+  return {real, (i64)(h * rows + (real ? index : 0)) * D, real ? call.tokens - n + 1 + token : 0};
 }
 
 // q . k in double, and sum |q_c k_c|.

@@ -31,9 +31,9 @@ struct RowFacts { float scale, q_norm; };
 struct Query { Four raw[KEY_STEPS]; int seen; };  // seen: tokens; 0 where there is no such row
 __device__ __forceinline__ bool inside(int j, int c, int limb) { return KEY_DIM == D || 32 * j + 8 * c + 4 * limb < D; }
 __device__ __forceinline__ Query read_query(const Call &call, int n, int h, int group, int row, int c, int limb) {
-  const bool real = row < group * n;
-  const int head = real ? row / n : 0, token = real ? row - head * n : 0;
-  const i64 at = ((i64)(h * group + head) * n + token) * D;
+  const int rows = group * n, token = row - quotient(row, n) * n;
+  const bool real = row < rows;
+  const i64 at = (i64)(h * rows + (real ? row : 0)) * D;
   Query query;
 #pragma unroll
   for (int j = 0; j < KEY_STEPS; j++) query.raw[j] = four_of(call.q, at + (inside(j, c, limb) ? 32 * j + 8 * c + 4 * limb : 0));
@@ -214,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   const float softmax_scale = (float)(call.scale * 1.4426950408889634);
   const int tiles = (group * n + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y;
   if (blockIdx.x >= heads * tiles || split > splits || exact_only) return;
-  const int h = blockIdx.x / tiles, tile = blockIdx.x - h * tiles;
+  const int h = quotient(blockIdx.x, tiles), tile = blockIdx.x - h * tiles;
   if (split == splits) {
     if (call.tokens > full * BLOCK) score_tail(calls + blockIdx.z, heads, group, h, tile, tiles, (float *)shared);
     return;

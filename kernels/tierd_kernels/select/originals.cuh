@@ -1,8 +1,8 @@
 // What promotion works on: queries as they are multiplied with original keys, and a block as it is staged in shared memory, scored.
-constexpr int THREADS = WARPS * LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
+constexpr int THREADS = WARPS * LANES;
 constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM;
-// What is staged of a block: original keys and values, coded values, weights as they were, norms and notes. Where it is small the next three
-// are on their way while one is worked on; four thread blocks still fit on a multiprocessor.
+// What is staged of a block: original keys and values, coded values, weights as they were, norms and notes. Where it is small four are staged at a
+// time; four thread blocks still fit on a multiprocessor.
 constexpr int VALUES_STAGED_AT = ORIGINAL_BYTES, NORMS_STAGED_AT = VALUES_STAGED_AT + ORIGINAL_BYTES, CODES_STAGED_AT = NORMS_STAGED_AT + 4 * BLOCK;
 constexpr int WEIGHTS_STAGED_AT = CODES_STAGED_AT + TILES * VALUE_BYTES, NOTES_STAGED_AT = WEIGHTS_STAGED_AT + 4 * TILES * WEIGHT_FLOATS;
 constexpr int STAGED_BYTES = (NOTES_STAGED_AT + 64 + LINE - 1) / LINE * LINE;
@@ -12,18 +12,21 @@ constexpr int STAGES = STAGED_BYTES <= 11 * 1024 ? 4 : 1;
 constexpr float KEY_ROUNDINGS = (HALF / 8 + 8) * U32F * (1.f + 1e-4f);
 constexpr float KEY_FLOOR = 0x1p-90f;  // products and keys that FP32 flushes
 
-// Where the records of a block lie, and its weights.
-struct Place { const unsigned char *record, *keys, *values; const float *weights; };
+// A promoted block: where its records lie and its weights, in which rows what of it is promoted, as `marks` has it, and its number in the split.
+struct Place { const unsigned char *record, *keys, *values; const float *weights; u32 mark; int block; };
+// Of a staged block's tokens, [row][token]: by how much the weight of the coded value changes; that of the original.
+struct __align__(16) Changes { float coded[ROW_TILE][BLOCK], original[ROW_TILE][BLOCK]; };
 
 struct __align__(16) Scratch {
   float q[ROW_TILE][D], scale[ROW_TILE], size[ROW_TILE], q_norm[ROW_TILE];
   int seen[ROW_TILE];  // tokens
   float top[ROW_TILE];  // of the split, in the first pass
-  float weight[BLOCK][2 * ROW_TILE];  // of a token and row: by how much that of the coded value changes; that of the original
+  float back[WARPS][ROW_TILE];  // what each warp took back: mass times norms
+  Changes changes[STAGES];
   u64 bars[STAGES];
   u32 marks[SPLIT_BLOCKS];
-  int list[SPLIT_BLOCKS], found[ROUNDS][WARPS];
-  Place places[SPLIT_BLOCKS];
+  int promoted[WARPS];  // blocks of each warp's
+  Place places[SPLIT_BLOCKS];  // of those that this thread block promotes
 };
 
 constexpr int PER_LANE = (D + LANES - 1) / LANES;
@@ -58,19 +61,17 @@ __device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[
   to.size[row] = fabsf(to.scale[row]) * 0.69314724f;
 }
 
-// Copies of a block what the rows of `mark` need: original keys or values only where one does. A warp's, a lane a part: copies of sixteen
-// bytes by all threads were 400 instructions a block.
-__device__ __forceinline__ void stage_block(unsigned char *stage, const Place &of, u32 mark, u64 *bar) {
-  enum { KEYS, VALUES, CODES, OLD_WEIGHTS, NOTES, PARTS };
-  const int part = threadIdx.x % LANES, keys = mark & 15 ? ORIGINAL_BYTES : 0, values = mark & 240 ? ORIGINAL_BYTES : 0;
+// Copies of a block what its rows need: original keys or values only where one does. A thread's: copies of sixteen bytes by all threads were
+// 400 instructions a block.
+__device__ __forceinline__ void stage_block(unsigned char *stage, const Place &of, u64 *bar) {
   constexpr int CODES_BYTES = 4 * BLOCK + TILES * VALUE_BYTES, WEIGHTS_BYTES = 4 * TILES * WEIGHT_FLOATS;
-  const void *from = part == KEYS ? of.keys : part == VALUES ? of.values : part == CODES ? of.record + NORMS_AT : of.record + NOTES_AT;
-  if (part == OLD_WEIGHTS) from = of.weights;
-  const int to = part == KEYS ? 0 : part == VALUES ? VALUES_STAGED_AT : part == CODES ? NORMS_STAGED_AT : part == OLD_WEIGHTS ? WEIGHTS_STAGED_AT : NOTES_STAGED_AT;
-  const int bytes = part == KEYS ? keys : part == VALUES ? values : part == CODES ? CODES_BYTES : part == OLD_WEIGHTS ? WEIGHTS_BYTES : 64;
-  if (part == 0) barrier_expect(bar, keys + values + CODES_BYTES + WEIGHTS_BYTES + 64);
-  __syncwarp();
-  if (part < PARTS && bytes) bulk_copy(stage + to, from, bytes, bar);
+  const int keys = of.mark & 15 ? ORIGINAL_BYTES : 0, values = of.mark & 240 ? ORIGINAL_BYTES : 0;
+  barrier_expect(bar, keys + values + CODES_BYTES + WEIGHTS_BYTES + 64);
+  if (keys) bulk_copy(stage, of.keys, ORIGINAL_BYTES, bar);
+  if (values) bulk_copy(stage + VALUES_STAGED_AT, of.values, ORIGINAL_BYTES, bar);
+  bulk_copy(stage + NORMS_STAGED_AT, of.record + NORMS_AT, CODES_BYTES, bar);
+  bulk_copy(stage + WEIGHTS_STAGED_AT, of.weights, WEIGHTS_BYTES, bar);
+  bulk_copy(stage + NOTES_STAGED_AT, of.record + NOTES_AT, 64, bar);
 }
 
 // Scores, in binary units, of a staged tile of sixteen original keys for one row: a lane has token lane % 16. Lanes begin with different

@@ -10,7 +10,7 @@
 // between thresholds; what lies above each threshold is a running sum over bins, what stays is the group's total less that,
 // and from it comes the group's part of the bound. The thread block of a tile that ends last adds the parts up and chooses; promotion finds the
 // blocks' weights where they were written. Bins are integers, in parts of the total: their sums depend on no order.
-constexpr int PICK_WARPS = 8, THREADS = PICK_WARPS * LANES, EACH = BINS / LANES, ROUNDS = (SPLIT_BLOCKS * ROW_TILE + THREADS - 1) / THREADS;
+constexpr int PICK_WARPS = 8, THREADS = PICK_WARPS * LANES, EACH = BINS / LANES;
 constexpr int SIDE_BY_SIDE = PICK_WARPS / ROW_TILE;  // groups: a warp has one group and row
 enum { OF_T1, OF_G, OF_SPREAD, OF_SQUARES, OF_VALUE, OF_CODED, SORTED };  // the last two by the weight of values, the others of keys
 constexpr float UNITS = 0x1p24f;  // in a total
@@ -31,63 +31,50 @@ struct __align__(16) Room {
 struct Foreseen { float rest[SORTED], unit[SORTED], spread_factor, low_share; float2 norms; bool keys, values; };
 __device__ __forceinline__ bool of_values(int k) { return k >= OF_VALUE; }
 
+struct Preference { int heads, h, times; };  // times 1 where there are no copies
 // What is found of a block and row; with bits of which one says whether its original keys, or values, have a copy.
 struct Found { Seen seen; u32 copied[2]; };
-struct Preference { int heads, h, times; };  // times 1 where there are no copies
-// Of the full blocks [first, end): a thread has a row of every 64th block.
-__device__ __forceinline__ void read_blocks(const Call &call, const Preference &preference, int base, int first, int end, const RowState &own,
-                                            Found (&blocks)[ROUNDS]) {
+__device__ __forceinline__ Found find(const Call &call, const Preference &preference, int base, int b, int row) {
+  Found found = {seen(call, base, b, row), {0, 0}};
+  if (preference.times > 1)
 #pragma unroll
-  for (int i = 0; i < ROUNDS; i++) {
-    const int b = first + (threadIdx.x + i * THREADS) / ROW_TILE;
-    if (b >= end || !own.joins) continue;
-    blocks[i].seen = seen(call, base, b, threadIdx.x % ROW_TILE);
-    if (preference.times == 1) continue;
-#pragma unroll
-    for (int kind = 0; kind < 2; kind++) blocks[i].copied[kind] = copied_with(call, record_of(kind, preference.heads, preference.h, b));
-  }
+    for (int kind = 0; kind < 2; kind++) found.copied[kind] = copied_with(call, record_of(kind, preference.heads, preference.h, b));
+  return found;
 }
-// Sorts them into bins.
-__device__ __forceinline__ void sort_blocks(const Call &call, const Preference &preference, int base, int first, int end, const RowState &own,
-                                            const Bins &scale, const Found (&blocks)[ROUNDS], const float (&to_units)[SORTED], u32 (&bins)[SORTED][BINS]) {
-  float2 *weights = call.row_weights + (i64)base * call.full * ROW_TILE;
+// Sorts it into bins; returns what its keys and values count.
+__device__ __forceinline__ float2 sort(const Found &found, const Preference &preference, int b, const RowState &own, const Bins &scale,
+                                       const float (&to_units)[SORTED], u32 (&bins)[SORTED][BINS]) {
+  const Shares s = shares(found.seen, own);
+  auto times = [&](int kind) {
+    const u32 record = record_of(kind, preference.heads, preference.h, b);
+    return found.copied[kind] >> record % 32 & 1 ? (float)preference.times : 1.f;
+  };
+  const float key = weight(s.key * times(0), own.target), value = weight(s.value * times(1), own.target);
+  const int key_bin = scale.of(key), value_bin = scale.of(value);
+  const float terms[SORTED] = {s.terms.t1, s.terms.g, s.terms.spread, s.terms.squares, s.terms.value, s.terms.coded};
 #pragma unroll
-  for (int i = 0; i < ROUNDS; i++) {
-    const int b = first + (threadIdx.x + i * THREADS) / ROW_TILE;
-    if (b >= end || !own.joins) continue;
-    const Shares s = shares(blocks[i].seen, own);
-    auto times = [&](int kind) {
-      const u32 record = record_of(kind, preference.heads, preference.h, b);
-      return preference.times > 1 && blocks[i].copied[kind] >> record % 32 & 1 ? (float)preference.times : 1.f;
-    };
-    const float key = weight(s.key * times(0), own.target), value = weight(s.value * times(1), own.target);
-    weights[b * ROW_TILE + threadIdx.x % ROW_TILE] = make_float2(key, value);
-    const int key_bin = scale.of(key), value_bin = scale.of(value);
-    const float terms[SORTED] = {s.terms.t1, s.terms.g, s.terms.spread, s.terms.squares, s.terms.value, s.terms.coded};
-#pragma unroll
-    for (int k = 0; k < SORTED; k++) {
-      const int bin = of_values(k) ? value_bin : key_bin;
-      if (bin) atomicAdd(&bins[k][bin % BINS], (u32)(fminf(terms[k] * to_units[k], MOST_UNITS) + 0.5f));
-    }
+  for (int k = 0; k < SORTED; k++) {
+    const int bin = of_values(k) ? value_bin : key_bin;
+    if (bin) atomicAdd(&bins[k][bin % BINS], (u32)(fminf(terms[k] * to_units[k], MOST_UNITS) + 0.5f));
   }
+  return make_float2(key, value);
 }
 
 // Of group k, whose blocks are `count`. A warp's.
 __device__ __forceinline__ Foreseen foresee(const Call &call, const Groups &groups, int k, bool trailing, int count, int h, int rows, int index, int base,
                                             const RowState &own, const Bins &scale, float2 norms, float (&to_units)[SORTED]) {
-  const int row = index % ROW_TILE, lane = threadIdx.x % LANES;
+  const int lane = threadIdx.x % LANES;
+  const int share = trailing ? 1 : groups.together;  // lanes that share the group's splits; all such runs of lanes do the same
   const int first = min(k * groups.together, call.splits), end = trailing ? first + 1 : min(first + groups.together, call.splits);
+  const int own_split = first + (lane & share - 1);
   Group all = {};
   float low = 0.f;
-  int share = 1;  // lanes that share the group's splits; all such runs of lanes do the same
-  while (!trailing && share < LANES && share < groups.together) share <<= 1;
-#pragma unroll 1
-  for (int i = first + lane % share; i < end; i += share) {
-    const float *p = call.partials + ((i64)base * (call.splits + 1) + i) * PARTIALS * ROW_TILE + row;
+  if (own_split < end) {
+    const float *p = call.partials + ((i64)base * (call.splits + 1) + own_split) * PARTIALS * ROW_TILE + index % ROW_TILE;
     auto part = [&](int x) { return p[x * ROW_TILE]; };
     const float f = __fdividef(exp2_approx(part(SPLIT_TOP) - own.top), own.mass);
     add_split(all, f, part);
-    low += f * part(LOW), all.dot += call.dots[(i64)(h * rows + index) * (call.splits + 1) + i];
+    low = f * part(LOW), all.dot = call.dots[(i64)(h * rows + index) * (call.splits + 1) + own_split];
   }
   Foreseen to;
   to.norms = norms;
@@ -104,13 +91,15 @@ __device__ __forceinline__ Foreseen foresee(const Call &call, const Groups &grou
   to.low_share = to.keys && all.g > 0.f ? __fdividef(low, all.g) : 1.f;
   const float totals[SORTED] = {all.t1, all.g, all.spread, all.squares, all.coded, all.a2};
   const float below = (float)count * scale.edge(0) * own.target;  // all that lies below the lowest threshold, at most
+  float of_lane = 0.f;
 #pragma unroll
   for (int x = 0; x < SORTED; x++) {
     const bool total = of_values(x) ? to.values : to.keys;
     const float scaled = total ? totals[x] : own.target * (UNITS / UNITS_OF_TARGET);
     to.rest[x] = total ? totals[x] : x == OF_T1 || x == OF_VALUE ? below : x == OF_G ? 0.f : INFINITY, to.unit[x] = scaled * (1.f / UNITS);
-    if (lane == x) to_units[x] = scaled > 0x1p-100f ? __fdividef(UNITS, scaled) : 0.f;
+    of_lane = lane == x ? scaled : of_lane;
   }
+  if (lane < SORTED) to_units[lane] = of_lane > 0x1p-100f ? __fdividef(UNITS, of_lane) : 0.f;
   return to;
 }
 
@@ -180,11 +169,12 @@ __device__ __forceinline__ void choose(const Call &call, int h, int rows, int in
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls, int heads, int group) {
+  __shared__ Room room;
   let_next_begin();
-  const Call &call = calls[blockIdx.z];
+  const Call &call = own_call<THREADS>(calls);
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, warp = threadIdx.x / LANES, lane = threadIdx.x % LANES;
   if (blockIdx.x >= heads * tiles) return;
-  const int h = blockIdx.x / tiles, tile = blockIdx.x % tiles, base = blockIdx.x;
+  const int h = quotient(blockIdx.x, tiles), tile = blockIdx.x - h * tiles, base = blockIdx.x;
   const Groups groups(call);
   const int parts = min(groups.count, PICK_PARTS), per_group = groups.together * call.per;
   if (call.exact_only || blockIdx.y >= parts) return;
@@ -192,35 +182,44 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
   const int side = warp / ROW_TILE, row = warp % ROW_TILE, index = tile * ROW_TILE + row;
   const bool tail = call.tokens > call.full * BLOCK;
   auto trailing = [&](int k) { return tail && k == groups.count - 1; };
-  auto end_of = [&](int k) { return k >= groups.count || trailing(k) ? k * per_group : min((k + 1) * per_group, call.full); };
+  auto blocks_of = [&](int k) { return k >= groups.count || trailing(k) ? 0 : min(per_group, call.full - k * per_group); };
+  auto clear = [&] { for (int i = threadIdx.x; i < SIDE_BY_SIDE * ROW_TILE * SORTED * BINS; i += THREADS) (&room.bins[0][0][0][0])[i] = 0; };
+  clear();
   const GroupNorms ahead(call, groups, blockIdx.y + side * PICK_PARTS, heads, h);  // which no kernel of the step writes
   const RowPlace own_place(call, h, rows, tile * ROW_TILE + threadIdx.x % ROW_TILE), summed_place(call, h, rows, index);
   const Preference preference = {heads, h, call.copied ? call.preference : 1};
   wait_for_previous();
   const RowState own(own_place), summed(summed_place);
   if (!__ballot_sync(~0u, own.open)) return;
-  __shared__ Room room;
   if (threadIdx.x < ROW_TILE) room.target[threadIdx.x] = own.target, room.fixed[threadIdx.x] = own.fixed;
   const Bins scale(call.full);
+  const u32 joining = __ballot_sync(~0u, own.joins) & (1u << ROW_TILE) - 1;
+  // All threads look at blocks for the rows that join: for one, as it most often is, or two; for all where there are more.
+  const int joined = __popc(joining), doublings = joined > 2 ? 2 : joined / 2, which = threadIdx.x & (1 << doublings) - 1;
+  const int looked_for = joined > 2 ? which : max(0, __ffs(which ? joining & joining - 1 : joining) - 1);
+  const RowState state = own.of(looked_for);
+  float2 *weights = call.row_weights + (i64)base * call.full * ROW_TILE + looked_for;
   float bound[EACH] = {0.f}, lost[EACH] = {0.f};
   for (int begin = blockIdx.y; begin < groups.count; begin += SIDE_BY_SIDE * PICK_PARTS) {
-    Found blocks[ROUNDS];
-    read_blocks(call, preference, base, begin * per_group, end_of(begin), own, blocks);
-    for (int i = threadIdx.x; i < SIDE_BY_SIDE * ROW_TILE * SORTED * BINS; i += THREADS) (&room.bins[0][0][0][0])[i] = 0;
+    const int beside = begin + PICK_PARTS, count = blocks_of(begin), total = state.joins ? count + blocks_of(beside) << doublings : 0;
+    auto block_of = [&](int pair) { return (pair >> doublings < count ? begin * per_group : beside * per_group - count) + (pair >> doublings); };
+    Found next;
+    if (threadIdx.x < total) next = find(call, preference, base, block_of(threadIdx.x), looked_for);
     const int mine = begin + side * PICK_PARTS;
-    const bool sums = mine < groups.count && index < rows;
+    const bool sums = mine < groups.count && index < rows, again = begin != blockIdx.y;
+    if (again) clear();
     Foreseen foreseen;  // while the blocks are on their way
     if (sums) {
-      const GroupNorms norms = begin == blockIdx.y ? ahead : GroupNorms(call, groups, mine, heads, h);
-      foreseen = foresee(call, groups, mine, trailing(mine), end_of(mine) - mine * per_group, h, rows, index, base, summed, scale,
-                         norms.in_units(unit_factor(call.unit)), room.to_units[side][row]);
+      const float2 norms = (again ? GroupNorms(call, groups, mine, heads, h) : ahead).in_units(unit_factor(call.unit));
+      foreseen = foresee(call, groups, mine, trailing(mine), blocks_of(mine), h, rows, index, base, summed, scale, norms, room.to_units[side][row]);
     }
     __syncthreads();
 #pragma unroll 1
-    for (int i = 0; i < SIDE_BY_SIDE; i++) {
-      const int k = begin + i * PICK_PARTS;
-      if (i) read_blocks(call, preference, base, k * per_group, end_of(k), own, blocks);
-      sort_blocks(call, preference, base, k * per_group, end_of(k), own, scale, blocks, room.to_units[i][threadIdx.x % ROW_TILE], room.bins[i][threadIdx.x % ROW_TILE]);
+    for (int pair = threadIdx.x; pair < total; pair += THREADS) {
+      const Found found = next;
+      if (pair + THREADS < total) next = find(call, preference, base, block_of(pair + THREADS), looked_for);
+      const int b = block_of(pair), of = pair >> doublings >= count;
+      weights[b * ROW_TILE] = sort(found, preference, b, state, scale, room.to_units[of][looked_for], room.bins[of][looked_for]);
     }
     __syncthreads();
     if (sums) add_group(foreseen, summed, room.bins[side][row], bound, lost);

@@ -1,66 +1,56 @@
 // Promotion: what the first passes made of the blocks that a row needs original is taken back, and what their originals give is put in its
 // place: scores and statistics, the splits' sums of the bound, and the sums of weights times values. One thread block a tile of rows and a
-// split, which may have a part of another tile's blocks (select/sharing.cuh): a warp weighs the tokens of a block for a row, then a thread has
-// a channel of the values.
+// split, which may have a part of another tile's blocks (select/sharing.cuh): a warp weighs the tokens of a block for a row, of up to four blocks
+// at once, then a thread has a channel of the values.
 //
 // Weights stay relative to the split's largest score of the first pass, until the sums are written. Scores of originals are sums in FP32 of
 // exact or once rounded products; what was taken back has been rounded once already, which the split's ERROR remembers (CERTIFICATE.md,
 // "Promotion").
 
-static_assert(WARPS == ROW_TILE, "a warp a row");
-static_assert(SPLIT_BLOCKS <= THREADS, "a thread a block");
+static_assert(WARPS == ROW_TILE && SPLIT_BLOCKS <= THREADS, "a warp a row, a thread a block");
 constexpr int OWN_STATISTICS = (SPLIT_BLOCKS * STATISTIC_WORDS / 4 + THREADS - 1) / THREADS;  // of a thread, four at a time
 
-// Which blocks of the split are promoted in which rows, to `marks` (the row's own are decided here, those of the coverage policy were
-// before), and, in order, the blocks that are promoted in any; returns their number. For all threads: `limit` is that of row threadIdx.x %
-// ROW_TILE, `weights` what selection wrote for it and every 32nd block; `counting`: whether this thread block counts them.
-__device__ __forceinline__ int decide(const Call &call, int h, int rows, int tile, int base, int first, int count, float limit, bool coverage,
-                                      bool counting, const float2 (&weights)[ROUNDS], Scratch &to) {
-  const int row = threadIdx.x % ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-  u32 *marks = call.marks + (i64)base * call.full + first;
-  int keys = 0, values = 0;
-  u32 mine[ROUNDS];
+// Of the split's blocks: how many are promoted in any row. Of the one of this thread's number: in which rows it is, a bit each for keys and above
+// them for values, and how many of the promoted ones come before it.
+struct Promoted { int number, before; u32 mark; };
+// Decides it, and tells `marks`; what the coverage policy promotes stands there. `weights`: what selection wrote for the thread's block. For all
+// threads.
+__device__ __forceinline__ Promoted decide(u32 *marks, int count, const float (&limits)[ROW_TILE], bool coverage, const float2 (&weights)[ROW_TILE],
+                                           Scratch &to) {
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  Promoted found = {0, 0, 0};
 #pragma unroll
-  for (int i = 0; i < ROUNDS; i++) {
-    const int b = (threadIdx.x + i * THREADS) / ROW_TILE;
-    u32 mark = 0;
-    if (b < count && limit < INFINITY) {
-      const bool key = weights[i].x >= limit, value = weights[i].y >= limit;
-      keys += key, values += value, mark = (key ? 1u : 0u) << row | (value ? 16u : 0u) << row;
-    }
-#pragma unroll
-    for (int bit = 1; bit < ROW_TILE; bit <<= 1) mark |= __shfl_xor_sync(~0u, mark, bit);
-    if (b < count && row == 0) {
-      if (coverage) mark = marks[b];
-      else if (mark) marks[b] = mark;
-      to.marks[b] = mark & 255u;
-    }
-    mine[i] = row == 0 && b < count ? mark & 255u : 0u;
-    const u32 some = __ballot_sync(~0u, mine[i] != 0);
-    if (lane == 0) to.found[i][warp] = __popc(some);
-  }
-  for (int bit = ROW_TILE; bit < LANES; bit <<= 1) keys += __shfl_xor_sync(~0u, keys, bit), values += __shfl_xor_sync(~0u, values, bit);
-  int *counts = call.counts + 2 * (h * rows + tile * ROW_TILE + row);
-  if (counting && lane < ROW_TILE && keys) atomicAdd(counts, keys);
-  if (counting && lane < ROW_TILE && values) atomicAdd(counts + 1, values);
+  for (int row = 0; row < ROW_TILE; row++)
+    found.mark |= (weights[row].x >= limits[row] ? 1u : 0u) << row | (weights[row].y >= limits[row] ? 16u : 0u) << row;
+  if (threadIdx.x < count) {
+    if (coverage) found.mark = marks[threadIdx.x] & 255u;
+    else if (found.mark) marks[threadIdx.x] = found.mark;
+    to.marks[threadIdx.x] = found.mark;
+  } else found.mark = 0;
+  const u32 some = __ballot_sync(~0u, found.mark != 0);
+  if (lane == 0) to.promoted[warp] = __popc(some);
+  found.before = __popc(some & ((1u << lane) - 1));
   __syncthreads();
-  int before = 0;
 #pragma unroll
-  for (int i = 0; i < ROUNDS; i++) {
-    const u32 some = __ballot_sync(~0u, mine[i] != 0);
-    for (int w = 0; w < WARPS; w++) {
-      if (w == warp && mine[i]) to.list[before + __popc(some & ((1u << lane) - 1))] = (threadIdx.x + i * THREADS) / ROW_TILE;
-      before += to.found[i][w];
-    }
+  for (int w = 0; w < WARPS; w++) found.before += w < warp ? to.promoted[w] : 0, found.number += to.promoted[w];
+  return found;
+}
+// Adds what a warp's blocks have promoted to the `counts` of the tile's rows.
+__device__ __forceinline__ void count_promoted(u32 mark, int *counts) {
+  const int lane = threadIdx.x % LANES;
+  int count = 0;
+#pragma unroll
+  for (int bit = 0; bit < 2 * ROW_TILE; bit++) {
+    const int number = __popc(__ballot_sync(~0u, mark >> bit & 1));
+    count = lane == bit ? number : count;
   }
-  __syncthreads();
-  return before;
+  if (count) atomicAdd(counts + lane % ROW_TILE * 2 + lane / ROW_TILE, count);
 }
 
-// A row's weights of a staged block as its originals make them, against what they were, to `room.weight`; its statistics anew. A warp's. Returns
-// in lane TOP the mass times norms that is taken back.
-__device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, int row, const unsigned char *stage, Scratch &room,
-                                       float *statistics) {
+// A row's weights of a staged block as its originals make them, against what they were, to `changes`; its statistics anew; and the mass times
+// norms that is taken back. A warp's.
+__device__ __forceinline__ void weigh(const Call &call, int block, u32 mark, int row, const unsigned char *stage, Scratch &room, Changes &changes,
+                                      float *statistics) {
   const int lane = threadIdx.x % LANES, token = lane % TILE;
   const bool key = mark >> row & 1, value = mark >> row & 16;
   const float *notes = (const float *)(stage + NOTES_STAGED_AT);
@@ -97,7 +87,7 @@ __device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, in
     sums.add(is, nu, eta);
     sums.v[TOP] += was * was_factor * (raw ? nu : nu + stored);  // a place that sums have free
     const float now = is * is_factor, then = was * was_factor;
-    room.weight[t * TILE + token][row] = value ? -then : now - then, room.weight[t * TILE + token][ROW_TILE + row] = value ? now : 0.f;
+    changes.coded[row][t * TILE + token] = value ? -then : now - then, changes.original[row][t * TILE + token] = value ? now : 0.f;
   }
   if (value) sums.v[SUM_SQUARE_ERROR] = 0.f;
   const float sum = fold_warp(sums.v, lane);
@@ -110,11 +100,20 @@ __device__ __forceinline__ float weigh(const Call &call, int block, u32 mark, in
   if (lane == DELTA_WORD) x = eps;
   if (lane == TOP) x = top;
   if (lane <= TOP && (key || lane < DELTA_WORD || lane == SUM_ERROR)) statistics[word_at(block, lane) + row] = x;
-  return sum;
+  if (lane == TOP) room.back[threadIdx.x / LANES][row] += sum;
 }
 
+// Sixteen tokens' numbers of a channel by their weights for a row.
+__device__ __forceinline__ float weighted(const float (&x)[TILE], const float *weights, float sum) {
+#pragma unroll
+  for (int i = 0; i < TILE; i += 4) {
+    const float4 w = *(const float4 *)(weights + i);
+    sum = fmaf(w.x, x[i], fmaf(w.y, x[i + 1], fmaf(w.z, x[i + 2], fmaf(w.w, x[i + 3], sum))));
+  }
+  return sum;
+}
 // By how much a staged block changes the sums of weights times values, added to a thread's channels.
-__device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark, const Scratch &room, Channels &change) {
+__device__ __forceinline__ void add_changes(const unsigned char *stage, u32 mark, const Changes &changes, Channels &change) {
   const __half2 thousand = __half2half2(__ushort_as_half(0x6400));
 #pragma unroll
   for (int step = 0; step < STEPS; step++) {
@@ -123,6 +122,7 @@ __device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark,
     float of_block[ROW_TILE] = {0.f};
 #pragma unroll 1
     for (int t = 0; t < TILES; t++) {
+      float x[TILE];
       const unsigned char *part = stage + CODES_STAGED_AT + t * VALUE_BYTES;
       const uint4 words = *(const uint4 *)(part + (channel / 16 * LANES + channel % 8 * 4) * 4);
 #pragma unroll
@@ -133,20 +133,18 @@ __device__ __forceinline__ void add_change(const unsigned char *stage, u32 mark,
         for (int j = 0; j < 2; j++) {  // tokens 2 c and 2 c + 1 of each half of the tile; as FP16 with 1024 added: no conversion
           const __half2 codes = __hsub2(as_half2(either(word >> (4 * j), 0x000f000fu, 0x64006400u)), thousand);
           const float2 stored = __half22float2(__hfma2(codes, as_half2(j ? pairs.y : pairs.x), as_half2(j ? pairs.w : pairs.z)));
-          const float *weights = room.weight[t * TILE + j * 8 + 2 * c];
-#pragma unroll
-          for (int row = 0; row < ROW_TILE; row++)
-            of_block[row] = fmaf(weights[2 * ROW_TILE + row], stored.y, fmaf(weights[row], stored.x, of_block[row]));
+          x[j * 8 + 2 * c] = stored.x, x[j * 8 + 2 * c + 1] = stored.y;
         }
       }
-      if (mark & 240)
 #pragma unroll
-        for (int i = 0; i < TILE; i++) {
-          const float original = as_float(stage + VALUES_STAGED_AT, (t * TILE + i) * D + channel);
-          const float *weights = room.weight[t * TILE + i] + ROW_TILE;
+      for (int row = 0; row < ROW_TILE; row++)
+        if (mark >> row & 0x11) of_block[row] = weighted(x, changes.coded[row] + t * TILE, of_block[row]);
+      if (mark < 16) continue;
 #pragma unroll
-          for (int row = 0; row < ROW_TILE; row++) of_block[row] = fmaf(weights[row], original, of_block[row]);
-        }
+      for (int i = 0; i < TILE; i++) x[i] = as_float(stage + VALUES_STAGED_AT, (t * TILE + i) * D + channel);
+#pragma unroll
+      for (int row = 0; row < ROW_TILE; row++)
+        if (mark >> row & 0x10) of_block[row] = weighted(x, changes.original[row] + t * TILE, of_block[row]);
     }
 #pragma unroll
     for (int row = 0; row < ROW_TILE; row++) change[step][row] += of_block[row];
@@ -158,50 +156,55 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   __shared__ Scratch room;
   __shared__ float after[ROW_TILE], factors[ROW_TILE], errors[ROW_TILE];
   let_next_begin();
-  const Call &call = calls[blockIdx.z];
+  const Call &call = own_call<THREADS>(calls);
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   if (blockIdx.x >= heads * tiles || split >= call.splits || call.exact_only) return;
-  const int first = split * call.per, count = min(call.per, call.full - first);
+  const int first = split * call.per, count = min(call.per, call.full - first), block = first + min((int)threadIdx.x, count - 1);
+  const i64 hot = call.hot[block], original = call.original[block];
+  if (threadIdx.x < STAGES) barrier_init(&room.bars[threadIdx.x]);
+  if (threadIdx.x < WARPS * ROW_TILE) room.back[threadIdx.x / ROW_TILE][threadIdx.x % ROW_TILE] = 0.f;
+  barriers_ready();
   const Sharing sharing(call, heads, rows, tiles);
   wait_for_previous();
   const Share share = sharing.own();
   if (share.tile < 0) return;
-  const bool coverage = sharing.coverage;
-  const int base = share.tile, h = base / tiles, tile = base % tiles, index = tile * ROW_TILE + lane % ROW_TILE;
-  const int at_row = h * rows + min(index, rows - 1);
+  const int base = share.tile, h = share.head, tile = base - h * tiles;
+  // All on their way at once. Of the thread's block and each kind, the word that tells of its copy:
+  u64 words[2];
+#pragma unroll
+  for (int kind = 0; kind < 2; kind++) words[kind] = call.copied ? call.copied[record_of(kind, heads, h, block) / 32] : 0;
+  float2 weights[ROW_TILE];  // the block's; of a row that nothing has chosen for, whatever lies there
+  const float4 *of_block = (const float4 *)(call.row_weights + ((i64)base * call.full + block) * ROW_TILE);
+#pragma unroll
+  for (int i = 0; i < ROW_TILE / 2; i++) {
+    const float4 x = of_block[i];
+    weights[2 * i] = {x.x, x.y}, weights[2 * i + 1] = {x.z, x.w};
+  }
   float q[PER_LANE];
   const int seen = read_query(call, h, group, tile * ROW_TILE + warp, q);
-  const float2 *of_rows = call.row_weights + ((i64)base * call.full + first) * ROW_TILE;
-  float *partials = call.partials + ((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE;
-  const float chosen = call.facts[(i64)at_row * ROW_FACTS + ROW_LIMIT], top = partials[SPLIT_TOP * ROW_TILE + lane % ROW_TILE];
-  const bool open = index < rows && call.state[at_row] == OPEN;
-  float2 weights[ROUNDS];
+  u32 copies[2];  // places of copies: on their way while it is decided which blocks are promoted
+  bool copied[2];
 #pragma unroll
-  for (int i = 0; i < ROUNDS; i++) {
-    const int at = threadIdx.x + i * THREADS;  // of a row that nothing has chosen for, whatever lies there
-    weights[i] = at < count * ROW_TILE ? of_rows[at] : make_float2(0.f, 0.f);
+  for (int kind = 0; kind < 2; kind++) {
+    const i64 at = copy_of(words[kind], record_of(kind, heads, h, block));
+    copied[kind] = at >= 0, copies[kind] = copied[kind] ? call.copies[at] : 0;
   }
-  const i64 before = (i64)base * (call.full + 1) + first;
-  if (threadIdx.x < count) {  // of all blocks, while their weights are on their way: asked for once the list is there they took another 1 us
-    const int block = first + threadIdx.x;
-    room.places[threadIdx.x] = {call.pool + call.hot[block] + (i64)h * RECORD_BYTES, located(call, 0, heads, h, block), located(call, 1, heads, h, block),
-                                call.weights + (before + threadIdx.x) * TILES * WEIGHT_FLOATS};
-  }
-  const float limit = open && !coverage ? chosen : INFINITY;  // of a row that is not open nothing has chosen it
-  const int listed = decide(call, h, rows, tile, base, first, count, limit, coverage, share.part == 0, weights, room);
-  const int parts = max(1, min(share.parts, listed / PART_LEAST)), number = share.part < parts ? (listed - share.part + parts - 1) / parts : 0;
+  const Promoted promoted = decide(call.marks + (i64)base * call.full + first, count, share.limits, sharing.coverage, weights, room);
+  const int parts = max(1, min(share.parts, promoted.number / PART_LEAST));
+  const int number = share.part < parts ? quotient(promoted.number - share.part + parts - 1, parts) : 0;
   if (!number) return;
-  auto listed_at = [&](int i) { return room.list[share.part + i * parts]; };
-  if (threadIdx.x < ROW_TILE) room.top[threadIdx.x] = top;
-  if (threadIdx.x < STAGES) barrier_init(&room.bars[threadIdx.x]);
-  barriers_ready();
-  __syncthreads();
   auto stage_of = [&](int i) { return shared + i % STAGES * STAGED_BYTES; };
-  auto stage_blocks = [&](int from, int to) {  // a warp's
-#pragma unroll 1
-    for (int k = from; k < min(to, number); k++) stage_block(stage_of(k), room.places[listed_at(k)], room.marks[listed_at(k)], &room.bars[k % STAGES]);
-  };
-  if (warp == 0) stage_blocks(0, STAGES);
+  const i64 before = (i64)base * (call.full + 1) + first;
+  const int turn = quotient(promoted.before, parts);  // which of its part's blocks this thread's is
+  if (promoted.mark && promoted.before == turn * parts + share.part) {
+    auto lies = [&](int kind) { return copied[kind] ? copy_at(call, copies[kind]) : original_of(call, original, kind, heads, h); };
+    room.places[turn] = {call.pool + hot + (i64)h * RECORD_BYTES, lies(0), lies(1), call.weights + (before + threadIdx.x) * TILES * WEIGHT_FLOATS,
+                         promoted.mark, (int)threadIdx.x};
+    if (turn < STAGES) stage_block(stage_of(turn), room.places[turn], &room.bars[turn]);
+  }
+  float *partials = call.partials + ((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE;
+  const float top = partials[SPLIT_TOP * ROW_TILE + lane % ROW_TILE];
+  if (threadIdx.x < ROW_TILE) room.top[threadIdx.x] = top;
   float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
   Channels change = {}, were;
 #pragma unroll
@@ -211,25 +214,36 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
       const int channel = step * THREADS + threadIdx.x;
       were[step][row] = channel < D ? sums[row * D + channel] : 0.f;
     }
+  if (share.part == 0 && !sharing.coverage) count_promoted(promoted.mark, call.counts + 2 * (h * rows + tile * ROW_TILE));
   scaled_query(call, q, seen, room);
-  float *statistics = call.statistics + before * STATISTIC_WORDS;
-  float back = 0.f;  // in lane TOP
-#pragma unroll 1
-  for (int i = 0; i < number; i++) {
-    const int b = listed_at(i);
-    const u32 mark = room.marks[b];
-    __syncthreads();  // all are done with the block before
-    if (i && STAGES > 1 && warp == 0) stage_blocks(i + STAGES - 1, i + STAGES);
-    barrier_wait(&room.bars[i % STAGES], i / STAGES & 1);
-    if (mark >> warp & 0x11) back += weigh(call, first + b, mark, warp, stage_of(i), room, statistics + b * STATISTIC_WORDS);
-    else for (int t = lane; t < BLOCK; t += LANES) room.weight[t][warp] = room.weight[t][ROW_TILE + warp] = 0.f;
-    __syncthreads();
-    add_change(stage_of(i), mark, room, change);
-    if (STAGES > 1) continue;
-    __syncthreads();
-    if (warp == 0) stage_blocks(i + 1, i + 2);
-  }
   __syncthreads();
+  float *statistics = call.statistics + before * STATISTIC_WORDS;
+  // All that are staged, where no more follow; else half of them, while the others are on their way. (One block after the other, a warp a row, took
+  // 0.5 us a block more: most often one row needs it, and three warps had nothing to do.)
+  for (int from = 0; from < number;) {
+    const int until = number - from <= STAGES ? number : from + (STAGES + 1) / 2;
+    int pair = 0;  // of a block and a row that needs it, which most often is one: a warp each
+#pragma unroll 1
+    for (int i = from; i < until; i++) {
+      const Place &of = room.places[i];
+      float *own = statistics + of.block * STATISTIC_WORDS;
+      barrier_wait(&room.bars[i % STAGES], i / STAGES & 1);
+#pragma unroll 1
+      for (u32 left = (of.mark | of.mark >> ROW_TILE) & 15u; left; left &= left - 1, pair++)
+        if (pair % WARPS == warp) weigh(call, first + of.block, of.mark, __ffs(left) - 1, stage_of(i), room, room.changes[i % STAGES], own);
+    }
+    __syncthreads();
+#pragma unroll 1
+    for (int i = from; i < until; i++) add_changes(stage_of(i), room.places[i].mark, room.changes[i % STAGES], change);
+    __syncthreads();
+    const int next = from + STAGES + threadIdx.x;
+    if (next < min(until + STAGES, number)) stage_block(stage_of(next), room.places[next], &room.bars[next % STAGES]);
+    from = until;
+  }
+  float back = 0.f;  // of the warp's row, in lane TOP
+  if (lane == TOP)
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) back += room.back[w][warp];
   if (parts > 1 && !join_parts(call, heads, heads * tiles, split, share, parts, change, back)) return;
   const float4 *written = (const float4 *)statistics;
   float4 held[OWN_STATISTICS];
@@ -242,10 +256,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   __syncthreads();
   const float *of_split = (const float *)shared;
   float largest = LOWEST;
-  for (int b = lane; b < count; b += LANES) largest = fmaxf(largest, statistic(of_split + b * STATISTIC_WORDS, first + b, warp, TOP));
+  u32 marks = 0, changed = 0;  // the latter: rows
+  for (int b = lane; b < count; b += LANES) {
+    largest = fmaxf(largest, statistic(of_split + b * STATISTIC_WORDS, first + b, warp, TOP));
+    marks |= room.marks[b];
+  }
   largest = warp_max(largest);
+#pragma unroll
+  for (int row = 0; row < ROW_TILE; row++) changed |= (__ballot_sync(~0u, marks >> row & 0x11) ? 1u : 0u) << row;
+  const float to_largest = changed >> warp & 1 ? exp2_approx(room.top[warp] - largest) : 1.f;
   // A quarter more: the change itself was rounded too.
-  const float to_largest = exp2_approx(room.top[warp] - largest);
   if (lane == TOP) after[warp] = largest, factors[warp] = to_largest, errors[warp] = back > 0.f ? 1.25f * back * to_largest : 0.f;
   __syncthreads();
 #pragma unroll
@@ -256,11 +276,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
       if (channel < D) sums[row * D + channel] = (were[step][row] + change[step][row]) * factors[row];
     }
   __shared__ OfWarps of_warps;
-  const float reference = after[threadIdx.x % ROW_TILE];
-  SplitSums<true> split_sums;
-  if (threadIdx.x < ROW_TILE) split_sums.p1[ERROR - 8] = errors[threadIdx.x];
+  SplitSums<true> split_sums = {changed & changed - 1 ? Turn() : alone(__ffs(changed) - 1)};
+  const float reference = after[split_sums.turn.row];
+  if (split_sums.turn.first == 0) split_sums.p1[ERROR - 8] = errors[split_sums.turn.row];
   split_sums.add(of_split, first, count, reference, room.marks);
   split_sums.leave(of_warps, reference);
   __syncthreads();
-  write_sums<true>(partials, of_warps);
+  write_sums<true>(partials, of_warps, changed);
 }

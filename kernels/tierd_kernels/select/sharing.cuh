@@ -1,34 +1,36 @@
 // How thread blocks share promotion. A tile of rows and a split have one each, but few tiles have a row that needs originals: the thread
 // blocks of the others take a part of what those have. All open tiles are shared alike, by as many thread blocks of the same split as there
-// are to each; a part is every so many-th of the split's promoted blocks. (Of 1 % at 131,072 tokens three of eight KV heads have all, eight to
-// sixteen blocks a split, which one thread block took 15 us for. On an H100 the step takes 153.5 us for 157.0 there, 202.5 for 207.9 at 5 %, 68.3
-// for 70.2 at 32,768 tokens, and as long as before where nothing is promoted.)
+// are to each; a part is every so many-th of the split's promoted blocks. (Of 1 % at 131,072 tokens three of eight KV heads have all, four to
+// eight blocks a split. On an H100 the step takes 154.3 us for 155.8 there, 57.0 for 58.8 at 32,768 tokens, and as long as before where nothing is
+// promoted.)
 //
 // Who has what follows from the rows' states alone, and parts are added up in their order, by the thread block that ends last: the same call
 // has the same bits.
-// Blocks, so that a part saves what it takes to join it: with one, two, three 154.3, 153.5, 153.7 us at 131,072 tokens, 67.1, 68.3, 69.1 at 32,768.
+// Blocks, so that a part saves what it takes to join it: with two, three, four 155.2, 155.3, 156.2 us at 131,072 tokens, 37.7, 37.6, 37.5 at 8,192.
 constexpr int PART_LEAST = 2;
 constexpr int STEPS = (D + THREADS - 1) / THREADS;  // channels of a thread
 typedef float Channels[STEPS][ROW_TILE];
 static_assert(ROW_TILE == 4, "a channel of all rows is one load");
 
-// A tile of rows, and of up to how many `parts` of its promoted blocks this thread block has which; thread blocks of two parts are `step`
-// apart. tile -1: none.
-struct Share { int tile, part, parts, step; };
+// A tile of rows, its KV head, and of up to how many `parts` of its promoted blocks this thread block has which; thread blocks of two parts are
+// `step` apart; and what weight its rows' blocks are promoted from, NaN where none is. tile -1: none.
+struct Share { int tile, head, part, parts, step; float limits[ROW_TILE]; };
 
 // Made before what is waited for, asked after it; by whole warps, in which a lane looks at a tile. Where there are more tiles than lanes each
 // thread block has its own.
 struct Sharing {
   int from, number;  // of the tiles that are looked at, of all KV heads; of so many thread blocks, too
-  int rows_here;     // of the lane's
+  int head, rows_here;  // of the lane's
   bool coverage;
   const int *states;
   const float *limits;
   __device__ __forceinline__ Sharing(const Call &call, int heads, int rows, int tiles) {
     const int all = heads * tiles;
     from = all > LANES ? blockIdx.x : 0, number = all > LANES ? 1 : all;
-    const int tile = from + min((int)threadIdx.x % LANES, number - 1), at = tile / tiles * rows + tile % tiles * ROW_TILE;
-    rows_here = min(rows - tile % tiles * ROW_TILE, ROW_TILE), coverage = call.coverage;
+    const int tile = from + min((int)threadIdx.x % LANES, number - 1);
+    head = quotient(tile, tiles);
+    const int first = (tile - head * tiles) * ROW_TILE, at = head * rows + first;
+    rows_here = min(rows - first, ROW_TILE), coverage = call.coverage;
     states = call.state + at, limits = call.facts + (i64)at * ROW_FACTS + ROW_LIMIT;
   }
   __device__ __forceinline__ Share own() const {
@@ -41,15 +43,22 @@ struct Sharing {
     }
     bool open = false;
 #pragma unroll
-    for (int i = 0; i < ROW_TILE; i++) open |= state[i] == OPEN & (coverage | limit[i] < INFINITY);
+    for (int i = 0; i < ROW_TILE; i++) {  // of the coverage policy's rows, and of those that are not open, nothing has chosen it
+      const bool open_row = i < rows_here & state[i] == OPEN, chosen = open_row & !coverage & limit[i] < INFINITY;
+      open |= open_row & coverage | chosen, limit[i] = chosen ? limit[i] : NAN;
+    }
     const int lane = threadIdx.x % LANES, place = blockIdx.x - from;
     open &= lane < number;
     const u32 mask = __ballot_sync(~0u, open);
-    if (!mask) return {-1, 0, 0, 0};
-    const int tiles_open = __popc(mask), parts = number / tiles_open, part = place / tiles_open;
-    if (part >= parts) return {-1, 0, 0, 0};
+    if (!mask) return {-1};
+    const int tiles_open = __popc(mask), parts = quotient(number, tiles_open), part = quotient(place, tiles_open);
+    if (part >= parts) return {-1};
     const u32 mine = __ballot_sync(~0u, open && __popc(mask & ((1u << lane) - 1)) == place - part * tiles_open);
-    return {from + __ffs(mine) - 1, part, parts, tiles_open};
+    const int its_lane = __ffs(mine) - 1;
+    Share share = {from + its_lane, __shfl_sync(~0u, head, its_lane), part, parts, tiles_open};
+#pragma unroll
+    for (int i = 0; i < ROW_TILE; i++) share.limits[i] = __shfl_sync(~0u, limit[i], its_lane);
+    return share;
   }
 };
 

@@ -23,6 +23,13 @@ struct RowState {
     open = at.real && *at.state == OPEN;
     joins = open && target > 0.f && fixed * ((1.f + THETA) * SAFETY) <= target;
   }
+  // That of another lane. For whole warps.
+  __device__ __forceinline__ RowState of(int lane) const {
+    RowState x = *this;
+    for (float *number : {&x.top, &x.mass, &x.output, &x.target, &x.fixed}) *number = __shfl_sync(~0u, *number, lane);
+    x.open = __shfl_sync(~0u, (int)open, lane), x.joins = __shfl_sync(~0u, (int)joins, lane);
+    return x;
+  }
 };
 struct Shares { float key, value; Terms terms; };
 
