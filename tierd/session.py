@@ -95,7 +95,8 @@ class Session:
 
     def offsets(self, layer: int) -> tuple[Ids, Ids]:
         """Byte offsets of the layer's full blocks in hot, and of all its blocks in the originals; the same arrays from call to call, for
-        each changes with every sixteenth token only, and not with the same. Not to be written."""
+        each changes with every sixteenth token only, and not with the same; the next ones then begin in the same memory. Not to be written.
+        """
         state, table = self.layers[layer], self.table
         state.hot_offsets = _extended(state.hot_offsets, table.hot_offset, self.full_ids(layer))
         state.original_offsets = _extended(state.original_offsets, table.original_offset, state.ids)
@@ -251,5 +252,14 @@ class Session:
 
 
 def _extended(known: Ids, column: Ids, ids: Ids) -> Ids:
-    """`column` at `ids`, of which `known` has the first; the same array where that is all."""
-    return known if len(known) == len(ids) else np.concatenate([known, column[ids[len(known) :]]])
+    """`column` at `ids`, of which `known` has the first; the same array where that is all. Else a longer one, in the same memory where that
+    has room: what was found of the elements there needs no second look (`tierd_kernels/cuda/kept.py::Largest`). Earlier arrays stay."""
+    count, total = len(known), len(ids)
+    if count == total:
+        return known
+    room = known if known.base is None else known.base
+    if len(room) < total:
+        room = np.empty(total + total // 8 + 8, np.int64)
+        room[:count] = known
+    room[count:total] = column[ids[count:]]
+    return room[:total]

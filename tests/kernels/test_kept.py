@@ -1,5 +1,6 @@
 """Arrays that stay on the device: each step finds its own, whatever was kept before and whatever is forgotten for it."""
 
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,33 @@ def test_a_step_finds_all_of_its_arrays(steps: list[list[tuple[int, int, bool]]]
         for array, at in zip(own, places, strict=True):
             assert kept._pile.staging.at <= at <= at + array.nbytes <= kept._pile.staging.at + ROOM
             assert np.array_equal(on_device(at, array), array)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["grow", "again", "cut", "part", "anew"]), st.integers(1, 9)), max_size=20), st.randoms())
+def test_the_largest_is_that_of_all_elements_and_only_new_ones_are_looked_up(steps: list[tuple[str, int]], random: Random) -> None:
+    from tierd_kernels.cuda.kept import Largest
+
+    looked_up, numbers = list[int](), np.array([random.randrange(100) for _ in range(400)])
+
+    def look_up(array: NDArray[Any]) -> NDArray[Any]:
+        looked_up.append(len(array))
+        return numbers[array]
+
+    largest = Largest(look_up)
+    memory, count, most = np.arange(200), 1, 0  # `most`: elements of the memory that it has seen
+    for what, by in steps:
+        if what == "anew":
+            memory, count, most = np.arange(200) + random.randrange(200), 1, 0
+        count = min(200, count + by) if what == "grow" else max(1, count - by) if what == "cut" else count
+        array = memory[by : by + count] if what == "part" else memory[:count]
+        looked_up.clear()
+        assert largest(array) == numbers[array].max()
+        if what == "part" or count <= most:
+            assert looked_up == [len(array)]
+        else:
+            assert looked_up == [count - most]
+            most = count
+    assert len(largest._known) <= 1, "of memory that is gone nothing is kept"
 
 
 @pytest.fixture

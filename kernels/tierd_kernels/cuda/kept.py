@@ -5,6 +5,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.cuda.staging import ALIGNMENT, Region, Staging
@@ -30,6 +31,34 @@ class OfArray:
     def forget(self) -> None:
         """All of it."""
         self._known.clear()
+
+
+class Largest:
+    """The largest number that `look_up` finds of an array's elements. What it found of an array is known of one that begins with it in the
+    same memory, as offsets of blocks do when one more is full: only what is new is looked up. Elements of such memory do not change."""
+
+    def __init__(self, look_up: Callable[[NDArray[Any]], NDArray[Any]]) -> None:
+        self._look_up = look_up
+        self._known: dict[int, tuple[Any, int, int]] = {}  # by the identity of what owns the memory: it, how many elements, the largest
+
+    def __call__(self, array: NDArray[Any]) -> int:
+        owner = array.base
+        if not isinstance(owner, np.ndarray) or not _begins_with(owner, array):
+            return int(self._look_up(array).max())
+        known, key = self._known, id(owner)
+        found = known.get(key)
+        if found is None or found[1] >= len(array):
+            largest = int(self._look_up(array).max())
+        else:
+            largest = max(found[2], int(self._look_up(array[found[1] :]).max()))
+        if found is None or found[1] < len(array):  # it goes with its owner, before another can have its identity
+            known[key] = weakref.ref(owner, lambda _: known.pop(key, None)), len(array), largest
+        return largest
+
+
+def _begins_with(owner: NDArray[Any], array: NDArray[Any]) -> bool:
+    mine, theirs = (x.__array_interface__["data"][0] for x in (owner, array))
+    return mine == theirs and owner.ndim == array.ndim == 1 and (owner.dtype, owner.strides) == (array.dtype, array.strides)
 
 
 class Pile:

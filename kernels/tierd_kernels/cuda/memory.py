@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tierd_kernels.cuda.graphs import Graphs
-from tierd_kernels.cuda.kept import Kept, OfArray
+from tierd_kernels.cuda.kept import Kept, Largest, OfArray
 from tierd_kernels.cuda.late import Late
 from tierd_kernels.cuda.launch import ANY, kernel
 from tierd_kernels.cuda.recent import Recent
@@ -109,7 +109,7 @@ def _reserved(device: Any, hot_bytes: int, scratch_bytes: int, originals_bytes: 
     memory.ways_at, memory.blocks_at = ((int(x[0].ctypes.data), int(x[1].ctypes.data)) for x in (memory.ways, memory.blocks))
     memory.exponents = np.zeros(hot_bytes // BLOCK_BYTES_MIN + 1, np.int16)
     exponents = memory.exponents
-    memory.exponent = OfArray(lambda hot_offsets: int(exponents[hot_offsets // BLOCK_BYTES_MIN].max()))
+    memory.exponent = OfArray(Largest(lambda hot_offsets: exponents[hot_offsets // BLOCK_BYTES_MIN]))
     memory.processors, memory.graphs = int(device.attributes["MultiProcessorCount"]), Graphs()
     memory.answered, memory.arrived, memory.copied = (cp.cuda.Event(disable_timing=True) for _ in range(3))
     memory.late = None
