@@ -13,19 +13,6 @@ static_assert(COLLECTED * 4 == LANES, "four lanes a number");
 constexpr int COLLECTED_BYTES = 4 * COLLECTED * LANES, CHANNELS_ROOM = D > COLLECTED_BYTES / 8 ? D : COLLECTED_BYTES / 8;
 constexpr int AHEAD = 4, AT_ONCE = AHEAD * FINISH_WARPS;  // splits of a warp, every 16th, and of the thread block, under way together
 
-// Sums four values over a warp: lane i of four returns the sum of value i. Six shuffles, which a multiprocessor does one a cycle, where butterflies
-// take twenty.
-static_assert(AHEAD == 4, "a value a split");
-__device__ __forceinline__ float fold4(const float (&v)[AHEAD], int lane) {
-  const bool second = lane & 2, odd = lane & 1;
-  float x = second ? v[2] : v[0], y = second ? v[3] : v[1];
-  x += __shfl_xor_sync(~0u, second ? v[0] : v[2], 2), y += __shfl_xor_sync(~0u, second ? v[1] : v[3], 2);
-  float sum = (odd ? y : x) + __shfl_xor_sync(~0u, odd ? x : y, 1);
-#pragma unroll
-  for (int bit = 4; bit < LANES; bit <<= 1) sum += __shfl_xor_sync(~0u, sum, bit);
-  return sum;
-}
-
 // What rows have read of a KV head's originals once some were promoted: of each record a bit, and of each row how many had no copy. By thread
 // blocks of their own, on multiprocessors that those of the rows leave idle. It makes a step that promotes 1.3 us longer, as it did where
 // promotion told it, and spares the host the marks of all tiles: 40 us and their way.
@@ -207,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
 #pragma unroll
       for (int i = 0; i < PER_LANE; i++) dot[k] = fmaf(held[k].x[i], own_output.x[i], dot[k]);
     }
-    const float own_dot = fold4(dot, lane);
+    const float own_dot = fold_warp(dot, lane);
     const int s = first + lane * FINISH_WARPS + warp;
     if (lane < AHEAD && s < splits) dots[s] = out_dots[s] = own_dot * (exp2_approx(part(s, SPLIT_TOP) - top) * unit_factor(unit) * inverse);
   }

@@ -99,21 +99,3 @@ __device__ __forceinline__ float score_original(const unsigned char *keys, const
   const float sum = ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
   return (sum + __shfl_xor_sync(~0u, sum, TILE)) * with.scale[row];
 }
-
-// Sums eight values over a warp: lane i of eight returns the sum of value i. Nine shuffles where butterflies take forty.
-__device__ __forceinline__ float fold_warp(float (&v)[8], int lane) {
-#pragma unroll
-  for (int half = 4; half; half >>= 1) {
-    const bool upper = lane & half;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (i < half) {
-        const float keep = upper ? v[i + half] : v[i], give = upper ? v[i] : v[i + half];
-        v[i] = keep + __shfl_xor_sync(~0u, give, half);
-      }
-  }
-  float sum = v[0];
-#pragma unroll
-  for (int bit = 8; bit < LANES; bit <<= 1) sum += __shfl_xor_sync(~0u, sum, bit);
-  return sum;
-}
