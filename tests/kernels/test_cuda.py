@@ -13,7 +13,7 @@ import device
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from oracle import check_reply, exact_numbers
+from oracle import attention, check_reply, exact_numbers
 from stored import GROUP, Cache
 from tierd_kernels.call import Call, Result
 from tierd_kernels.copying import Copying
@@ -634,6 +634,20 @@ def test_no_more_is_promoted_than_on_the_cpu(layout: Layout, tokens: int, rtol: 
     print(got, want, result.certificate["exact"].ravel(), reference.certificate["exact"].ravel())
     assert want.min() > 0 and not result.certificate["exact"].any()
     assert got.sum() <= 1.1 * want.sum() + 3  # thresholds are steps, if small ones
+
+
+@pytest.mark.parametrize("tokens", [9, 16 + 9, 2 * GROUP + 15])
+def test_what_the_mean_norm_counts_is_all_tokens(tokens: int) -> None:
+    """Those of the trailing block too, a group of its own: what is left out makes a budget smaller and breaks no bound."""
+    from tierd_kernels.cuda import backend
+
+    layout = LAYOUTS[0]
+    k, v, q = draw(layout, tokens, 8, 1, "diffuse", 3)
+    k[:, -9:] = np.repeat(q[::4, 0, None], 9, axis=1)  # most of the mass
+    cache = store(layout, k, v)
+    (result,) = backend.attend(layout, cache.memory, [cache.call(q, 1.0, Budget(skip_share=0.0))], 8)
+    assert isinstance(result, Result) and not result.certificate["exact"].any()
+    np.testing.assert_allclose(result.certificate["value_norm"], attention(k, v, q, layout.head_dim**-0.5).value_norm, rtol=0.03)
 
 
 def test_a_kernel_that_may_begin_early_waits_for_the_one_ahead(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,13 +82,13 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
   return t;
 }
 
-// Of which row a thread adds up blocks of a split, and which ones: every `step`-th, from `first` on. Threads have all rows in turn, or one alone.
 constexpr int THREADS_A_ROW = WARPS * LANES / ROW_TILE;
+// Of which row a thread adds up blocks of a split, and which ones: every `step`-th, from `first` on. Threads have all rows in turn, or one alone.
 struct Turn {
   int row = threadIdx.x % ROW_TILE, first = threadIdx.x / ROW_TILE, step = THREADS_A_ROW;
-  bool alone = false;
+  __device__ __forceinline__ bool alone() const { return step > THREADS_A_ROW; }
 };
-__device__ __forceinline__ Turn alone(int row) { return {row, (int)threadIdx.x, WARPS * LANES, true}; }
+__device__ __forceinline__ Turn alone(int row) { return {row, (int)threadIdx.x, WARPS * LANES}; }
 // The sums of a split over its blocks' statistics, relative to `reference`, the row's largest score in it: what each thread adds up, a block and
 // row at a time, and what the thread block makes of it. `marked`: some blocks were promoted, as `marks` says, and scores changed.
 typedef float OfWarps[WARPS][RUN_MASS][ROW_TILE];
@@ -137,13 +137,13 @@ struct SplitSums {
     const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4;
 #pragma unroll
     for (int bit = 1; bit < 32; bit <<= 1) {
-      if (bit < 4 && !turn.alone) continue;
+      if (bit < ROW_TILE && !turn.alone()) continue;
       delta_max = fmaxf(delta_max, __shfl_xor_sync(~0u, delta_max, bit));
       norm_top = fmaxf(norm_top, __shfl_xor_sync(~0u, norm_top, bit));
       amplitude_top = fmaxf(amplitude_top, __shfl_xor_sync(~0u, amplitude_top, bit));
     }
     float low = fold8(p0, lane), high = fold8(p1, lane);
-    if (turn.alone)
+    if (turn.alone())
 #pragma unroll
       for (int bit = 1; bit < ROW_TILE; bit <<= 1) low += __shfl_xor_sync(~0u, low, bit), high += __shfl_xor_sync(~0u, high, bit);
     if (r == SPLIT_TOP - 8) high = reference;
@@ -172,12 +172,17 @@ __device__ __forceinline__ void write_sums(float *partials, const OfWarps &room,
 
 // Groups of 1024 tokens, or splits where they are larger; the trailing block is a group of its own, the last.
 struct Groups {
-  int doublings, together, spanned, count;  // a group has 2^doublings splits, a lane each; or a split spans groups
+  int doublings, together, spanned, splits, count;  // a group has 2^doublings splits, a lane each; or a split spans groups
   __device__ __forceinline__ explicit Groups(const Call &call) {
     static_assert(GROUP_TOKENS / (WARPS * BLOCK) <= LANES, "a lane a split of a group");
     const int bits = 31 - __clz(call.per * BLOCK);
     doublings = max(0, GROUP_BITS - bits), together = 1 << doublings, spanned = 1 << max(0, bits - GROUP_BITS);
-    count = (call.splits + together - 1 >> doublings) + (call.tokens > call.full * BLOCK);
+    splits = call.splits, count = (splits + together - 1 >> doublings) + (call.tokens > call.full * BLOCK);
+  }
+  // The split of group k that is a lane's, of the lanes that share it; -1 where it has none.
+  __device__ __forceinline__ int split_of(int k, int lane) const {
+    const int first = min(k << doublings, splits), split = first + (lane & together - 1);
+    return k < count && split < (first == splits ? splits + 1 : min(first + together, splits)) ? split : -1;
   }
 };
 struct Group {

@@ -205,10 +205,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   float own_sums[COLLECTED] = {0.f};
 #pragma unroll 1
   for (int of_warp = warp * side_by_side; of_warp < groups.count; of_warp += FINISH_WARPS * side_by_side) {
-    const int k = of_warp + (lane >> groups.doublings), first = min(k * groups.together, own_splits), i = first + (lane & share - 1);
-    const int last = k >= groups.count ? first : first == own_splits ? splits : min(first + groups.together, own_splits);
+    const int k = of_warp + (lane >> groups.doublings), i = groups.split_of(k, lane);
     Group x = {};
-    if (i < last) {
+    if (i >= 0) {
       const float f = exp2_approx(part(i, SPLIT_TOP) - top) * inverse;
       add_split(x, f, [&](int k) { return part(i, k); });
       x.dot += dots[i];

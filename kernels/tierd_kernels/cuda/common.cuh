@@ -197,8 +197,8 @@ __device__ __forceinline__ float fold8(float (&v)[8], int lane) {
 __device__ __forceinline__ float downscale(float x, int e) { return x * __int_as_float((127 - e / 2) << 23) * __int_as_float((127 - (e - e / 2)) << 23); }
 // The least e with x < 2^e, of a finite x that FP32 does not flush; 0 of zero.
 __device__ __forceinline__ int exponent_above(float x) { return x > 0.f ? (int)(__float_as_uint(x) >> 23) - 126 : 0; }
-// x / y, of numbers below 2^20. What the compiler makes of a quotient of integers is thirty instructions, each waiting for the one before; and most
-// often y is 1.
+// x / y, of numbers below 2^20, so that half a unit is more than the division errs by; the workspace has room for fewer tiles. What the compiler makes
+// of a quotient of integers is thirty instructions, each waiting for the one before; and most often y is 1.
 __device__ __forceinline__ int quotient(int x, int y) { return y == 1 ? x : (int)__fdividef(x + 0.5f, (float)y); }
 // 2^-unit, for a unit within [-60, 120]. Norms that no such unit brings near 1 leave a bound that is too large to certify anything.
 __device__ __forceinline__ float unit_factor(int unit) { return __int_as_float((127 - unit) << 23); }

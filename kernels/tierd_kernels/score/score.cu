@@ -30,14 +30,11 @@ struct RowFacts { float scale, q_norm; };
 // Of row `row` of the tile the channels of this lane, 8 c + 4 limb and the three behind it of each step, as they are stored.
 struct Query { Four raw[KEY_STEPS]; int seen; };  // seen: tokens; 0 where there is no such row
 __device__ __forceinline__ bool inside(int j, int c, int limb) { return KEY_DIM == D || 32 * j + 8 * c + 4 * limb < D; }
-__device__ __forceinline__ Query read_query(const Call &call, int n, int h, int group, int row, int c, int limb) {
-  const int rows = group * n, token = row - quotient(row, n) * n;
-  const bool real = row < rows;
-  const i64 at = (i64)(h * rows + (real ? row : 0)) * D;
-  Query query;
+__device__ __forceinline__ Query read_query(const Call &call, int h, int group, int row, int c, int limb) {
+  const Row own = query_row(call, h, group, row);
+  Query query = {{}, own.seen};
 #pragma unroll
-  for (int j = 0; j < KEY_STEPS; j++) query.raw[j] = four_of(call.q, at + (inside(j, c, limb) ? 32 * j + 8 * c + 4 * limb : 0));
-  query.seen = real ? call.tokens - n + 1 + token : 0;
+  for (int j = 0; j < KEY_STEPS; j++) query.raw[j] = four_of(call.q, own.at + (inside(j, c, limb) ? 32 * j + 8 * c + 4 * limb : 0));
   return query;
 }
 
@@ -227,7 +224,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) sco
   const int each = per / WARPS, first = split * per + warp * each, count = max(0, min(each, full - first));
   const unsigned char *pool = call.pool + (i64)h * RECORD_BYTES + KEY_CODES_AT;
   if (count > 0) records[warp][lane] = pool + call.hot[first + min(lane, count - 1)];
-  const Query query = read_query(call, n, h, group, tile * ROW_TILE + (r >> 1), c, limb);
+  const Query query = read_query(call, h, group, tile * ROW_TILE + (r >> 1), c, limb);
   if (lane < SCORE_STAGES) barrier_init(&bars[warp][lane]);
   barriers_ready();
   const u64 policy = stream_policy(), kept = keep_policy();

@@ -63,13 +63,10 @@ __device__ __forceinline__ float2 sort(const Found &found, const Preference &pre
 // Of group k, whose blocks are `count`. A warp's.
 __device__ __forceinline__ Foreseen foresee(const Call &call, const Groups &groups, int k, bool trailing, int count, int h, int rows, int index, int base,
                                             const RowState &own, const Bins &scale, float2 norms, float (&to_units)[SORTED]) {
-  const int lane = threadIdx.x % LANES;
-  const int share = trailing ? 1 : groups.together;  // lanes that share the group's splits; all such runs of lanes do the same
-  const int first = min(k * groups.together, call.splits), end = trailing ? first + 1 : min(first + groups.together, call.splits);
-  const int own_split = first + (lane & share - 1);
+  const int lane = threadIdx.x % LANES, own_split = groups.split_of(k, lane);
   Group all = {};
   float low = 0.f;
-  if (own_split < end) {
+  if (own_split >= 0) {
     const float *p = call.partials + ((i64)base * (call.splits + 1) + own_split) * PARTIALS * ROW_TILE + index % ROW_TILE;
     auto part = [&](int x) { return p[x * ROW_TILE]; };
     const float f = __fdividef(exp2_approx(part(SPLIT_TOP) - own.top), own.mass);
@@ -79,7 +76,7 @@ __device__ __forceinline__ Foreseen foresee(const Call &call, const Groups &grou
   Foreseen to;
   to.norms = norms;
 #pragma unroll 1
-  for (int bit = 1; bit < share; bit <<= 1) {
+  for (int bit = 1; bit < groups.together; bit <<= 1) {  // all runs of lanes that share a group do the same
     all.join(bit);
     low += __shfl_xor_sync(~0u, low, bit);
   }
