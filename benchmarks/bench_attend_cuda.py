@@ -1,7 +1,7 @@
 """Certified attention on a CUDA device against dense attention: one query token, 32 query heads, 8 KV heads, head dimension 128, FP16.
 
 Everything runs in CUDA graphs over several caches in turn, more than the L2 holds, as the layers of a model would. Dense opponents are
-SDPA by flash attention and by cuDNN; ratios are to the faster. "rung 0" are the three kernels of a step that needs no more, "naive" the
+SDPA by flash attention and by cuDNN; ratios are to the faster. "rung 0" are the kernels of a step that needs no more, "naive" the
 same without what only the certificate needs, "step" is the whole ladder, whose upper kernels return at once where no row needs them;
 "promoted" is the step at the tolerance at which that share of the originals of the KV heads is read, keys and values counted alike, on
 average over all caches that are timed: a block is a KV head's, and its original is read once for all rows that need it. The column "read"
@@ -102,7 +102,7 @@ class Graph:
         elif self.what == "candidates":
             step.kernels.candidates(step.at, step.grid, on)
         else:
-            kernels(step.layout, self.what == "naive").certify(step.at, step.grid, False, on)
+            kernels(step.layout, self.what == "naive").certify(step.at, step.grid, step.program, on)
 
     def answers(self) -> list[Answer]:
         """Of every call. Candidates are found from the workspace, which steps share: each is asked before the next one runs."""

@@ -292,6 +292,8 @@ inline unsigned char *from_shared(u32 at) { return emulator::dynamic + (int)at; 
 inline u32 shared32(u32 at) { u32 x; memcpy(&x, from_shared(at), sizeof x); return x; }
 inline uint2 shared64(u32 at) { uint2 x; memcpy(&x, from_shared(at), sizeof x); return x; }
 inline uint4 shared128(u32 at) { uint4 x; memcpy(&x, from_shared(at), sizeof x); return x; }
+inline void store_shared(u32 at, float x) { memcpy(from_shared(at), &x, sizeof x); }
+inline void store_shared(u32 at, float x, float y) { store_shared(at, x), store_shared(at + 4, y); }
 
 // A barrier: the phase in its last bit, arrivals that are missing in the next, bytes that are missing above.
 inline void barrier_init(u64 *bar) {

@@ -658,10 +658,13 @@ def test_a_kernel_that_may_begin_early_waits_for_the_one_ahead(monkeypatch: pyte
     layout, early = LAYOUTS[0], list[str]()
     monkeypatch.setattr(dependent, "launch", lambda kernel, *_: early.append(kernel.name))
     monkeypatch.setattr(Kernels, "_launch", lambda *_: early.append(""))
-    Kernels(layout).step(0, Grid(1, 1, 1, 1, 1, 1), Program(certifies=True, ranks=True, covers=True), None)
+    Kernels(layout).step(0, Grid(1, 1, 1, 1, 1, 1), Program(certifies=True, ranks=True, covers=True, joint=False, brief=False), None)
     assert early == ["", "", *["rank", "value", "finish", "pick", "cover", "promote", "rank", "finish", "dense"]]
     early.clear()
-    Kernels(layout).step(0, Grid(1, 1, 1, 1, 1, 0), Program(certifies=False, ranks=False, covers=False), None)
+    Kernels(layout).step(0, Grid(1, 1, 1, 1, 1, 0), Program(certifies=True, ranks=False, covers=False, joint=True, brief=True), None)
+    assert early == ["", *["finish", "pick", "promote", "finish", "dense"]]
+    early.clear()
+    Kernels(layout).step(0, Grid(1, 1, 1, 1, 1, 0), Program(certifies=False, ranks=False, covers=False, joint=True, brief=True), None)
     assert early == ["", "dense"]
     for name in {"rank", "value", "finish", "pick", "cover", "promote", "dense"}:
         body = source(layout, name)[0].split('extern "C"')[1]
@@ -683,24 +686,6 @@ def test_a_context_that_grows_is_not_captured_at_each_step() -> None:
         assert isinstance(result, Result)
         assert np.array_equal(answers.setdefault(tokens, result.output), result.output)  # as a graph, and as it was enqueued
     assert cache.memory.graphs.captured <= 2  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2]], ids=str)
-def test_the_naive_passes_answer_as_rung_0_does(layout: Layout) -> None:
-    from tierd_kernels.cuda.launch import Kernels
-    from tierd_kernels.cuda.packing import Part
-    from tierd_kernels.cuda.step import Step
-
-    k, v, q = draw(layout, 2048, 4 * layout.num_kv_heads, 1, "diffuse", 5)
-    cache = store(layout, k, v)
-    outputs = []
-    for naive in (True, False):
-        step = Step(layout, cache.memory, [Part(layout, cache.call(q, 0.3, Budget(skip_share=0.0)), 0, 1)])  # type: ignore[arg-type]
-        step.upload()
-        Kernels(layout, naive).certify(step.at, step.grid, False, step.memory.stream)
-        outputs.append(exact_numbers(step.answers()[0].output).astype(np.float64))
-    assert np.abs(outputs[0]).max() > 0
-    assert np.allclose(outputs[0], outputs[1], rtol=2e-3, atol=2e-5)  # of sums in another order, rounded to the originals' type
 
 
 def test_corruption_is_seen_by_the_canary_and_a_copy_in_scratch_is_read() -> None:

@@ -1,26 +1,9 @@
 // Value pass: a split's sum of weights times values, per tile of rows, relative to the split's largest score; and, while values are on their
 // way, its sums of the bound.
 //
-// Sixteen channels are the M of mma.m16n8k16 and sixteen tokens its K. A value is code * scale + offset, rounded once to FP16
-// (`E_out` has that rounding); the weights, times 2^14, are the B operand as FP16 high and low parts: columns part * 4 + row.
-// Codes lie in fragment order, scales and offsets by token pairs as lanes want them: no conversion, no shuffle.
-//
 // Blocks of so little mass in all rows of the tile that leaving them out costs at most a share of the budget are not read: a block may
 // spend an equal part of that share. Those whose copies are issued before masses are known are read anyhow.
 constexpr int VALUE_STAGES = 4;  // at 131,072 tokens: 3 42 us, 4 40, 6 42
-constexpr float WEIGHT_SCALE = 16384.f;
-
-// Two codes, as FP16 with `bias` added, to values.
-__device__ __forceinline__ u32 dequantise(u32 biased, __half2 bias, u32 scale, u32 offset) {
-  return as_bits(__hfma2(__hsub2(as_half2(biased), bias), as_half2(scale), as_half2(offset)));
-}
-
-// Two neighbouring tokens' weights as high or low FP16 parts (`low` is 0 or 1).
-__device__ __forceinline__ u32 part(float x, float y, float low) {
-  float2 high = __half22float2(__floats2half2_rn(x, y));
-  return as_bits(__floats2half2_rn(fmaf(-low, high.x, x), fmaf(-low, high.y, y)));
-}
-
 // The row's largest score; what a skipped block may cost it, in units of its mass: m e^Delta (nu + ||O||) at most this; and ||O||, as long as
 // it is not known.
 struct Limits { float top[ROW_TILE], most[ROW_TILE], output[ROW_TILE]; };
@@ -167,16 +150,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) val
   __syncthreads();      // all warps wait on `statistics_here`
   wait_for_previous();  // codes are no kernel's of the step
   if (tail) {
-    const int count = call.tokens - full * BLOCK;
-    if (!count) return;
-    if (threadIdx.x < SKIPS * ROW_TILE) skips[threadIdx.x] = 0.f;
-    const unsigned char *values = call.originals + call.original[full] + (i64)(heads + h) * ORIGINAL_BYTES;
-    const float *w = call.weights + ((i64)base * (full + 1) + full) * TILES * WEIGHT_FLOATS;  // relative to the split's largest score already
-    for (int i = lane; i < D; i += LANES) {
-      float sum = 0.f;
-      for (int t = 0; t < count; t++) sum = fmaf(w[t / TILE * WEIGHT_FLOATS + weight_at(warp, t % TILE)], as_float(values, t * D + i), sum);
-      sums[warp * D + i] = sum;
-    }
+    if (call.tokens > full * BLOCK) value_tail(call, heads, h, base);
     return;
   }
   const bool skipping = may_skip && each > 2 * BLOCKS_AHEAD;  // not at 32,768 tokens, where half of all blocks are read anyhow
@@ -225,58 +199,24 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) val
     split_sums.add(statistics, split * per, blocks, own_top);
     split_sums.leave(of_warps, own_top);
   }
-  float acc[VALUE_TILES][4];
-#pragma unroll
-  for (int m = 0; m < VALUE_TILES; m++)
-#pragma unroll
-    for (int k = 0; k < 4; k++) acc[m][k] = 0.f;
-  const float low = r < 4 ? 0.f : 1.f;
-  const __half2 thousand = __half2half2(__ushort_as_half(0x6400)), sixty = __half2half2(__ushort_as_half(0x5400));  // 1024 and 64
+  Products acc;
   int now = 0;
   u32 parity = 0;
-#pragma unroll 1
-  for (int i = 0; i < items; i++) {
-    const u32 record = shared_at(stage) + now * CODES_EACH, own = shared_at(of_weights) + now * WEIGHTS_EACH, w = own + row * TILE * 4 + 16 * c;
+  auto tile_here = [&](int) -> Tile {
+    const u32 own = shared_at(of_weights) + now * WEIGHTS_EACH;
     barrier_wait(&bars[warp][now], parity);
-    const float factor = exp2_approx(__uint_as_float(shared32(own + (TOPS_AT + row) * 4)) - top) * WEIGHT_SCALE;
-    const uint4 x = shared128(w);  // of tokens 2c, 2c + 8, 2c + 1 and 2c + 9
-    const u32 b0 = part(__uint_as_float(x.x) * factor, __uint_as_float(x.z) * factor, low);
-    const u32 b1 = part(__uint_as_float(x.y) * factor, __uint_as_float(x.w) * factor, low);
-    const u32 codes = record + lane * 4, scales = record + VALUE_SCALES_AT + c * 16;
-#pragma unroll
-    for (int m = 0; m < VALUE_TILES; m++) {
-      const u32 code = shared32(codes + m * LANES * 4), upper = code >> 8;
-      const uint4 s = shared128(scales + m * 16 / GROUP * 64);  // scales of tokens (2c, 2c+1), (2c+8, 2c+9), then their offsets
-      const u32 a0 = dequantise(either(code, 0x000f000fu, 0x64006400u), thousand, s.x, s.z);
-      const u32 a1 = dequantise(either(upper, 0x000f000fu, 0x64006400u), thousand, s.x, s.z);
-      const u32 a2 = dequantise(either(code, 0x00f000f0u, 0x54005400u), sixty, s.y, s.w);
-      const u32 a3 = dequantise(either(upper, 0x00f000f0u, 0x54005400u), sixty, s.y, s.w);
-      mma_f16(acc[m], a0, a1, a2, a3, b0, b1);
-    }
-    __syncwarp();
+    return {shared_at(stage) + now * CODES_EACH, __uint_as_float(shared32(own + (TOPS_AT + row) * 4)), shared128(own + row * TILE * 4 + 16 * c)};
+  };
+  add_values(acc, items, top, tile_here, [&](int i) {
     if (i + VALUE_STAGES < items) issue_codes(i + VALUE_STAGES, now), issue_weights(i + VALUE_STAGES, now);
     now = now + 1 == VALUE_STAGES ? 0 : now + 1;
     parity ^= now == 0;
-  }
-  __syncthreads();
-
-  float *out = (float *)shared + warp * ROW_TILE * D;  // all warps are done with their stages
-#pragma unroll
-  for (int m = 0; m < VALUE_TILES; m++) {
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-      float x = acc[m][k] + __shfl_xor_sync(~0u, acc[m][k], 2);  // high and low parts: columns n and n + 4
-      if (c < 2) out[(2 * c + (k & 1)) * D + m * 16 + r + (k >> 1) * 8] = x;
-    }
-  }
+  });
+  __syncthreads();  // all warps are done with their stages
+  leave_values(acc, shared);
   if (!NAIVE) write_sums<false>(partials, of_warps);
   __syncthreads();
-  for (int i = threadIdx.x; i < ROW_TILE * D; i += WARPS * LANES) {
-    float x = 0.f;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) x += ((const float *)shared)[w * ROW_TILE * D + i];
-    sums[i] = x * (1.f / WEIGHT_SCALE);
-  }
+  write_values(sums, shared);
   if (threadIdx.x < SKIPS * ROW_TILE) {
     float x = 0.f;
 #pragma unroll

@@ -1,9 +1,9 @@
 // Puts a row together: the output from the splits' sums, its norms, and the bound of CERTIFICATE.md, "The bound".
-// One thread block a row; `again`, after promotion, so many, some for no row, and behind them READERS, all of each KV head.
+// A build fixes the kernel's name, FINISH, and how many warps it has. One thread block a row; `again`, after promotion, so many, some for no row, and behind them `readers`, all of each KV head.
 constexpr float NORM_RETURN = 1.f / (1.f + 1.f / 128) - 1.f / 16384;
 
 constexpr int SUMMED = RUN_MASS, NUMBERS = SUMMED + SKIPS;  // of a split: of the partials what is put together here, then the skips
-constexpr int FINISH_WARPS = 16, THREADS = FINISH_WARPS * LANES;
+constexpr int THREADS = FINISH_WARPS * LANES;
 constexpr int PER_LANE = D > 128 ? 8 : D > 64 ? 4 : 2, LANES_USED = D / PER_LANE;  // neighbouring channels of a lane, and lanes that have some
 static_assert(D % PER_LANE == 0 && LANES_USED <= LANES && NUMBERS <= LANES, "a lane has whole loads");
 struct __align__(PER_LANE > 2 ? 16 : 8) Channels { float x[PER_LANE]; };
@@ -11,13 +11,12 @@ struct __align__(PER_LANE > 2 ? 16 : 8) Channels { float x[PER_LANE]; };
 enum { OF_KEYS, OF_VALUES, OF_LOW, OF_NORM, OF_FAILED, LARGEST_DELTA, LARGEST_NORM, LARGEST_AMPLITUDE, COLLECTED };
 static_assert(COLLECTED * 4 == LANES, "four lanes a number");
 constexpr int COLLECTED_BYTES = 4 * COLLECTED * LANES, CHANNELS_ROOM = D > COLLECTED_BYTES / 8 ? D : COLLECTED_BYTES / 8;
-constexpr int AHEAD = 4, AT_ONCE = AHEAD * FINISH_WARPS;  // splits of a warp, every 16th, and of the thread block, under way together
+constexpr int AHEAD = 4, AT_ONCE = AHEAD * FINISH_WARPS;  // splits of a warp, every FINISH_WARPS-th, and of the thread block, under way together
 
 // What rows have read of a KV head's originals once some were promoted: of each record a bit, and of each row how many had no copy. By thread
 // blocks of their own, on multiprocessors that those of the rows leave idle. It makes a step that promotes 1.3 us longer, as it did where
 // promotion told it, and spares the host the marks of all tiles: 40 us and their way.
-constexpr int READERS = 8;  // of a KV head
-__device__ __forceinline__ void tell_reads(const Call &call, int heads, int h, int rows, int tiles, int reader) {
+__device__ __forceinline__ void tell_reads(const Call &call, int heads, int h, int rows, int tiles, int reader, int readers) {
   const int lane = threadIdx.x % LANES, full = call.full;
   const u32 *marks = call.marks + (i64)h * tiles * full;
   wait_for_previous();
@@ -25,7 +24,7 @@ __device__ __forceinline__ void tell_reads(const Call &call, int heads, int h, i
     const int first = h * rows + tile * ROW_TILE, here = min(ROW_TILE, rows - tile * ROW_TILE);
     if (!__ballot_sync(~0u, lane < 2 * here && call.counts[2 * first + lane])) continue;
     int found = 0;  // in the row's lane
-    for (int from = reader * THREADS + threadIdx.x - lane; from < full; from += READERS * THREADS) {
+    for (int from = reader * THREADS + threadIdx.x - lane; from < full; from += readers * THREADS) {
       const int b = from + lane;
       const u32 mark = b < full ? marks[b] : 0u;
       u32 cold = 0;
@@ -46,13 +45,13 @@ __device__ __forceinline__ void tell_reads(const Call &call, int heads, int h, i
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *calls, int heads, int group, int again) {
+extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) FINISH(const Call *calls, int heads, int group, int again, int readers) {
   let_next_begin();
   const Call &call = calls[blockIdx.z];
   const int n = call.n, full = call.full, tokens = call.tokens, unit = call.unit, own_splits = call.splits, exact_only = call.exact_only;
   const int rows = group * n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   const int h = blockIdx.y, index = blockIdx.x, tile = index / ROW_TILE, row = index % ROW_TILE;
-  if (again && index >= again && !exact_only) return tell_reads(call, heads, h, rows, tiles, index - again);
+  if (again && index >= again && !exact_only) return tell_reads(call, heads, h, rows, tiles, index - again, readers);
   if (index >= rows) return;
   const Groups groups(call);
   const int share = groups.together, side_by_side = LANES >> groups.doublings;  // lanes to a group, groups of a warp
@@ -135,7 +134,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) finish(const Call *call
   __syncthreads();
 
   // One warp finds the row's mass, another what was skipped; others add up the channels meanwhile.
-  constexpr int CHANNELS_FROM = THREADS - 256, CHANNEL_WARPS = (D + LANES - 1) / LANES;  // the threads that have a channel each, and their warps
+  constexpr int CHANNEL_WARPS = (D + LANES - 1) / LANES, CHANNELS_FROM = THREADS - CHANNEL_WARPS * LANES;  // the last threads have a channel each
+  static_assert(CHANNELS_FROM >= 2 * LANES, "not those of the two warps");
   const int channel = threadIdx.x - CHANNELS_FROM;
   double sum = 0.;
   if (warp == 0) {

@@ -16,10 +16,12 @@ from tierd_kernels.cuda.sources import (
     CANDIDATE_PARTS,
     CANDIDATE_THREADS,
     COVER_THREADS,
-    FINISH_THREADS,
+    FINISHES,
     GATHER_THREADS,
     LANES,
+    MANY_ROWS,
     PARTS,
+    PICK_BLOCKS,
     PICK_PARTS,
     PICK_THREADS,
     QUANTISE_THREADS,
@@ -32,6 +34,8 @@ from tierd_kernels.cuda.sources import (
     SPLITS_MAX,
     SUMMED,
     WARPS,
+    attend_bytes,
+    finish_warps,
     shared_bytes,
     source,
 )
@@ -118,11 +122,13 @@ def above(x: int, bits: int) -> int:
 
 class Program(NamedTuple):
     """Which kernels a launch needs: `certifies`, some call is not exact from the start; `ranks`, `covers`: some require a ranking, or go by
-    the coverage policy."""
+    the coverage policy; `joint`: splits are so short that score and value pass are one kernel, `brief`, that it keeps their weights."""
 
     certifies: bool
     ranks: bool
     covers: bool
+    joint: bool
+    brief: bool
 
 
 @cache
@@ -162,8 +168,9 @@ class Kernels:
         if grid.canaries:
             self._over("canary", (grid.canaries, self.layout.num_kv_heads, grid.calls), WARPS * LANES, calls, grid, stream, first=True)
         if program.certifies:
-            self.certify(calls, grid, program.ranks, stream)
-            self._over("pick", (grid.tiles, min(PICK_PARTS, grid.splits + 1), grid.calls), PICK_THREADS, calls, grid, stream)
+            self.certify(calls, grid, program, stream)
+            parts = min(PICK_PARTS, grid.splits + 1, max(1, PICK_BLOCKS // (grid.tiles * grid.calls)))
+            self._over("pick", (grid.tiles, parts, grid.calls), PICK_THREADS, calls, grid, stream, parts)
             if program.covers:
                 self._rows("cover", COVER_THREADS, calls, grid, stream)
             self._over("promote", (grid.tiles, max(1, grid.splits), grid.calls), WARPS * LANES, calls, grid, stream)
@@ -179,17 +186,22 @@ class Kernels:
         shape = (2 * self.layout.num_kv_heads, CANDIDATE_PARTS, grid.calls)
         self._over("candidates", shape, CANDIDATE_THREADS, calls, grid, stream, first=True)
 
-    def certify(self, calls: int, grid: Grid, ranks: bool, stream: Any) -> None:
+    def certify(self, calls: int, grid: Grid, program: Program, stream: Any) -> None:
         """Rung 0 alone: score, value pass, bound."""
-        self._passes("score", calls, grid, stream, first=True)
-        if ranks:
+        if program.joint:
+            shared = attend_bytes(self.layout, program.brief)
+            self._passes("attend", calls, grid, stream, program.brief, shared=shared, first=True)
+        else:
+            self._passes("score", calls, grid, stream, first=True)
+        if program.ranks:
             self._rows("rank", RANK_THREADS, calls, grid, stream, 0)
-        self._passes("value", calls, grid, stream)
+        if not program.joint:
+            self._passes("value", calls, grid, stream)
         self._finish(calls, grid, stream)
 
-    def _passes(self, name: str, calls: int, grid: Grid, stream: Any, first: bool = False) -> None:
+    def _passes(self, name: str, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None, first: bool = False) -> None:
         """One thread block a tile of rows, split or trailing block, and call."""
-        self._over(name, (grid.tiles, grid.splits + 1, grid.calls), WARPS * LANES, calls, grid, stream, first=first)
+        self._over(name, (grid.tiles, grid.splits + 1, grid.calls), WARPS * LANES, calls, grid, stream, *more, shared=shared, first=first)
 
     def _rows(self, name: str, threads: int, calls: int, grid: Grid, stream: Any, *more: int) -> None:
         """One thread block a row, KV head and call."""
@@ -197,10 +209,13 @@ class Kernels:
 
     def _finish(self, calls: int, grid: Grid, stream: Any, again: bool = False, first: bool = False) -> None:
         """One thread block a row, KV head and call; after promotion, `again`, behind those of the rows others tell what was read."""
-        shape = (grid.rows + (READERS if again else 0), self.layout.num_kv_heads, grid.calls)
+        readers = max(1, READERS // grid.calls) if again else 0
+        shape = (grid.rows + readers, self.layout.num_kv_heads, grid.calls)
         shared = 4 * min(grid.splits + 1, SPLITS_MAX) * (SUMMED + SKIPS)  # rounded up, splits may be more than any call has
         readers_from = grid.rows if again else 0
-        self._over("finish", shape, FINISH_THREADS, calls, grid, stream, readers_from, shared=shared, first=first)
+        name = FINISHES[grid.rows * self.layout.num_kv_heads * grid.calls >= MANY_ROWS]
+        threads = finish_warps(self.layout, name) * LANES
+        self._over(name, shape, threads, calls, grid, stream, readers_from, readers, shared=shared, first=first)
 
     def _over(
         self, name: str, shape: tuple[int, ...], threads: int, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None,

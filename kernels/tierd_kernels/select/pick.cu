@@ -165,7 +165,7 @@ __device__ __forceinline__ void choose(const Call &call, int h, int rows, int in
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls, int heads, int group) {
+extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls, int heads, int group, int parts_max) {
   __shared__ Room room;
   let_next_begin();
   const Call &call = own_call<THREADS>(calls);
@@ -173,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
   if (blockIdx.x >= heads * tiles) return;
   const int h = quotient(blockIdx.x, tiles), tile = blockIdx.x - h * tiles, base = blockIdx.x;
   const Groups groups(call);
-  const int parts = min(groups.count, PICK_PARTS), per_group = groups.together * call.per;
+  const int parts = min(groups.count, parts_max), per_group = groups.together * call.per;
   if (call.exact_only || blockIdx.y >= parts) return;
   if (call.coverage) return wait_for_previous();  // a kernel waits for the one ahead of it alone, not for what that has not waited for
   const int side = warp / ROW_TILE, row = warp % ROW_TILE, index = tile * ROW_TILE + row;
@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
   auto blocks_of = [&](int k) { return k >= groups.count || trailing(k) ? 0 : min(per_group, call.full - k * per_group); };
   auto clear = [&] { for (int i = threadIdx.x; i < SIDE_BY_SIDE * ROW_TILE * SORTED * BINS; i += THREADS) (&room.bins[0][0][0][0])[i] = 0; };
   clear();
-  const GroupNorms ahead(call, groups, blockIdx.y + side * PICK_PARTS, heads, h);  // which no kernel of the step writes
+  const GroupNorms ahead(call, groups, blockIdx.y + side * parts, heads, h);  // which no kernel of the step writes
   const RowPlace own_place(call, h, rows, tile * ROW_TILE + threadIdx.x % ROW_TILE), summed_place(call, h, rows, index);
   const Preference preference = {heads, h, call.copied ? call.preference : 1};
   wait_for_previous();
@@ -197,12 +197,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
   const RowState state = own.of(looked_for);
   float2 *weights = call.row_weights + (i64)base * call.full * ROW_TILE + looked_for;
   float bound[EACH] = {0.f}, lost[EACH] = {0.f};
-  for (int begin = blockIdx.y; begin < groups.count; begin += SIDE_BY_SIDE * PICK_PARTS) {
-    const int beside = begin + PICK_PARTS, count = blocks_of(begin), total = state.joins ? count + blocks_of(beside) << doublings : 0;
+  for (int begin = blockIdx.y; begin < groups.count; begin += SIDE_BY_SIDE * parts) {
+    const int beside = begin + parts, count = blocks_of(begin), total = state.joins ? count + blocks_of(beside) << doublings : 0;
     auto block_of = [&](int pair) { return (pair >> doublings < count ? begin * per_group : beside * per_group - count) + (pair >> doublings); };
     Found next;
     if (threadIdx.x < total) next = find(call, preference, base, block_of(threadIdx.x), looked_for);
-    const int mine = begin + side * PICK_PARTS;
+    const int mine = begin + side * parts;
     const bool sums = mine < groups.count && index < rows, again = begin != blockIdx.y;
     if (again) clear();
     Foreseen foreseen;  // while the blocks are on their way
