@@ -301,6 +301,7 @@ inline void barrier_init(u64 *bar) {
   emulator::initialised.push_back({bar, emulator::warp_index(), emulator::block.turn});
 }
 inline void barriers_ready() { __syncwarp(); }
+inline void bulk_copies_follow() {}
 inline void barrier_expect(u64 *bar, u32 bytes) { *bar = (*bar & ~2ull) + ((u64)bytes << 8); }
 inline void bulk_copy(void *to, const void *from, u32 bytes, u64 *bar) {
   if ((u64)to % 16 || (u64)from % 16 || bytes % 16) fprintf(stderr, "a bulk copy is not aligned\n"), __builtin_trap();

@@ -4,11 +4,10 @@
 // A warp has one chunk of blocks at most. Its values are asked for where the score pass leaves room: two tiles once the chunk's offsets have been used, in
 // their place and in that of a second chunk's scales, then one for each of the last two blocks' key codes. Asked for at once, with room of their own, they
 // kept the first keys waiting: 8,192 tokens took an H100 17.2 us for 16.4. A brief split's weights stay in shared memory: 0.3 us.
-constexpr int JOINT_TOKENS = 512;  // of a split, at most
-
 struct ValueRing {
   static constexpr bool ONE_CHUNK = true;
   static constexpr int STAGES = 4, SHIFT = LINED ? SCORE_BYTES % LINE : 0, BUFFER = CHUNK * SCALE_BYTES;
+  static_assert(CHUNK * WARPS * BLOCK >= JOINT_TOKENS, "a warp has one chunk");
   static_assert(SCORE_STAGES == 2 && SHIFT + VALUE_BYTES <= BUFFER && SHIFT + VALUE_BYTES <= CODES_EACH + (LINED ? 0 : LINE), "values have room there");
   // Where weights of a tile are kept: of each row sixteen, as `weight_at` has them, then of each row the block's largest score.
   static constexpr int ROW_ROOM = 4 * TILE, TOP_AT = ROW_TILE * ROW_ROOM, TILE_ROOM = 2 * TOP_AT;

@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) val
     if (call.tokens > full * BLOCK) value_tail(call, heads, h, base);
     return;
   }
-  const bool skipping = may_skip && each > 2 * BLOCKS_AHEAD;  // not at 32,768 tokens, where half of all blocks are read anyhow
+  const bool skipping = may_skip && per * BLOCK > JOINT_TOKENS;
   __shared__ Limits limits;
   const float own_top = partials[SPLIT_TOP * ROW_TILE + threadIdx.x % ROW_TILE];
   const int number = splits + (call.tokens > full * BLOCK), blocks = min(per, full - split * per);

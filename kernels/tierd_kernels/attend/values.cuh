@@ -4,6 +4,9 @@
 // (`E_out` has that rounding); the weights, times 2^14, are the B operand as FP16 high and low parts: columns part * 4 + row.
 // Codes lie in fragment order, scales and offsets by token pairs as lanes want them: no conversion, no shuffle.
 constexpr float WEIGHT_SCALE = 16384.f;
+// Of a split, at most, of which nothing is left out, so that both passes may be one kernel: a warp has copies of half of its blocks under way before
+// masses are known.
+constexpr int JOINT_TOKENS = 512;
 
 // Two codes, as FP16 with `bias` added, to values.
 __device__ __forceinline__ u32 dequantise(u32 biased, __half2 bias, u32 scale, u32 offset) {

@@ -59,6 +59,8 @@ __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncwarp();
 }
+// Behind the next barrier bulk copies may be issued to where other copies, or stores, have written.
+__device__ __forceinline__ void bulk_copies_follow() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // A kernel may begin while the one before it on the stream still runs, once all thread blocks of that one have said so, or ended; it waits
 // for all that the one before has written. Only what no kernel of the step writes may be read before the wait.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

@@ -290,6 +290,7 @@ __device__ __forceinline__ float score_split(const Call &call, int heads, int gr
       auto note = [&](int k) { return __uint_as_float(shared32(own + 4 * k)); };
       notes_of[warp][r][c] = note(c == 0 ? SV : c == 1 ? AMP : c == 2 ? VALUE_NORM_MAX : C1) * (c == 3 ? 1.f : unit);
     }
+    if (Values::ONE_CHUNK) bulk_copies_follow();
     __syncwarp();
     if (Values::ONE_CHUNK) values.offsets_are_free();
     else if (begin + CHUNK < count) fetch(begin + CHUNK);
