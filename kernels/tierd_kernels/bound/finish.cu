@@ -1,5 +1,6 @@
 // Puts a row together: the output from the splits' sums, its norms, and the bound of CERTIFICATE.md, "The bound".
-// A build fixes the kernel's name, FINISH, and how many warps it has. One thread block a row; `again`, after promotion, so many, some for no row, and behind them `readers`, all of each KV head.
+// One thread block a row; `again`, after promotion, so many, some for no row, and behind them `readers`, all of each KV head. A build fixes the kernel's
+// name, FINISH, and FINISH_WARPS, how many warps it has.
 constexpr float NORM_RETURN = 1.f / (1.f + 1.f / 128) - 1.f / 16384;
 
 constexpr int SUMMED = RUN_MASS, NUMBERS = SUMMED + SKIPS;  // of a split: of the partials what is put together here, then the skips

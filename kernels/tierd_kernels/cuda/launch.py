@@ -16,7 +16,6 @@ from tierd_kernels.cuda.sources import (
     CANDIDATE_PARTS,
     CANDIDATE_THREADS,
     COVER_THREADS,
-    FINISHES,
     GATHER_THREADS,
     LANES,
     MANY_ROWS,
@@ -213,7 +212,7 @@ class Kernels:
         shape = (grid.rows + readers, self.layout.num_kv_heads, grid.calls)
         shared = 4 * min(grid.splits + 1, SPLITS_MAX) * (SUMMED + SKIPS)  # rounded up, splits may be more than any call has
         readers_from = grid.rows if again else 0
-        name = FINISHES[grid.rows * self.layout.num_kv_heads * grid.calls >= MANY_ROWS]
+        name = "finish_many" if grid.rows * self.layout.num_kv_heads * grid.calls >= MANY_ROWS else "finish"
         threads = finish_warps(self.layout, name) * LANES
         self._over(name, shape, threads, calls, grid, stream, readers_from, readers, shared=shared, first=first)
 

@@ -66,7 +66,7 @@ def passes_of(layout: Layout, split_tokens: int, a_processor: float) -> tuple[bo
 
 def source(layout: Layout, kernel: str, naive: bool = False) -> tuple[str, tuple[str, ...]]:
     """CUDA C++ of one kernel of `PARTS`, and the options that fix the layout. `naive`: without what only the certificate needs; of score,
-    value and finish."""
+    value, both in one, and finish."""
     text = "".join((FOLDER / name).read_text() for name in ("cuda/ptx.cuh", "cuda/common.cuh", *PARTS[kernel]))
     sizes = {"D": layout.head_dim, "BLOCK": layout.block_size, "GROUP": layout.value_group, "DTYPE": DTYPE_CODE[layout.dtype]}
     sizes |= {"NAIVE": 1} if naive else {}
