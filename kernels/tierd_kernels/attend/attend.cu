@@ -71,14 +71,8 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) att
   // What the score pass has written for later kernels, read back.
   const int per = call.per, first = split * per, blocks = min(per, full - first);
   const i64 place = (i64)base * (full + 1) + first, of_splits = (i64)base * (call.splits + 1) + split;
-  constexpr int PIECES = (JOINT_TOKENS / BLOCK * STATISTIC_WORDS / 4 + WARPS * LANES - 1) / (WARPS * LANES);  // of a thread
-  const uint4 *statistics = (const uint4 *)(call.statistics + place * STATISTIC_WORDS);
-  uint4 pieces[PIECES];
-#pragma unroll
-  for (int k = 0; k < PIECES; k++) {
-    const int i = k * WARPS * LANES + threadIdx.x;
-    if (!NAIVE && i < blocks * (STATISTIC_WORDS / 4)) pieces[k] = statistics[i];
-  }
+  StatisticsHeld<JOINT_TOKENS / BLOCK> held;
+  if (!NAIVE) held.read(call.statistics + place * STATISTIC_WORDS, blocks);
   const float *weights = call.weights + (place + warp * (per / WARPS)) * TILES * WEIGHT_FLOATS;
   auto tile_of = [&](int i) -> Tile {
     const u32 own = kept + i * ValueRing::TILE_ROOM + row * ValueRing::ROW_ROOM;
@@ -97,17 +91,15 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) att
   add_values(acc, ring.items, top, tile_here, [&](int i) { ring.issue(i + ValueRing::STAGES); });
   __syncthreads();  // all warps are done with their stages
   leave_values(acc, shared);
-  uint4 *of_blocks = (uint4 *)(shared + 4 * WARPS * ROW_TILE * D);
-#pragma unroll
-  for (int k = 0; k < PIECES; k++)
-    if (!NAIVE) of_blocks[k * WARPS * LANES + threadIdx.x] = pieces[k];
+  float *of_blocks = (float *)shared + WARPS * ROW_TILE * D;
+  if (!NAIVE) held.leave(of_blocks, blocks);
   __syncthreads();
   write_values(call.sums + of_splits * ROW_TILE * D, shared);
   if (threadIdx.x < SKIPS * ROW_TILE) call.skips[of_splits * SKIPS * ROW_TILE + threadIdx.x] = 0.f;
   if (NAIVE) return;
   __shared__ OfWarps of_warps;
   SplitSums<false> split_sums;
-  split_sums.add((const float *)of_blocks, first, blocks, own_top);
+  split_sums.add(of_blocks, first, blocks, own_top);
   split_sums.leave(of_warps, own_top);
   __syncthreads();
   write_sums<false>(call.partials + of_splits * PARTIALS * ROW_TILE, of_warps);

@@ -20,21 +20,26 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Sums N values over a warp, N a power of two: lane i of N returns the sum of value i. Shuffles are one a cycle of a multiprocessor: nine of them for eight
-// values where butterflies take forty, six for four.
-template <int N>
-__device__ __forceinline__ float fold_warp(float (&v)[N], int lane) {
+// Sums N values, N a power of two, each over N lanes that are `apart` from one another: the i-th of them returns the sum of value i. Shuffles are
+// one a cycle of a multiprocessor: seven of them for eight values where butterflies take twenty-four.
+template <int apart, int N>
+__device__ __forceinline__ float fold(float (&v)[N], int lane) {
 #pragma unroll
   for (int half = N / 2; half; half >>= 1) {
-    const bool upper = lane & half;
+    const bool upper = lane & half * apart;
 #pragma unroll
     for (int i = 0; i < N / 2; i++)
       if (i < half) {
         const float keep = upper ? v[i + half] : v[i], give = upper ? v[i] : v[i + half];
-        v[i] = keep + __shfl_xor_sync(~0u, give, half);
+        v[i] = keep + __shfl_xor_sync(~0u, give, half * apart);
       }
   }
-  float sum = v[0];
+  return v[0];
+}
+// The same over a warp: lane i of N returns the sum of value i. Nine shuffles for eight values, six for four.
+template <int N>
+__device__ __forceinline__ float fold_warp(float (&v)[N], int lane) {
+  float sum = fold<1>(v, lane);
 #pragma unroll
   for (int bit = N; bit < LANES; bit <<= 1) sum += __shfl_xor_sync(~0u, sum, bit);
   return sum;
@@ -81,6 +86,27 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
   t.bad = (exact_values ? 1.25f : 1.f) * failed + 0.f * (delta + d + norm + rho);
   return t;
 }
+
+// Statistics of a split's blocks, `most` at most, on their way to shared memory; other thread blocks may have written some. For all threads.
+template <int most>
+struct StatisticsHeld {
+  static constexpr int WORDS = STATISTIC_WORDS / 4, THREADS = WARPS * LANES, EACH = (most * WORDS + THREADS - 1) / THREADS;  // four words at a time
+  float4 held[EACH];
+  __device__ __forceinline__ void read(const float *from, int blocks) {
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+      const int i = k * THREADS + threadIdx.x;
+      if (i < blocks * WORDS) held[k] = __ldcg((const float4 *)from + i);
+    }
+  }
+  __device__ __forceinline__ void leave(float *to, int blocks) const {
+#pragma unroll
+    for (int k = 0; k < EACH; k++) {
+      const int i = k * THREADS + threadIdx.x;
+      if (i < blocks * WORDS) ((float4 *)to)[i] = held[k];
+    }
+  }
+};
 
 constexpr int THREADS_A_ROW = WARPS * LANES / ROW_TILE;
 // Of which row a thread adds up blocks of a split, and which ones: every `step`-th, from `first` on. Threads have all rows in turn, or one alone.
@@ -142,7 +168,7 @@ struct SplitSums {
       norm_top = fmaxf(norm_top, __shfl_xor_sync(~0u, norm_top, bit));
       amplitude_top = fmaxf(amplitude_top, __shfl_xor_sync(~0u, amplitude_top, bit));
     }
-    float low = fold8(p0, lane), high = fold8(p1, lane);
+    float low = fold<4>(p0, lane), high = fold<4>(p1, lane);
     if (turn.alone())
 #pragma unroll
       for (int bit = 1; bit < ROW_TILE; bit <<= 1) low += __shfl_xor_sync(~0u, low, bit), high += __shfl_xor_sync(~0u, high, bit);

@@ -177,22 +177,6 @@ __device__ __forceinline__ double store(void *p, i64 i, double x) {
   return ((float *)p)[i] = (float)x;
 }
 
-// Sums eight values over the eight lanes of equal c, each to a lane of its own: lane r returns the sum of value r. Seven shuffles
-// where eight butterflies would take twenty-four.
-__device__ __forceinline__ float fold8(float (&v)[8], int lane) {
-#pragma unroll
-  for (int half = 4, bit = 16; half; half >>= 1, bit >>= 1) {
-    bool upper = lane & bit;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-      if (i < half) {
-        float keep = upper ? v[i + half] : v[i], give = upper ? v[i] : v[i + half];
-        v[i] = keep + __shfl_xor_sync(~0u, give, bit);
-      }
-  }
-  return v[0];
-}
-
 // x 2^-e in two steps, e within [-128, 128]: it may lie outside FP32's exponents where x does not.
 __device__ __forceinline__ float downscale(float x, int e) { return x * __int_as_float((127 - e / 2) << 23) * __int_as_float((127 - (e - e / 2)) << 23); }
 // The least e with x < 2^e, of a finite x that FP32 does not flush; 0 of zero.

@@ -8,7 +8,6 @@
 // "Promotion").
 
 static_assert(WARPS == ROW_TILE && SPLIT_BLOCKS <= THREADS, "a warp a row, a thread a block");
-constexpr int OWN_STATISTICS = (SPLIT_BLOCKS * STATISTIC_WORDS / 4 + THREADS - 1) / THREADS;  // of a thread, four at a time
 
 // Of the split's blocks: how many are promoted in any row. Of the one of this thread's number: in which rows it is, a bit each for keys and above
 // them for values, and how many of the promoted ones come before it.
@@ -245,16 +244,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
 #pragma unroll
     for (int w = 0; w < WARPS; w++) back += room.back[w][warp];
   if (parts > 1 && !join_parts(call, heads, heads * tiles, split, share, parts, change, back)) return;
-  const float4 *written = (const float4 *)statistics;
-  float4 held[OWN_STATISTICS];
-#pragma unroll
-  for (int k = 0; k < OWN_STATISTICS; k++)
-    if (threadIdx.x + k * THREADS < count * (STATISTIC_WORDS / 4)) held[k] = __ldcg(written + threadIdx.x + k * THREADS);  // other parts', too
-#pragma unroll
-  for (int k = 0; k < OWN_STATISTICS; k++)
-    if (threadIdx.x + k * THREADS < count * (STATISTIC_WORDS / 4)) ((float4 *)shared)[threadIdx.x + k * THREADS] = held[k];
+  StatisticsHeld<SPLIT_BLOCKS> held;
+  held.read(statistics, count);
+  float *of_split = (float *)shared;
+  held.leave(of_split, count);
   __syncthreads();
-  const float *of_split = (const float *)shared;
   float largest = LOWEST;
   u32 marks = 0, changed = 0;  // the latter: rows
   for (int b = lane; b < count; b += LANES) {
