@@ -90,8 +90,8 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class Budget:
-    """Promote whatever the error budget needs. `skip_share`: part of the budget that skipped blocks may spend. `require_rank`: a head
-    whose heaviest block cannot be certified is computed exactly."""
+    """Promote whatever the error budget needs. `skip_share`: part of the budget that skipped blocks may spend; a daemon with a
+    device skips none. `require_rank`: a head whose heaviest block cannot be certified is computed exactly."""
 
     skip_share: float = 0.1
     require_rank: bool = False

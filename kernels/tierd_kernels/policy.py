@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Budget:
-    """The hard budget. `skip_share`: part of the budget that skipped blocks may spend, in [0, 1). `require_rank`: a head whose
-    heaviest block cannot be certified is computed exactly."""
+    """The hard budget. `skip_share`: part of the budget that skipped blocks may spend, in [0, 1); on a device none are. `require_rank`: a
+    head whose heaviest block cannot be certified is computed exactly."""
 
     skip_share: float = 0.1
     require_rank: bool = False

@@ -292,8 +292,6 @@ inline unsigned char *from_shared(u32 at) { return emulator::dynamic + (int)at; 
 inline u32 shared32(u32 at) { u32 x; memcpy(&x, from_shared(at), sizeof x); return x; }
 inline uint2 shared64(u32 at) { uint2 x; memcpy(&x, from_shared(at), sizeof x); return x; }
 inline uint4 shared128(u32 at) { uint4 x; memcpy(&x, from_shared(at), sizeof x); return x; }
-inline void store_shared(u32 at, float x) { memcpy(from_shared(at), &x, sizeof x); }
-inline void store_shared(u32 at, float x, float y) { store_shared(at, x), store_shared(at + 4, y); }
 
 // A barrier: the phase in its last bit, arrivals that are missing in the next, bytes that are missing above.
 inline void barrier_init(u64 *bar) {
@@ -301,7 +299,6 @@ inline void barrier_init(u64 *bar) {
   emulator::initialised.push_back({bar, emulator::warp_index(), emulator::block.turn});
 }
 inline void barriers_ready() { __syncwarp(); }
-inline void bulk_copies_follow() {}
 inline void barrier_expect(u64 *bar, u32 bytes) { *bar = (*bar & ~2ull) + ((u64)bytes << 8); }
 inline void bulk_copy(void *to, const void *from, u32 bytes, u64 *bar) {
   if ((u64)to % 16 || (u64)from % 16 || bytes % 16) fprintf(stderr, "a bulk copy is not aligned\n"), __builtin_trap();

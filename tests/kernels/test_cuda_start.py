@@ -291,7 +291,7 @@ def test_preparing_compiles_every_kernel_once_on_several_threads(monkeypatch: py
     together, compiled = threading.Barrier(2), []
 
     def kernel(layout: Layout, name: str) -> None:
-        if name in ("quantise", "score"):
+        if name in ("quantise", "attend"):
             together.wait(30)  # neither returns before the other has begun
         compiled.append(name)
 

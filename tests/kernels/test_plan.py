@@ -82,11 +82,11 @@ def test_a_growing_context_has_few_plans() -> None:
 def test_what_a_policy_says() -> None:
     from tierd_kernels.cuda.plan import COUNT_MAX, terms_of
 
-    assert terms_of(Budget(skip_share=0.25, require_rank=True), "values") == (True, 0, (0, 0), (0.25, 0.0, 0.0, 0.0))
-    assert terms_of(Budget(skip_share=0.25), "output") == (False, 0, (0, 0), (0.0, 0.0, 0.0, 0.0))
+    assert terms_of(Budget(skip_share=0.25, require_rank=True)) == (True, 0, (0, 0), (0.0, 0.0, 0.0))
+    assert terms_of(Budget()) == (False, 0, (0, 0), (0.0, 0.0, 0.0))
     coverage = Coverage(tau_cov=0.5, k_min=1, k_max=2**40, key_bound_max=0.125, v_tol=2.0, boundary_check=False)
-    assert terms_of(coverage, "values") == (False, 1, (1, COUNT_MAX), (0.0, 0.5, 0.125, 2.0))
-    assert terms_of(Coverage(), "values").covers == 2
+    assert terms_of(coverage) == (False, 1, (1, COUNT_MAX), (0.5, 0.125, 2.0))
+    assert terms_of(Coverage()).covers == 2
 
 
 @pytest.mark.usefixtures("cuda")

@@ -21,7 +21,8 @@ from tierd_kernels.quantise.reference import dequantise_values, quantise_block
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 OPEN, CERTIFIED = 0, 1  # of `state` in cuda/common.cuh
-ERROR, SPLIT_TOP, STATISTIC_WORDS, FACTS, LIMIT, SUMMED = 15, 12, 32, 7, 6, 17
+ERROR, SPLIT_TOP, STATISTIC_WORDS, PARTIALS, FACTS, LIMIT = 15, 12, 32, 17, 7, 6
+BLOCK_TOP = 7  # which word of a block's statistics
 LARGEST, TOP, MASS, UNIT_NORM = [12, 13, 14, 16], 0, 1, 2  # of partials those that are maxima; of facts
 PER, B, D, ROWS = 16, 16, 128, 4  # blocks of a split; rows of a tile
 LOG2E = np.log2(np.e)
@@ -49,10 +50,10 @@ class Promotion:
             "state": ((8, self.rows), np.int32), "facts": ((8, self.rows, FACTS), np.float32), "counts": ((8, self.rows, 2), np.int32),
             "row_weights": ((self.tiles, self.full, ROWS, 2), np.float32), "marks": ((self.tiles, self.full), np.uint32),
             "sums": ((self.tiles, self.splits + 1, ROWS, D), np.float32),
-            "partials": ((self.tiles, self.splits + 1, 19, ROWS), np.float32),
+            "partials": ((self.tiles, self.splits + 1, PARTIALS, ROWS), np.float32),
             "statistics": ((self.tiles, self.full + 1, STATISTIC_WORDS), np.uint32),
             "dots": ((8, self.rows, self.splits + 1), np.float32), "output": ((query_heads, n, D), np.float16),
-            "weights": ((self.tiles, self.full + 1, 68), np.float32),
+            "weights": ((self.tiles, self.full + 1, 64), np.float32),
             "dense": ((self.tiles * (self.splits + 1) * ROWS * (6 + D) * 2,), np.float32),
             "tickets": ((2 * (8 + self.tiles) + (self.tiles * self.splits if self.tiles <= 32 else 0),), np.int32),
         }  # fmt: skip
@@ -88,7 +89,7 @@ class Promotion:
             self._bytes(name).set(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
         self._bytes("dense").fill(0xFF)  # whoever reads what no part has left finds NaN
         cupy.cuda.Device().synchronize()
-        self.step.kernels._passes("promote", self.step.at, self.step.grid, self.step.memory.stream)
+        self.step.kernels._splits("promote", self.step.at, self.step.grid, self.step.memory.stream)
         return self.read()
 
     def changes(self, marks: NDArray[np.uint32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -108,7 +109,8 @@ class Promotion:
                     continue
                 top = float(self.first["partials"][tile, b // PER, SPLIT_TOP, row])
                 weights = left[row * B : (row + 1) * B].reshape(8, 2).T.reshape(-1)  # tokens t and t + 8 lie side by side
-                was = np.exp2(left[64 + row] - top) * weights
+                largest = self.first["statistics"][tile, b].view(np.float32)[(BLOCK_TOP ^ (b & 7)) * ROWS + row]
+                was = np.exp2(largest - top) * weights
                 scores = keys[h, here] @ q[h, index] * D**-0.5 * LOG2E
                 now = np.exp2(scores - top) if mark & 1 else was
                 used = values[h, here] if mark & 16 else stored
@@ -255,7 +257,7 @@ def test_what_is_left_does_not_depend_on_how_many_share_it(decoding: Promotion) 
         alone = decoding.run(np.where(np.arange(8)[:, None] == tile, state, CERTIFIED), limit, weights)
         for name in ("statistics", "marks", "counts"):
             assert np.array_equal(alone[name][tile], together[name][tile]), name
-        one, other = (x["partials"][tile, : decoding.splits, :SUMMED] for x in (alone, together))
+        one, other = (x["partials"][tile, : decoding.splits] for x in (alone, together))
         assert np.array_equal(np.delete(one, ERROR, 1), np.delete(other, ERROR, 1))
         np.testing.assert_allclose(one[:, ERROR], other[:, ERROR], rtol=1e-5)
         assert (one[:, ERROR] > decoding.first["partials"][tile, : decoding.splits, ERROR]).any()
@@ -265,9 +267,9 @@ def test_a_row_that_promotes_alone_has_the_sums_that_it_has_among_others(decodin
     """The thread block adds up one row's blocks by all its threads, or those of all four side by side."""
     state, limit, weights = drawn(decoding, ALL, 9, 8)
     limit = np.full_like(limit, 0.9)
-    together, first = (x["partials"][:, : decoding.splits, :SUMMED] for x in (decoding.run(state, limit, weights), decoding.first))
+    together, first = (x["partials"][:, : decoding.splits] for x in (decoding.run(state, limit, weights), decoding.first))
     for row in range(ROWS):
-        alone = decoding.run(state, np.where(np.arange(ROWS) == row, limit, np.inf), weights)["partials"][:, : decoding.splits, :SUMMED]
+        alone = decoding.run(state, np.where(np.arange(ROWS) == row, limit, np.inf), weights)["partials"][:, : decoding.splits]
         assert np.array_equal(alone[:, :, LARGEST, row], together[:, :, LARGEST, row])
         np.testing.assert_allclose(alone[..., row], together[..., row], rtol=1e-5, atol=1e-30)
         others = np.arange(ROWS) != row

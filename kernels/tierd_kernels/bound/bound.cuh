@@ -1,12 +1,12 @@
-// From a block's statistics to its part of the bound, for one row: what the score pass sums over a split, what selection weighs, and how
+// From a block's statistics to its part of the bound, for one row: what rung 0 sums over a split, what selection weighs, and how
 // a group's sums become its key and value terms (CERTIFICATE.md, sections 4 to 6).
 constexpr float ROOM = 1.f + 1e-5f;  // FP32 sums of at most a thousand positive terms, and roots, which are off by 2^-22
 constexpr float LEAST = 0x1p-40f;    // in units: over FP32 sums that underflow
 constexpr float SAFETY = 1.f + 1.f / 1024, THETA = 3e-5f, LOW_ROUNDING = 1.f + 1.f / 16384;
 // One MMA over 17 aligned and truncated addends loses at most 34 u of their absolute sum (an assumption: 6.5 u is the worst that was
 // measured); TILE tokens an MMA, 32 MMAs at most into one accumulator (a warp's blocks of a split). Two FP16 parts of a weight: 2^-22.
-// Warps, splits and corrections: 24 additions.
-constexpr float VALUE_ROUNDING = (32 * 34 + 4 + 24) * U32F;
+// Warps, splits and corrections: 24 additions. By how much a block's factor in the sums of values differs from that in masses: 308.
+constexpr float VALUE_ROUNDING = (32 * 34 + 4 + 24 + 308) * U32F;
 constexpr int GROUP_BITS = 10, GROUP_TOKENS = 1 << GROUP_BITS;
 
 __device__ __forceinline__ float warp_sum(float x) {
@@ -88,21 +88,21 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
 }
 
 // Statistics of a split's blocks, `most` at most, on their way to shared memory; other thread blocks may have written some. For all threads.
-template <int most>
+template <int most, int THREADS = WARPS * LANES>
 struct StatisticsHeld {
-  static constexpr int WORDS = STATISTIC_WORDS / 4, THREADS = WARPS * LANES, EACH = (most * WORDS + THREADS - 1) / THREADS;  // four words at a time
+  static constexpr int WORDS = STATISTIC_WORDS / 4, EACH = (most * WORDS + THREADS - 1) / THREADS;  // four words at a time
   float4 held[EACH];
   __device__ __forceinline__ void read(const float *from, int blocks) {
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
-      const int i = k * THREADS + threadIdx.x;
+      const int i = k * THREADS + threadIdx.x % THREADS;
       if (i < blocks * WORDS) held[k] = __ldcg((const float4 *)from + i);
     }
   }
   __device__ __forceinline__ void leave(float *to, int blocks) const {
 #pragma unroll
     for (int k = 0; k < EACH; k++) {
-      const int i = k * THREADS + threadIdx.x;
+      const int i = k * THREADS + threadIdx.x % THREADS;
       if (i < blocks * WORDS) ((float4 *)to)[i] = held[k];
     }
   }
@@ -117,7 +117,7 @@ struct Turn {
 __device__ __forceinline__ Turn alone(int row) { return {row, (int)threadIdx.x, WARPS * LANES}; }
 // The sums of a split over its blocks' statistics, relative to `reference`, the row's largest score in it: what each thread adds up, a block and
 // row at a time, and what the thread block makes of it. `marked`: some blocks were promoted, as `marks` says, and scores changed.
-typedef float OfWarps[WARPS][RUN_MASS][ROW_TILE];
+typedef float OfWarps[WARPS][PARTIALS][ROW_TILE];
 template <bool marked>
 struct SplitSums {
   const Turn turn = {};
@@ -182,10 +182,9 @@ struct SplitSums {
 };
 
 // What all warps left of some rows, a bit each, to the split's `partials`.
-template <bool marked>
 __device__ __forceinline__ void write_sums(float *partials, const OfWarps &room, u32 rows = ~0u) {
   const int k = threadIdx.x / ROW_TILE, row = threadIdx.x % ROW_TILE;
-  if (k >= RUN_MASS || !(rows >> row & 1) || (!marked && k == SPLIT_TOP)) return;  // which others read meanwhile, where it is what it was
+  if (k >= PARTIALS || !(rows >> row & 1)) return;
   float x = room[0][k][row];
 #pragma unroll
   for (int w = 1; w < WARPS; w++) {

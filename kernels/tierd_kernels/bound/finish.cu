@@ -3,10 +3,9 @@
 // name, FINISH, and FINISH_WARPS, how many warps it has.
 constexpr float NORM_RETURN = 1.f / (1.f + 1.f / 128) - 1.f / 16384;
 
-constexpr int SUMMED = RUN_MASS, NUMBERS = SUMMED + SKIPS;  // of a split: of the partials what is put together here, then the skips
 constexpr int THREADS = FINISH_WARPS * LANES;
 constexpr int PER_LANE = D > 128 ? 8 : D > 64 ? 4 : 2, LANES_USED = D / PER_LANE;  // neighbouring channels of a lane, and lanes that have some
-static_assert(D % PER_LANE == 0 && LANES_USED <= LANES && NUMBERS <= LANES, "a lane has whole loads");
+static_assert(D % PER_LANE == 0 && LANES_USED <= LANES && PARTIALS <= LANES, "a lane has whole loads");
 struct __align__(PER_LANE > 2 ? 16 : 8) Channels { float x[PER_LANE]; };
 // What a row needs of its groups: sums, and the largest from LARGEST_DELTA on.
 enum { OF_KEYS, OF_VALUES, OF_LOW, OF_NORM, OF_FAILED, LARGEST_DELTA, LARGEST_NORM, LARGEST_AMPLITUDE, COLLECTED };
@@ -66,7 +65,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) FIN
   const int splits = own_splits + (tokens > full * BLOCK), base = h * tiles + tile;
   const float *partials = call.partials + (i64)base * (own_splits + 1) * PARTIALS * ROW_TILE + row;
   const float *sums = call.sums + ((i64)base * (own_splits + 1) * ROW_TILE + row) * D;
-  const float *skips = call.skips + (i64)base * (own_splits + 1) * SKIPS * ROW_TILE + row;
   float *out_dots = call.dots + (i64)(h * rows + index) * (own_splits + 1);
   void *output = call.output;
   wait_for_previous();
@@ -75,31 +73,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) FIN
     return;
   }
   const bool ranked = !require_rank || out[RANKED * ((i64)heads * rows)] > 0.;
-  float top_before = 0.f;
   int promoted_keys = 0, promoted_values = 0;
   if (again) {
-    top_before = facts[ROW_TOP], promoted_keys = counts[0], promoted_values = counts[1];
+    promoted_keys = counts[0], promoted_values = counts[1];
     if (*state != OPEN) return;
   }
   __shared__ __align__(16) double wide_of[FINISH_WARPS][CHANNELS_ROOM];  // then what a warp collects
   __shared__ __align__(16) float found[COLLECTED][FINISH_WARPS];
   __shared__ __align__(16) float stored[D];
-  __shared__ float norms[2][FINISH_WARPS], dots[SPLITS_MAX], mass_of_row, left[SKIPS];
-  extern __shared__ float own[];  // the row's numbers, [splits][NUMBERS]
-  // Of splits from `first` on, a warp's: sums, relative to the split's largest score, and a lane a number. All loads are under way together (at
+  __shared__ float norms[2][FINISH_WARPS], dots[SPLITS_MAX], mass_of_row;
+  extern __shared__ float own[];  // the row's partials, [splits][PARTIALS]
+  // Of splits from `first` on, a warp's: sums, relative to the split's largest score, and a lane a partial. All loads are under way together (at
   // 8,192 tokens this kernel takes 4.6 us; 5.1 where the loop that unrolling leaves over for the last few waited for each).
   Channels held[AHEAD];
   float numbers[AHEAD];
-  const bool of_partials = lane < SUMMED;
   auto hold = [&](int first) {
     const int s = first + warp;
     const Channels *its_sums = (const Channels *)(sums + (i64)s * ROW_TILE * D) + lane;
-    const float *its_numbers = of_partials ? partials + (s * PARTIALS + lane) * ROW_TILE : skips + (s * SKIPS + lane - SUMMED) * ROW_TILE;
+    const float *its_numbers = partials + (s * PARTIALS + lane) * ROW_TILE;
 #pragma unroll
-    for (int k = 0; k < AHEAD; k++, its_numbers += (of_partials ? PARTIALS : SKIPS) * ROW_TILE * FINISH_WARPS) {
+    for (int k = 0; k < AHEAD; k++, its_numbers += PARTIALS * ROW_TILE * FINISH_WARPS) {
       const bool here = s + k * FINISH_WARPS < splits;
       numbers[k] = lane == SPLIT_TOP ? LOWEST : 0.f, held[k] = {};
-      if (here && lane < (NAIVE ? SUMMED : NUMBERS)) numbers[k] = *its_numbers;
+      if (here && lane < PARTIALS) numbers[k] = *its_numbers;
       if (here && lane < LANES_USED) held[k] = its_sums[k * FINISH_WARPS * ROW_TILE * LANES_USED];
     }
   };
@@ -112,8 +108,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) FIN
 #pragma unroll
     for (int k = 0; k < AHEAD; k++) top = fmaxf(top, i + k * LANES < splits ? its_top[k * LANES * PARTIALS * ROW_TILE] : LOWEST);
   }
-  top = again ? top_before : warp_max(top);  // what was skipped is relative to it
-  auto part = [&](int i, int k) { return own[i * NUMBERS + k]; };
+  top = warp_max(top);
+  auto part = [&](int i, int k) { return own[i * PARTIALS + k]; };
   double wide[PER_LANE] = {0.};
 #pragma unroll 1
   for (int first = last_held;; first -= AT_ONCE) {
@@ -121,7 +117,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) FIN
     for (int k = 0; k < AHEAD; k++) {
       const int s = first + k * FINISH_WARPS + warp;
       if (s >= splits) break;  // to widen zeros would take as long
-      if (lane < NUMBERS) own[s * NUMBERS + lane] = numbers[k];
+      if (lane < PARTIALS) own[s * PARTIALS + lane] = numbers[k];
       const double f = exp2_approx(__shfl_sync(~0u, numbers[k], SPLIT_TOP) - top);
 #pragma unroll
       for (int i = 0; i < PER_LANE; i++) wide[i] = fma(f, (double)held[k].x[i], wide[i]);
@@ -134,9 +130,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) FIN
     for (int i = 0; i < PER_LANE; i++) wide_of[warp][lane * PER_LANE + i] = wide[i];
   __syncthreads();
 
-  // One warp finds the row's mass, another what was skipped; others add up the channels meanwhile.
+  // One warp finds the row's mass; others add up the channels meanwhile.
   constexpr int CHANNEL_WARPS = (D + LANES - 1) / LANES, CHANNELS_FROM = THREADS - CHANNEL_WARPS * LANES;  // the last threads have a channel each
-  static_assert(CHANNELS_FROM >= 2 * LANES, "not those of the two warps");
+  static_assert(CHANNELS_FROM >= LANES, "not those of the first warp");
   const int channel = threadIdx.x - CHANNELS_FROM;
   double sum = 0.;
   if (warp == 0) {
@@ -145,15 +141,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) FIN
     for (int i = lane; i < splits; i += LANES) mass += exp2_approx(part(i, SPLIT_TOP) - top) * part(i, MASS);
     mass = warp_sum(mass);
     if (lane == 0) mass_of_row = mass;
-  } else if (warp == 1 && !NAIVE) {
-    float x[SKIPS] = {0.f};
-#pragma unroll 1
-    for (int i = lane; i < splits; i += LANES)
-#pragma unroll
-      for (int k = 0; k < SKIPS; k++) x[k] += part(i, SUMMED + k);
-#pragma unroll
-    for (int k = 0; k < SKIPS; k++) x[k] = warp_sum(x[k]);
-    if (lane < SKIPS) left[lane] = lane == SKIP_MASS ? x[SKIP_MASS] : lane == SKIP_GROWN ? x[SKIP_GROWN] : lane == SKIP_NORM ? x[SKIP_NORM] : x[SKIP_COUNT];
   } else if (channel >= 0 && channel < D) {
     double quarters[4] = {0.};  // sums that do not wait for one another
 #pragma unroll
@@ -161,8 +148,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) FIN
     sum = (quarters[0] + quarters[1]) + (quarters[2] + quarters[3]);
   }
   __syncthreads();
-  // Of what was kept: sums over all blocks, divided by it, only grow.
-  const float mass = mass_of_row - (NAIVE ? 0.f : left[SKIP_MASS]), inverse = __fdividef(1.f, mass);
+  const float mass = mass_of_row, inverse = __fdividef(1.f, mass);
 
   float norm2 = 0.f, error2 = 0.f;
   if (channel >= 0 && channel < D) {
@@ -247,28 +233,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, THREADS > 256 ? 1 : 2) FIN
   const float low = gathered(OF_LOW), summed_norm = gathered(OF_NORM), norm = summed_norm * ONCE_ABOVE, failed = gathered(OF_FAILED) * ROOM;
   const float delta_max = gathered(LARGEST_DELTA), norm_top = gathered(LARGEST_NORM), amplitude_top = gathered(LARGEST_AMPLITUDE);
   float key = gathered(OF_KEYS) * ROOM, value = gathered(OF_VALUES) * ROOM;
-  const float left_norm = left[SKIP_NORM] * inverse * ROOM, left_grown = left[SKIP_GROWN] * inverse * ROOM, left_count = left[SKIP_COUNT];
-  // Weights that counted as zero; low parts of weights, off by 2^-25 in units of 2^-14: of a mass that was 1 or more before promotion.
-  const float each = __fdividef(tokens, fminf(mass, 1.f)) * ROOM, lost = each * 0x1p-123f * (norm_top + o);
+  // Weights that counted as zero; low parts of weights, off by 2^-25 in units of 2^-14: of a mass of 1 or more, but for what it is off by.
+  const float each = tokens * ROOM, lost = each * 0x1p-123f * (norm_top + o);
   float arithmetic = VALUE_ROUNDING * (norm * ROOM + failed) + THETA * o + rounding + LEAST + each * (0x1p-39f * amplitude_top);
   const float flushed = lost * expf(delta_max), denominator = 1.f - low * LOW_ROUNDING;
-  float skip = flushed + left_norm + left_grown * o;
-  float stretch = denominator > 1e-4f ? __fdividef((1.f + THETA) * SAFETY * ROOM, denominator) : INFINITY, total = (key + value + skip + arithmetic) * stretch;
+  float stretch = denominator > 1e-4f ? __fdividef((1.f + THETA) * SAFETY * ROOM, denominator) : INFINITY;
+  float skip = flushed, total = (key + value + skip + arithmetic) * stretch;
   const float tilt = tanhf(delta_max) * ROOM * (norm_top + o + value + arithmetic);
   const float capped = (tilt + value + 2.f * lost + arithmetic) * ((1.f + THETA) * SAFETY);
-  if (!(left_grown > 0.f) && !(total <= capped)) total = capped, key = tilt, skip = 2.f * lost, stretch = (1.f + THETA) * SAFETY;
+  if (!(total <= capped)) total = capped, key = tilt, skip = 2.f * lost, stretch = (1.f + THETA) * SAFETY;
   // Infinite or NaN wherever something was, whatever comparisons made of it.
   if (!(failed < INFINITY) || !(total < INFINITY) || !(mass > 0.f)) total = INFINITY;
   // The budget, rounded down; in double, as the fields: tolerances and values may lie where units do not.
-  const float vbar = fmaxf((summed_norm * (1.f / ONCE_ABOVE) - left_norm) * NORM_RETURN - 2.f * NORM_FLOOR, 0.f);
+  const float vbar = fmaxf(summed_norm * (1.f / ONCE_ABOVE) * NORM_RETURN - 2.f * NORM_FLOOR, 0.f);
   const double size = power_of_two(unit), reference = relative_to_output ? sqrt_approx(norm2) * (1.f - 1e-5f) : vbar;
   const double asked = atol * power_of_two(-unit) + rtol * reference, budget = asked < 1e-250 ? 0. : fmin(asked * (1. - 2e-5), BUDGET_MAX);
   const bool good = total <= budget && o < INFINITY;
   // Blocks that stay original make it infinite, until they are promoted.
-  const float fixed = skip + arithmetic < INFINITY ? skip + arithmetic : left_norm + left_grown * o + 2.f * VALUE_ROUNDING * norm + THETA * o + rounding;
+  const float fixed = skip + arithmetic < INFINITY ? skip + arithmetic : 2.f * VALUE_ROUNDING * norm + THETA * o + rounding;
   // A lane a field, and behind them a lane a fact.
   const float told[FIELDS + ROW_FACTS] = {
-      total, 0.f, key * stretch, value * stretch, skip * stretch, arithmetic * stretch, vbar, o, left_count, total, (float)promoted_keys,
+      total, 0.f, key * stretch, value * stretch, skip * stretch, arithmetic * stretch, vbar, o, 0.f, total, (float)promoted_keys,
       (float)promoted_values, 0.f, 0.f, NAN, top, mass, o, (float)fmin(budget, 1e30), fixed, 0.f};
   float x = 0.f;
 #pragma unroll

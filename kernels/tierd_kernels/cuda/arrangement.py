@@ -10,7 +10,7 @@ from tierd_kernels.cuda.late import Place
 from tierd_kernels.cuda.launch import CALL, FIELDS, Grid, above, kernels
 from tierd_kernels.cuda.memory import DeviceMemory
 from tierd_kernels.cuda.plan import ANSWERS, INPUTS, LATE, SIZED, WORKSPACE, Plan, Shape, plan_of
-from tierd_kernels.cuda.sources import SPLITS_MAX, passes_of
+from tierd_kernels.cuda.sources import SPLITS_MAX
 from tierd_kernels.cuda.staging import Region, Staging
 from tierd_kernels.in_scratch import RECORDS
 from tierd_kernels.layout import NUMPY_DTYPE, Layout
@@ -43,7 +43,7 @@ class Placed(NamedTuple):
 class Arrangement:
     """`at`: the address of the launch's calls; `unused`: a view of those beyond the last part, which must be empty; `inputs_end` and
     `answers_end`: of what is carried in and back; `grid`, with all canaries that there is room for; `late`: the candidates of all parts, if
-    `candidates`, any are wanted; `passes`: `joint` and `brief` of its program."""
+    `candidates`, any are wanted."""
 
     def __init__(self, layout: Layout, memory: DeviceMemory, shapes: tuple[Shape, ...], split_blocks: int | None) -> None:
         """Raises ValueError for more splits than kernels take, and where all parts together need more room than there is."""
@@ -65,8 +65,6 @@ class Arrangement:
             _placed(layout, memory, shape, plan, [starts[place][i] for place in range(SIZED)], sum(tiles), split_blocks)
             for i, (shape, plan) in enumerate(zip(shapes, plans, strict=True))
         ]
-        blocks = sum(own * x.splits for own, x in zip(tiles, self.parts, strict=True))
-        self.passes = passes_of(layout, max(x.per for x in self.parts) * layout.block_size, blocks / memory.processors)
         self.late, self.candidates = [x.late for x in self.parts], any(shape.candidates for shape in shapes)
         group, splits = shapes[0].group, max(x.splits for x in self.parts)
         self.grid = Grid(

@@ -22,9 +22,9 @@ constexpr bool LINED = RECORD_BYTES % LINE == 0;  // else lines begin elsewhere 
 constexpr int ITEM = DTYPE == 2 ? 4 : 2, ORIGINAL_BYTES = BLOCK * D * ITEM;
 enum { H, RK, SK, SV, AMP, C1, VALUE_NORM_MAX, KEY_NORM_MAX, OFFSET_NORM, KEYS_RAW, VALUES_RAW };  // the last two: 1 or 0, as integers
 
-// What the score pass leaves of a tile of rows and a tile of tokens: weights [ROW_TILE][TILE], tokens t and t + 8 side by side, as one lane
-// has them; then the rows' largest scores of the whole block, in log2 units.
-constexpr int TOPS_AT = ROW_TILE * TILE, WEIGHT_FLOATS = TOPS_AT + ROW_TILE;
+// What rung 0 leaves of a tile of rows and a tile of tokens: weights [ROW_TILE][TILE], tokens t and t + 8 side by side, as one lane
+// has them, relative to the row's largest score of the whole block.
+constexpr int WEIGHT_FLOATS = ROW_TILE * TILE;
 __device__ __forceinline__ int weight_at(int row, int token) { return row * TILE + token % 8 * 2 + token / 8; }
 // Statistics of a row and a block, see bound/statistics.py; SUM_SQUARE_VALUE is sum w nu^2, TOP the largest score in log2 units. Behind them the
 // block's sV, amp and largest norm.
@@ -41,7 +41,7 @@ __device__ __forceinline__ float word_of(float upper, float lower, u32 halves) {
 }
 __device__ __forceinline__ float both_above(float upper, float lower) { return word_of(upper * BF16_ABOVE, lower * BF16_ABOVE, BOTH_UPPER); }
 __device__ __forceinline__ int word_at(int block, int word) { return (word ^ (block & 7)) * ROW_TILE; }
-// The score pass takes its sums, but for that of weights, over weights or their squares in BF16, and of squares of norms in BF16: one rounding to
+// Rung 0 takes its sums, but for that of weights, over weights or their squares in BF16, and of squares of norms in BF16: one rounding to
 // nearest, or two, and those of an MMA for each tile of tokens. SUM_NORM is off by one either way, the others are from above.
 constexpr float ONCE_ABOVE = 1.f + 1.f / 256 + 1.f / 65536, TWICE_ABOVE = 1.f + 1.f / 128 + 1.f / 32768;
 // Which word holds a statistic, and what of the word it is.
@@ -57,14 +57,9 @@ __device__ __forceinline__ float part_of(float word, int k) {
 __device__ __forceinline__ float statistic(const float *words, int block, int row, int k) {
   return part_of(words[word_at(block, word_with(k)) + (k >= STATISTICS ? k - STATISTICS : row)], k);
 }
-// Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE]. The score pass
-// leaves SPLIT_TOP and the last two, mass and mass times norms as it went, from which the value pass of all splits takes what may be
-// skipped.
+// Sums over a split's blocks, relative to its largest score, from which a row's bound is put together: [PARTIALS][ROW_TILE].
 enum { MASS, LOW, T1, MASS_ERROR, SPREAD, USED, ERROR2, AMPLITUDE, KEY_SQUARES, VALUE, SQUARES, NORM, SPLIT_TOP, DELTA_MAX, NORM_TOP, ERROR, AMPLITUDE_TOP,
-       RUN_MASS, RUN_NORM, PARTIALS };
-// What the value pass left out of a split, relative to the row's largest score: [SKIPS][ROW_TILE]. Sums over skipped blocks of their mass
-// m, of m e^Delta and of m e^Delta nu, and their number.
-enum { SKIP_MASS, SKIP_GROWN, SKIP_NORM, SKIP_COUNT, SKIPS };
+       PARTIALS };
 
 constexpr int PLACE_BYTES = 64;  // `UNIT` of in_scratch.py
 constexpr float LOWEST = -3e38f;       // below all scores; its difference to -infinity is no NaN
@@ -74,7 +69,7 @@ constexpr float NORM_FLOOR = 8.8817841970012523e-16f;  // 2^-50: squares stay fa
 constexpr float LOG2_MIN = -124.f;                     // a weight below 2^-124 of its block's largest counts as zero
 
 // One session and layer. Offsets are bytes: hot [full] in the device pool, original [blocks] in the host pool. What of the
-// full blocks lies in scratch is told as in_scratch.py has it; nothing is where nothing does. What the passes need first lies together, in
+// full blocks lies in scratch is told as in_scratch.py has it; nothing is where nothing does. What rung 0 needs first lies together, in
 // one line of the cache: at 8,192 tokens a kernel is waiting for its call for a tenth of its time.
 struct Call {
   int n, tokens, full, splits, per, groups;        // per: blocks of a split, a power of two; groups: complete ones
@@ -87,14 +82,14 @@ struct Call {
   const i64 *hot;
   const unsigned char *pool;
   float *weights, *statistics, *partials;          // by tile of rows: [full + 1 blocks] (weights: of TILES each), [splits + 1]
-  u32 *marks;                                      // [tiles][full]: promoted keys, a bit a row, values, the next four bits, SKIPPED_BLOCK
+  u32 *marks;                                      // [tiles][full]: promoted keys, a bit a row, and values, the next four bits
   const unsigned char *scratch, *originals;
   void *output;   // raw [Hq][n][D]
   const i64 *original;
   const u64 *copied;                               // of 32 records each, a bit for each that has a copy, above them the number of copies before
   const u32 *copies;                               // their places in scratch, in units of PLACE_BYTES
   const float *group_values, *group_errors;        // [groups][Hkv]: SV and SR of complete groups of 1024 tokens
-  float *sums, *skips;                             // as partials
+  float *sums;                                     // as partials
   double *fields;                                  // [FIELDS][Hkv * rows]
   float *facts, *dots;                             // [Hkv * rows][ROW_FACTS]; o_G . O of each split, [Hkv * rows][splits + 1]
   int *state;                                      // [Hkv * rows]
@@ -110,8 +105,9 @@ struct Call {
   float2 *row_weights;                             // [tiles][full][ROW_TILE]: what keys and values count, in targets of the row
   u32 *reads;                                      // of all records of full blocks, as `copied` has them, a bit: some row has read it
   int *cold;                                       // [Hkv * rows]: of the records that the row has read, those without a copy
-  double rtol, atol, skip_share;                   // of the budget, for skipped blocks
+  double rtol, atol;
   double tau_cov, key_bound_max, v_tol;            // of the coverage policy
+  double unused[2];                                // the next call begins with a line too
 };
 static_assert(sizeof(Call) == 384, "as in launch.py");
 
@@ -192,8 +188,7 @@ __device__ __forceinline__ __half2 as_half2(u32 x) { return *(__half2 *)&x; }
 
 __device__ __forceinline__ float half_bits(u32 w, int upper) { return __half2float(__ushort_as_half((unsigned short)(upper ? w >> 16 : w))); }
 
-// Bit of `marks`: the value pass left the block out. Parts of a tile's blocks that selection looks at side by side, at most.
-constexpr u32 SKIPPED_BLOCK = 256;
+// Parts of a tile's blocks that selection looks at side by side, at most.
 constexpr int PICK_PARTS = 32;
 
 // The thread block's own copy of its call, made before what is waited for: behind it the first look at each line of the call takes 0.6 us, as long

@@ -19,6 +19,7 @@ from tierd_kernels.cuda.sources import (
     GATHER_THREADS,
     LANES,
     MANY_ROWS,
+    PARTIALS,
     PARTS,
     PICK_BLOCKS,
     PICK_PARTS,
@@ -27,13 +28,10 @@ from tierd_kernels.cuda.sources import (
     RANK_THREADS,
     READERS,
     RESIDENT,
-    SKIPS,
     SPLIT_TOKENS_MAX,
     SPLIT_TOKENS_SHORT,
     SPLITS_MAX,
-    SUMMED,
     WARPS,
-    attend_bytes,
     finish_warps,
     shared_bytes,
     source,
@@ -55,15 +53,15 @@ NUMBERS = (
 )  # fmt: skip
 POINTERS = (
     "q", "hot", "pool", "weights", "statistics", "partials", "marks", "scratch", "originals", "output", "original", "copied", "copies",
-    "group_values", "group_errors", "sums", "skips", "fields", "facts", "dots", "state", "counts", "picks", "dense", "canaries", "failures",
+    "group_values", "group_errors", "sums", "fields", "facts", "dots", "state", "counts", "picks", "dense", "canaries", "failures",
     "shares", "tickets", "candidate_blocks", "candidate_scores", "row_weights", "reads", "cold",
 )  # fmt: skip
-REALS = ("rtol", "atol", "skip_share", "tau_cov", "key_bound_max", "v_tol")
+REALS = ("rtol", "atol", "tau_cov", "key_bound_max", "v_tol")
 CALL = np.dtype([
     *((name, np.int32) for name in NUMBERS), ("scale", np.float64), *((name, np.uint64) for name in POINTERS),
-    *((name, np.float64) for name in REALS),
+    *((name, np.float64) for name in REALS), ("unused", np.uint8, 16),
 ])  # fmt: skip
-PACKED = Struct(f"={len(NUMBERS)}id{len(POINTERS)}Q{len(REALS)}d")  # the same: a record of numpy takes five times as long to fill
+PACKED = Struct(f"={len(NUMBERS)}id{len(POINTERS)}Q{len(REALS)}d16x")  # the same: a record of numpy takes five times as long to fill
 assert CALL.itemsize == PACKED.size == 384
 
 
@@ -121,13 +119,11 @@ def above(x: int, bits: int) -> int:
 
 class Program(NamedTuple):
     """Which kernels a launch needs: `certifies`, some call is not exact from the start; `ranks`, `covers`: some require a ranking, or go by
-    the coverage policy; `joint`: splits are so short that score and value pass are one kernel, `brief`, that it keeps their weights."""
+    the coverage policy."""
 
     certifies: bool
     ranks: bool
     covers: bool
-    joint: bool
-    brief: bool
 
 
 @cache
@@ -178,7 +174,7 @@ class Kernels:
             self._finish(calls, grid, stream, again=True)
         else:
             self._finish(calls, grid, stream, first=True)
-        self._passes("dense", calls, grid, stream)
+        self._splits("dense", calls, grid, stream)
 
     def candidates(self, calls: int, grid: Grid, stream: Any) -> None:
         """What comes near needing its originals, of a step that has run. Reads what it has left; nothing of it changes."""
@@ -186,21 +182,15 @@ class Kernels:
         self._over("candidates", shape, CANDIDATE_THREADS, calls, grid, stream, first=True)
 
     def certify(self, calls: int, grid: Grid, program: Program, stream: Any) -> None:
-        """Rung 0 alone: score, value pass, bound."""
-        if program.joint:
-            shared = attend_bytes(self.layout, program.brief)
-            self._passes("attend", calls, grid, stream, program.brief, shared=shared, first=True)
-        else:
-            self._passes("score", calls, grid, stream, first=True)
+        """Rung 0 alone: scores and values, bound."""
+        self._splits("attend", calls, grid, stream, first=True)
         if program.ranks:
             self._rows("rank", RANK_THREADS, calls, grid, stream, 0)
-        if not program.joint:
-            self._passes("value", calls, grid, stream)
         self._finish(calls, grid, stream)
 
-    def _passes(self, name: str, calls: int, grid: Grid, stream: Any, *more: int, shared: int | None = None, first: bool = False) -> None:
+    def _splits(self, name: str, calls: int, grid: Grid, stream: Any, first: bool = False) -> None:
         """One thread block a tile of rows, split or trailing block, and call."""
-        self._over(name, (grid.tiles, grid.splits + 1, grid.calls), WARPS * LANES, calls, grid, stream, *more, shared=shared, first=first)
+        self._over(name, (grid.tiles, grid.splits + 1, grid.calls), WARPS * LANES, calls, grid, stream, first=first)
 
     def _rows(self, name: str, threads: int, calls: int, grid: Grid, stream: Any, *more: int) -> None:
         """One thread block a row, KV head and call."""
@@ -210,7 +200,7 @@ class Kernels:
         """One thread block a row, KV head and call; after promotion, `again`, behind those of the rows others tell what was read."""
         readers = max(1, READERS // grid.calls) if again else 0
         shape = (grid.rows + readers, self.layout.num_kv_heads, grid.calls)
-        shared = 4 * min(grid.splits + 1, SPLITS_MAX) * (SUMMED + SKIPS)  # rounded up, splits may be more than any call has
+        shared = 4 * min(grid.splits + 1, SPLITS_MAX) * PARTIALS  # rounded up, splits may be more than any call has
         readers_from = grid.rows if again else 0
         name = "finish_many" if grid.rows * self.layout.num_kv_heads * grid.calls >= MANY_ROWS else "finish"
         threads = finish_warps(self.layout, name) * LANES

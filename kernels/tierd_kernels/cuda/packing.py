@@ -32,7 +32,7 @@ class Part:
         self.full = full = min(len(call.hot_offsets), -(-self.tokens // layout.block_size))
         drawn = call.canary_blocks
         self.canaries = drawn[:0] if start else drawn if full == len(call.hot_offsets) else drawn[drawn < full]
-        self.exact_only, self.terms = needs_exact(call), terms_of(call.policy, call.relative_to)
+        self.exact_only, self.terms = needs_exact(call), terms_of(call.policy)
         self.shape = Shape(
             len(call.q) // layout.num_kv_heads, self.n, full, min(call.candidates_max, full),
             above(max(CANARIES_ROOM, len(self.canaries)), 1),

@@ -8,7 +8,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from tierd_kernels.cuda.launch import CALL, FIELDS, NUMBERS, POINTERS, above, kernels
-from tierd_kernels.cuda.record import TILE
 from tierd_kernels.cuda.sources import (
     DENSE_FACTS,
     LANES,
@@ -17,9 +16,7 @@ from tierd_kernels.cuda.sources import (
     PICK_PARTS,
     ROW_FACTS,
     ROW_TILE,
-    SKIPS,
     STATISTIC_WORDS,
-    TILE_WEIGHT_FLOATS,
 )
 from tierd_kernels.cuda.staging import ALIGNMENT, aligned
 from tierd_kernels.in_scratch import RECORDS
@@ -81,14 +78,14 @@ def plan(layout: Layout, shape: Shape, per: int) -> Plan:
     heads, d, full = layout.num_kv_heads, layout.head_dim, shape.full
     rows, tiles, splits = heads * shape.group * shape.n, shape.tiles(heads), -(-full // per)
     tickets = 2 * (heads + tiles) + (tiles * splits if tiles <= LANES else 0)
-    weights = layout.block_size // TILE * TILE_WEIGHT_FLOATS
+    weights = layout.block_size * ROW_TILE
     outputs, of_candidates = rows * d * layout.itemsize, 4 * 2 * heads * shape.candidates
     in_scratch = {"copied": 8 * (2 * full * heads // RECORDS + 1), "copies": 4 * shape.copies} if shape.copies else {}
     wanted: dict[int, dict[str, int]] = {
         WORKSPACE: {
             "weights": 4 * tiles * (full + 1) * weights, "statistics": 4 * tiles * (full + 1) * STATISTIC_WORDS,
             "partials": 4 * tiles * (splits + 1) * PARTIALS * ROW_TILE, "sums": 4 * tiles * (splits + 1) * ROW_TILE * d,
-            "skips": 4 * tiles * (splits + 1) * SKIPS * ROW_TILE, "dense": 8 * tiles * (splits + 1) * ROW_TILE * (DENSE_FACTS + d),
+            "dense": 8 * tiles * (splits + 1) * ROW_TILE * (DENSE_FACTS + d),
             "facts": 4 * rows * ROW_FACTS, "dots": 4 * rows * (splits + 1), "counts": 8 * rows, "marks": 4 * tiles * full,
             "picks": tiles * 4 * 2 * min(PICK_PARTS, splits + 1) * ROW_TILE * PICK_BINS, "shares": 8 * heads * full,
             "row_weights": 8 * tiles * full * ROW_TILE,
@@ -121,17 +118,16 @@ class Terms(NamedTuple):
     ranks: bool
     covers: int
     numbers: tuple[int, int]
-    reals: tuple[float, float, float, float]
+    reals: tuple[float, float, float]
 
 
 @lru_cache(POLICIES_MAX)
-def terms_of(policy: Policy, relative_to: str) -> Terms:
-    """Blocks are skipped where the budget is one of values: that of an output is not known before."""
+def terms_of(policy: Policy) -> Terms:
+    """Nothing is skipped on the device: `skip_share` says nothing there."""
     if isinstance(policy, Coverage):
         numbers = min(policy.k_min, COUNT_MAX), min(policy.k_max, COUNT_MAX)
-        return Terms(False, 1 + policy.boundary_check, numbers, (0.0, policy.tau_cov, policy.key_bound_max, policy.v_tol))
-    skip_share = policy.skip_share if relative_to == "values" else 0.0
-    return Terms(policy.require_rank, 0, (0, 0), (skip_share, 0.0, 0.0, 0.0))
+        return Terms(False, 1 + policy.boundary_check, numbers, (policy.tau_cov, policy.key_bound_max, policy.v_tol))
+    return Terms(policy.require_rank, 0, (0, 0), (0.0, 0.0, 0.0))
 
 
 assert NUMBERS[10:14] == ("require_rank", "coverage", "k_min", "k_max")

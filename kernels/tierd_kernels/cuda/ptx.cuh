@@ -59,8 +59,6 @@ __device__ __forceinline__ void copies_wait() {
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncwarp();
 }
-// Behind the next barrier bulk copies may be issued to where other copies, or stores, have written.
-__device__ __forceinline__ void bulk_copies_follow() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // A kernel may begin while the one before it on the stream still runs, once all thread blocks of that one have said so, or ended; it waits
 // for all that the one before has written. Only what no kernel of the step writes may be read before the wait.
 __device__ __forceinline__ void let_next_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
@@ -85,10 +83,6 @@ __device__ __forceinline__ uint4 shared128(u32 at) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
   return x;
-}
-__device__ __forceinline__ void store_shared(u32 at, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory"); }
-__device__ __forceinline__ void store_shared(u32 at, float x, float y) {  // at a multiple of eight bytes
-  asm volatile("st.shared.v2.f32 [%0], {%1,%2};" ::"r"(at), "f"(x), "f"(y) : "memory");
 }
 __device__ __forceinline__ void barrier_wait(u32 bar, u32 parity) {
   asm volatile(

@@ -1,8 +1,8 @@
 """One launch: parts of calls over one layout, packed, run through the ladder on the device, and read back.
 
-A part is a run of query tokens of a call. The order on the device: score, value pass (of short splits both are one kernel), bound; then,
-for rows that missed their budget, selection, what changes with the originals of their promoted blocks, and the bound again; then the exact
-rungs. Nothing in between waits for the host: all of it is one CUDA graph.
+A part is a run of query tokens of a call. The order on the device: scores and values, bound; then, for rows that missed their budget,
+selection, what changes with the originals of their promoted blocks, and the bound again; then the exact rungs. Nothing in between waits for
+the host: all of it is one CUDA graph.
 """
 
 from collections.abc import Callable
@@ -49,9 +49,9 @@ class Answer:
         return from_host.size, int(np.count_nonzero(from_host))
 
 
-def _program(terms: list[Terms], passes: tuple[bool, bool]) -> Program:
+def _program(terms: list[Terms]) -> Program:
     """Of the calls that are not exact from the start."""
-    return Program(bool(terms), any([x.ranks for x in terms]), any([x.covers for x in terms]), *passes)
+    return Program(bool(terms), any([x.ranks for x in terms]), any([x.covers for x in terms]))
 
 
 class Step:
@@ -67,7 +67,7 @@ class Step:
         for i, (part, placed) in enumerate(zip(parts, arranged.parts, strict=True)):
             part.write(memory, placed, kept_at[i * each : (i + 1) * each], i)
         arranged.unused.fill(0)
-        self.program = _program([part.terms for part in parts if not part.exact_only], arranged.passes)
+        self.program = _program([part.terms for part in parts if not part.exact_only])
 
     def upload(self) -> None:
         memory = self.memory

@@ -4,7 +4,7 @@
 // the host has the answers, where the policy looks at one of them; nobody waits for it.
 //
 // What any row promoted is none of them: that it was read is known from the marks, and of a KV head that promotes many it would leave no
-// place to others. A skipped block has no share: it can spend none. The coverage policy promotes by mass: its rows' shares stay as they are.
+// place to others. The coverage policy promotes by mass: its rows' shares stay as they are.
 //
 // A thread block reduces a part of the blocks over all rows of a KV head, of keys or of values; the last of them to end sees all shares and
 // chooses. It holds as many as it can in registers: 17 us at 131,072 tokens, where reading them anew for each pass, one after the other, made
@@ -37,10 +37,10 @@ __device__ __forceinline__ void reduce_rows(const Call &call, int kind, int h, i
       const int b = start + threadIdx.x / ROW_TILE;
       float share = 0.f;
       if (b < last && index < rows && own.target > 0.f) {
-        const Seen block = seen(call, base, b, row);
-        const Shares found = ::shares(block, own);
+        const u32 mark = call.marks[(i64)base * call.full + b];
+        const Shares found = ::shares(seen(call, base, b, row), own);
         share = fminf(fmaxf((kind ? found.value : found.key) / aim, 0.f), SHARE_MAX);  // a NaN is 0
-        if (block.mark >> row & (kind ? 16 : 1)) share = PROMOTED;
+        if (mark >> row & (kind ? 16 : 1)) share = PROMOTED;
       }
 #pragma unroll
       for (int bit = 1; bit < ROW_TILE; bit <<= 1) share = fmaxf(share, __shfl_xor_sync(~0u, share, bit));

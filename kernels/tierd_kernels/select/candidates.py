@@ -20,9 +20,10 @@ class Candidates(NamedTuple):
     block's share of the bound, the largest over the KV head's rows, relative to the share from which on originals were promoted, or to the
     whole where none were. Shorter lists end in -1 and 0. At a tie the first blocks are taken.
 
-    A promoted block is no candidate, for it is known that it was read, nor is a skipped one. The CPU's shares are of the budget and before
-    promotion, and promotion begins at the least that one of the KV head's counted for that was promoted; on the device they are shares of
-    what selection aims at, after promotion, and it begins at a row's own threshold (under the coverage policy, for both, at the whole)."""
+    A promoted block is no candidate, for it is known that it was read, nor is one that the CPU skipped. The CPU's shares are of the budget
+    and before promotion, and promotion begins at the least that one of the KV head's counted for that was promoted; on the device they are
+    shares of what selection aims at, after promotion, and it begins at a row's own threshold (under the coverage policy, for both, at the
+    whole)."""
 
     blocks: NDArray[np.int32]
     scores: NDArray[np.float32]

@@ -1,11 +1,11 @@
 // What promotion works on: queries as they are multiplied with original keys, and a block as it is staged in shared memory, scored.
 constexpr int THREADS = WARPS * LANES;
 constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM;
-// What is staged of a block: original keys and values, coded values, weights as they were, norms and notes. Where it is small four are staged at a
-// time; four thread blocks still fit on a multiprocessor.
+// What is staged of a block: original keys and values, coded values, weights and statistics as they were, norms and notes. Where it is small four
+// are staged at a time; four thread blocks still fit on a multiprocessor.
 constexpr int VALUES_STAGED_AT = ORIGINAL_BYTES, NORMS_STAGED_AT = VALUES_STAGED_AT + ORIGINAL_BYTES, CODES_STAGED_AT = NORMS_STAGED_AT + 4 * BLOCK;
 constexpr int WEIGHTS_STAGED_AT = CODES_STAGED_AT + TILES * VALUE_BYTES, NOTES_STAGED_AT = WEIGHTS_STAGED_AT + 4 * TILES * WEIGHT_FLOATS;
-constexpr int STAGED_BYTES = (NOTES_STAGED_AT + 64 + LINE - 1) / LINE * LINE;
+constexpr int STATISTICS_STAGED_AT = NOTES_STAGED_AT + 64, STAGED_BYTES = (STATISTICS_STAGED_AT + 4 * STATISTIC_WORDS + LINE - 1) / LINE * LINE;
 static_assert(NORMS_AT + 4 * BLOCK == SCORE_BYTES, "norms and coded values are one copy");
 constexpr int STAGES = STAGED_BYTES <= 11 * 1024 ? 4 : 1;
 // Eight sums of HALF / 8 fused products each, and what joins them; q is scaled, its norm is at least 1/2.
@@ -61,17 +61,18 @@ __device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[
   to.size[row] = fabsf(to.scale[row]) * 0.69314724f;
 }
 
-// Copies of a block what its rows need: original keys or values only where one does. A thread's: copies of sixteen bytes by all threads were
-// 400 instructions a block.
-__device__ __forceinline__ void stage_block(unsigned char *stage, const Place &of, u64 *bar) {
-  constexpr int CODES_BYTES = 4 * BLOCK + TILES * VALUE_BYTES, WEIGHTS_BYTES = 4 * TILES * WEIGHT_FLOATS;
+// Copies of a block what its rows need, with the split's `statistics`: original keys or values only where one does. A thread's: copies of sixteen
+// bytes by all threads were 400 instructions a block.
+__device__ __forceinline__ void stage_block(unsigned char *stage, const Place &of, const float *statistics, u64 *bar) {
+  constexpr int CODES_BYTES = 4 * BLOCK + TILES * VALUE_BYTES, WEIGHTS_BYTES = 4 * TILES * WEIGHT_FLOATS, STATISTIC_BYTES = 4 * STATISTIC_WORDS;
   const int keys = of.mark & 15 ? ORIGINAL_BYTES : 0, values = of.mark & 240 ? ORIGINAL_BYTES : 0;
-  barrier_expect(bar, keys + values + CODES_BYTES + WEIGHTS_BYTES + 64);
+  barrier_expect(bar, keys + values + CODES_BYTES + WEIGHTS_BYTES + 64 + STATISTIC_BYTES);
   if (keys) bulk_copy(stage, of.keys, ORIGINAL_BYTES, bar);
   if (values) bulk_copy(stage + VALUES_STAGED_AT, of.values, ORIGINAL_BYTES, bar);
   bulk_copy(stage + NORMS_STAGED_AT, of.record + NORMS_AT, CODES_BYTES, bar);
   bulk_copy(stage + WEIGHTS_STAGED_AT, of.weights, WEIGHTS_BYTES, bar);
   bulk_copy(stage + NOTES_STAGED_AT, of.record + NOTES_AT, 64, bar);
+  bulk_copy(stage + STATISTICS_STAGED_AT, statistics + of.block * STATISTIC_WORDS, STATISTIC_BYTES, bar);
 }
 
 // Scores, in binary units, of a staged tile of sixteen original keys for one row: a lane has token lane % 16. Lanes begin with different

@@ -54,7 +54,8 @@ __device__ __forceinline__ void weigh(const Call &call, int block, u32 mark, int
   const bool key = mark >> row & 1, value = mark >> row & 16;
   const float *notes = (const float *)(stage + NOTES_STAGED_AT);
   const bool raw = __float_as_uint(notes[VALUES_RAW]);
-  const float *weights = (const float *)(stage + WEIGHTS_STAGED_AT), before = weights[TOPS_AT + row], unit = unit_factor(call.unit);
+  const float *weights = (const float *)(stage + WEIGHTS_STAGED_AT), unit = unit_factor(call.unit);
+  const float before = statistic((const float *)(stage + STATISTICS_STAGED_AT), block, row, TOP);
   float s[TILES], top = before, size = 0.f;
   bool wrong = false;
   if (key) {
@@ -194,12 +195,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   if (!number) return;
   auto stage_of = [&](int i) { return shared + i % STAGES * STAGED_BYTES; };
   const i64 before = (i64)base * (call.full + 1) + first;
+  float *statistics = call.statistics + before * STATISTIC_WORDS;
   const int turn = quotient(promoted.before, parts);  // which of its part's blocks this thread's is
   if (promoted.mark && promoted.before == turn * parts + share.part) {
     auto lies = [&](int kind) { return copied[kind] ? copy_at(call, copies[kind]) : original_of(call, original, kind, heads, h); };
     room.places[turn] = {call.pool + hot + (i64)h * RECORD_BYTES, lies(0), lies(1), call.weights + (before + threadIdx.x) * TILES * WEIGHT_FLOATS,
                          promoted.mark, (int)threadIdx.x};
-    if (turn < STAGES) stage_block(stage_of(turn), room.places[turn], &room.bars[turn]);
+    if (turn < STAGES) stage_block(stage_of(turn), room.places[turn], statistics, &room.bars[turn]);
   }
   float *partials = call.partials + ((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE;
   const float top = partials[SPLIT_TOP * ROW_TILE + lane % ROW_TILE];
@@ -216,7 +218,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   if (share.part == 0 && !sharing.coverage) count_promoted(promoted.mark, call.counts + 2 * (h * rows + tile * ROW_TILE));
   scaled_query(call, q, seen, room);
   __syncthreads();
-  float *statistics = call.statistics + before * STATISTIC_WORDS;
   // All that are staged, where no more follow; else half of them, while the others are on their way. (One block after the other, a warp a row, took
   // 0.5 us a block more: most often one row needs it, and three warps had nothing to do.)
   for (int from = 0; from < number;) {
@@ -236,7 +237,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
     for (int i = from; i < until; i++) add_changes(stage_of(i), room.places[i].mark, room.changes[i % STAGES], change);
     __syncthreads();
     const int next = from + STAGES + threadIdx.x;
-    if (next < min(until + STAGES, number)) stage_block(stage_of(next), room.places[next], &room.bars[next % STAGES]);
+    if (next < min(until + STAGES, number)) stage_block(stage_of(next), room.places[next], statistics, &room.bars[next % STAGES]);
     from = until;
   }
   float back = 0.f;  // of the warp's row, in lane TOP
@@ -276,5 +277,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   split_sums.add(of_split, first, count, reference, room.marks);
   split_sums.leave(of_warps, reference);
   __syncthreads();
-  write_sums<true>(partials, of_warps, changed);
+  write_sums(partials, of_warps, changed);
 }

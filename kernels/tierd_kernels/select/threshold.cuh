@@ -33,23 +33,20 @@ struct RowState {
 };
 struct Shares { float key, value; Terms terms; };
 
-// What the passes left of a full block and a row. Read apart from what is made of it, so that several blocks' are under way together.
-struct Seen { Stats x; u32 mark; };
+// What rung 0 left of a full block and a row. Read apart from what is made of it, so that several blocks' are under way together.
+struct Seen { Stats x; };
 __device__ __forceinline__ Seen seen(const Call &call, int base, int b, int row) {
   const float *p = call.statistics + ((i64)base * (call.full + 1) + b) * STATISTIC_WORDS;
   Seen found;
 #pragma unroll
   for (int k = 0; k < STATISTICS + 3; k++) found.x[k] = statistic(p, b, row, k);
-  found.mark = call.marks[(i64)base * call.full + b];
   return found;
 }
-// What was skipped can have no share less.
 __device__ __forceinline__ Shares shares(const Seen &block, const RowState &own) {
   const Stats &x = block.x;
   Shares s = {0.f, 0.f, {}};
   if (x[SUM] <= 0.f) return s;
   s.terms = block_terms(x, __fdividef(exp2_approx(x[TOP] - own.top), own.mass), false);
-  if (block.mark & SKIPPED_BLOCK) return s;
   s.key = s.terms.t1 + s.terms.g * own.output, s.value = s.terms.value;
   return s;
 }
