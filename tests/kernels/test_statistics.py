@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from oracle import exact_numbers
 from test_candidates import Left
-from test_cuda import LAYOUTS, draw, store
-from tierd_kernels.cuda.record import Record
+from test_cuda import LAYOUTS, draw, raw, store
+from tierd_kernels.cuda.record import NOTES, Record
 from tierd_kernels.cuda.sources import FOLDER
-from tierd_kernels.layout import Layout
+from tierd_kernels.layout import C1, RK, H, Layout
 from tierd_kernels.policy import Budget
 
 Launch = Callable[..., None]
@@ -125,3 +126,34 @@ def test_sums_over_a_blocks_tokens_are_from_above(layout: Layout, tokens: int, r
     assert (least >= [1 - 1e-6, 1, 1 - one - 1e-5, 1, 1, 1, 1]).all()
     above = np.array([0.0, 2 * one + shared, one, 2 * two + shared, 2 * one + shared, 2 * two, 2 * two + shared])
     assert (most <= 1 + above + 1e-4).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[2]], ids=str)
+def test_a_blocks_scores_err_by_its_own_codes_and_limbs(layout: Layout) -> None:
+    """Delta of blocks whose keys are now a hundred times as large and now a hundredth: of the block's own step, not of a neighbour's."""
+    from tierd_kernels.cuda.packing import Part
+    from tierd_kernels.cuda.step import Step
+
+    B, heads, d, full = layout.block_size, layout.num_kv_heads, layout.head_dim, 75
+    k, v, q = draw(layout, full * B, 4 * heads, 1, "diffuse", 5)
+    size = 10.0 ** (2 * (np.arange(full) % 3 - 1))
+    k = raw(exact_numbers(k).astype(np.float64) * np.repeat(size, B)[:, None], layout.dtype)
+    cache, record = store(layout, k, v), Record(layout)
+    step = Step(layout, cache.memory, [Part(layout, cache.call(q, 1e-6, Budget()), 0, 1)], 2048 // B)  # type: ignore[arg-type]
+    step.upload()
+    step.kernels.certify(step.at, step.grid, step.program, step.memory.stream)
+    step.memory.stream.synchronize()
+    found = Left(step).statistics[:, 0].reshape(heads, full, -1, 4)[:, :, 8]  # [Hkv, full, 4]
+    hot = np.asarray(fetched(cache.memory.hot)).view(np.uint8)
+    at = cache.hot[:, None] + np.arange(heads) * record.nbytes
+    scales = hot[at[..., None] + np.arange(2 * d)].view(np.float16).astype(np.float64).transpose(1, 0, 2)  # [Hkv, full, d]
+    notes = hot[at[..., None] + record.notes_at + np.arange(4 * NOTES)].view(np.float32).astype(np.float64).transpose(1, 0, 2)[:, :, None]
+    x = np.abs(exact_numbers(q).astype(np.float64).reshape(heads, 1, 4, d) * scales[:, :, None])
+    of_codes = np.minimum(notes[..., H] * x.sum(-1), notes[..., RK] * np.sqrt((x**2).sum(-1)))
+    least = d**-0.5 * (of_codes + notes[..., C1] * x.max(-1) / 32512 / 2)
+    ratio = found / least
+    print(ratio.min(), ratio.max())
+    rounding = 1e-6 + 1e-5 * size[:, None] * np.abs(exact_numbers(q).astype(np.float64)).max() * d**0.5
+    assert ratio.min() >= 1 - 1e-6 and (found <= 1.005 * least + rounding).all()

@@ -43,8 +43,6 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
   const float unit = unit_factor(call.unit);
   const u64 kept = keep_policy();
   const float size = fabsf(scale) * 0.69314724f;  // |softmax scale| in natural units, rounded up
-  const u32 keep_bytes = limb ? 0x5410 : 0x7632, give_bytes = limb ? 0x7632 : 0x5410;
-  const u32 flip = limb ? 0x80808080u : 0u;  // a low limb is stored + 128
   const i64 place = (i64)base * (full + 1) + first;
   // Where a lane writes of a block: weights of row c, tokens r and r + 8; word r of row c's statistics, of which those that tell of scores are
   // written once more behind the chunk.
@@ -64,39 +62,8 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
   __shared__ float offset_dots[WARPS][CHUNK][ROW_TILE];
   const bool some_unseen = __ballot_sync(~0u, seen < (first + count) * BLOCK) != 0;
   const u32 queries_at = in_register(shared_at(&queries[0][lane]));
-  u32 limbs[KEY_STEPS * 2];  // the B operand of the next block
-  float limbs_top;
-  auto prepare_limbs = [&](int block) {
-    const u32 scales_at = stages.head(block) + 16 * c + 8 * limb;
-    float a[KEY_STEPS * 4], tops[4] = {1e-30f, 0.f, 0.f, 0.f};
-#pragma unroll
-    for (int j = 0; j < KEY_STEPS; j++) {
-      const uint2 s = shared64(scales_at + 64 * j);
-      const uint4 of_query = shared128(queries_at + j * LANES * 16);
-      const float own[4] = {__uint_as_float(of_query.x), __uint_as_float(of_query.y), __uint_as_float(of_query.z), __uint_as_float(of_query.w)};
-      const float2 x = __half22float2(as_half2(s.x)), y = __half22float2(as_half2(s.y));
-      const float scales[4] = {x.x, x.y, y.x, y.y};
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        a[4 * j + e] = own[e] * scales[e];
-        tops[e] = fmaxf(tops[e], fabsf(a[4 * j + e]));
-      }
-    }
-    limbs_top = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
-#pragma unroll
-    for (int bit = 1; bit < 8; bit <<= 1) limbs_top = fmaxf(limbs_top, __shfl_xor_sync(~0u, limbs_top, bit));
-    const float inverse = __fdividef(LIMB_MAX, limbs_top);
-#pragma unroll
-    for (int j = 0; j < KEY_STEPS; j++) {
-      u32 v[4];  // low 16 bits: limb value + 128, so that byte 1 is the high limb and byte 0 the low limb + 128
-#pragma unroll
-      for (int e = 0; e < 4; e++) v[e] = __float_as_uint(fmaf(a[4 * j + e], inverse, 12582912.f + 128.f));
-      const u32 x = __byte_perm(v[0], v[1], 0x5140), y = __byte_perm(v[2], v[3], 0x5140);
-      const u32 own = __byte_perm(x, y, keep_bytes), other = __shfl_xor_sync(~0u, __byte_perm(x, y, give_bytes), 4);
-      limbs[2 * j] = (limb ? other : own) ^ flip;
-      limbs[2 * j + 1] = (limb ? own : other) ^ flip;
-    }
-  };
+  Limbs limbs;  // of the next block
+  auto prepare_limbs = [&](int block) { limbs.prepare(stages.head(block) + 16 * c + 8 * limb, queries_at, limb); };
   Products acc;
   float highest = LOWEST, running = 0.f;  // largest score of row c, what `acc` is relative to; without a certificate the mass
 #pragma unroll 1
@@ -118,7 +85,7 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
     for (int i = begin; i < end; i++) {
       const float offset_dot = __uint_as_float(shared32(dots_at));
       dots_at += 4 * ROW_TILE;
-      const float step = __shfl_sync(~0u, limbs_top, 8 * c) * (1.f / LIMB_MAX);
+      const float step = limbs.step(c);
       uint2 norms[TILES][2];
       float s[2 * TILES], largest = LOWEST;  // no score is lower: where a row sees nothing its weights are 2^-infinity
 #pragma unroll
@@ -128,7 +95,7 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
         int d[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // two chains: half the latency
 #pragma unroll
         for (int j = 0; j < KEY_STEPS; j++) {
-          mma_s8(d[j & 1], shared128(codes + j * LANES * 16 + lane * 16), limbs[2 * j], limbs[2 * j + 1]);
+          mma_s8(d[j & 1], shared128(codes + j * LANES * 16 + lane * 16), limbs.b[2 * j], limbs.b[2 * j + 1]);
         }
         if (!NAIVE)
 #pragma unroll

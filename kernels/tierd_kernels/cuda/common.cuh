@@ -3,7 +3,7 @@
 //
 // Lanes of a warp are named as the MMA instructions name them: r = lane / 4, c = lane % 4. A tile of rows is ROW_TILE query rows of
 // one KV head; a split is the run of blocks that one thread block handles.
-#ifndef NAIVE  // the passes without what only the certificate needs, for a benchmark of its cost
+#ifndef NAIVE  // rung 0 without what only the certificate needs, for a benchmark of its cost
 #define NAIVE 0
 #endif
 // Bytes that global memory is read by. A copy that puts them on the wrong side of such a boundary in shared memory reads them twice:

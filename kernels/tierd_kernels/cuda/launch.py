@@ -145,10 +145,10 @@ class Kernels:
         self._launch("quantise", (count, self.layout.num_kv_heads, 2), QUANTISE_THREADS, args, stream)
 
     def split_blocks(self, full: int, tiles: int, processors: int) -> int:
-        """Blocks of a split: the fewest, a power of two times the warps, with which all splits are resident at once (131,072 tokens:
-        113 us in one wave, 121 in two). Short splits begin and end more than they compute, and half as many are better: a step of 8,192
-        tokens takes 22.1 us with blocks in sixteens, 23.9 in eights, of 16,384 27.3 and 29.4 with 32 and 16; but of 32,768 41.3 and 39.3
-        with 64 and 32."""
+        """Blocks of a split: the fewest, a power of two times the warps, with which all splits are resident at once (rung 0 of
+        131,072 tokens: 85 us in one wave, 89 in two, 97 in four). Short splits begin and end more than they compute, and half as many are
+        better: a step of 8,192 tokens takes 19.3 us with blocks in sixteens, 20.9 in eights, of 16,384 24.7 and 25.2 with 32 and 16; but of
+        32,768 35.6 and 34.4 with 64 and 32."""
         per, size = WARPS, self.layout.block_size
         while per * size < SPLIT_TOKENS_MAX:
             resident = RESIDENT if per * size >= SPLIT_TOKENS_SHORT else RESIDENT // 2

@@ -131,6 +131,47 @@ __device__ __forceinline__ BlockFacts block_facts(u32 scales, u32 offsets, u32 n
   return facts;
 }
 
+// The B operand of a block's scores.
+struct Limbs {
+  u32 b[KEY_STEPS * 2];
+  float top;  // of this lane's row, the largest |q * scale|
+  // From where the block's scales lie in shared memory, from this lane's channels on, and the lane's part of its row's query; for limb `limb`.
+  __device__ __forceinline__ void prepare(u32 scales_at, u32 query_at, int limb) {
+    const u32 keep_bytes = limb ? 0x5410 : 0x7632, give_bytes = limb ? 0x7632 : 0x5410;
+    const u32 flip = limb ? 0x80808080u : 0u;  // a low limb is stored + 128
+    float a[KEY_STEPS * 4], tops[4] = {1e-30f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int j = 0; j < KEY_STEPS; j++) {
+      const uint2 s = shared64(scales_at + 64 * j);
+      const uint4 query = shared128(query_at + j * LANES * 16);
+      const float own[4] = {__uint_as_float(query.x), __uint_as_float(query.y), __uint_as_float(query.z), __uint_as_float(query.w)};
+      const float2 x = __half22float2(as_half2(s.x)), y = __half22float2(as_half2(s.y));
+      const float scales[4] = {x.x, x.y, y.x, y.y};
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        a[4 * j + e] = own[e] * scales[e];
+        tops[e] = fmaxf(tops[e], fabsf(a[4 * j + e]));
+      }
+    }
+    top = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
+#pragma unroll
+    for (int bit = 1; bit < 8; bit <<= 1) top = fmaxf(top, __shfl_xor_sync(~0u, top, bit));
+    const float inverse = __fdividef(LIMB_MAX, top);
+#pragma unroll
+    for (int j = 0; j < KEY_STEPS; j++) {
+      u32 v[4];  // low 16 bits: limb value + 128, so that byte 1 is the high limb and byte 0 the low limb + 128
+#pragma unroll
+      for (int e = 0; e < 4; e++) v[e] = __float_as_uint(fmaf(a[4 * j + e], inverse, 12582912.f + 128.f));
+      const u32 x = __byte_perm(v[0], v[1], 0x5140), y = __byte_perm(v[2], v[3], 0x5140);
+      const u32 own = __byte_perm(x, y, keep_bytes), other = __shfl_xor_sync(~0u, __byte_perm(x, y, give_bytes), 4);
+      b[2 * j] = (limb ? other : own) ^ flip;
+      b[2 * j + 1] = (limb ? own : other) ^ flip;
+    }
+  }
+  // In units of which row c's limbs count; lane 8 c has that row.
+  __device__ __forceinline__ float step(int c) const { return __shfl_sync(~0u, top, 8 * c) * (1.f / LIMB_MAX); }
+};
+
 // The trailing block, from its originals: a split of its own, one warp a row. Scores in double.
 __device__ __noinline__ void score_tail(const Call *at_call, int heads, int group, int h, int tile, int tiles, float *x) {
   const Call &call = *at_call;

@@ -20,7 +20,7 @@ struct __align__(16) Changes { float coded[ROW_TILE][BLOCK], original[ROW_TILE][
 struct __align__(16) Scratch {
   float q[ROW_TILE][D], scale[ROW_TILE], size[ROW_TILE], q_norm[ROW_TILE];
   int seen[ROW_TILE];  // tokens
-  float top[ROW_TILE];  // of the split, in the first pass
+  float top[ROW_TILE];  // of the split, before promotion
   float back[WARPS][ROW_TILE];  // what each warp took back: mass times norms
   Changes changes[STAGES];
   u64 bars[STAGES];
