@@ -102,7 +102,7 @@ class Graph:
         elif self.what == "candidates":
             step.kernels.candidates(step.at, step.grid, on)
         else:
-            kernels(step.layout, self.what == "naive").certify(step.at, step.grid, step.program, on)
+            kernels(step.layout, self.what == "naive").certify(step.at, step.grid, False, on)
 
     def answers(self) -> list[Answer]:
         """Of every call. Candidates are found from the workspace, which steps share: each is asked before the next one runs."""

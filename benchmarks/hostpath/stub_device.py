@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from device import emulated
 
-QUIET = ("score", "value", "attend", "finish", "finish_many", "pick", "promote", "cover", "rank", "canary", "widen")
+QUIET = ("attend", "finish", "finish_many", "pick", "promote", "cover", "rank", "canary", "widen")
 
 
 @dataclass

@@ -130,7 +130,7 @@ def test_naive_kernels_answer_as_rung_0_does(layout: Layout) -> None:
     for naive in (True, False):
         step = Step(layout, cache.memory, [Part(layout, cache.call(q, 0.3, Budget(skip_share=0.0)), 0, 1)])  # type: ignore[arg-type]
         step.upload()
-        Kernels(layout, naive).certify(step.at, step.grid, step.program, step.memory.stream)
+        Kernels(layout, naive).certify(step.at, step.grid, False, step.memory.stream)
         outputs.append(exact_numbers(step.answers()[0].output).astype(np.float64))
     assert np.abs(outputs[0]).max() > 0
     assert np.allclose(outputs[0], outputs[1], rtol=2e-3, atol=2e-5)  # of sums in another order, rounded to the originals' type

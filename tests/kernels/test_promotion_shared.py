@@ -42,7 +42,7 @@ class Promotion:
         self.cache: Cache = store(layout, self.k, self.v)
         self.step = Step(layout, self.cache.memory, [Part(layout, self.cache.call(self.q, 1e-3, Budget(skip_share=0.0)), 0, n)], per)  # type: ignore[arg-type]
         self.step.upload()
-        self.step.kernels.certify(self.step.at, self.step.grid, self.step.program, self.step.memory.stream)
+        self.step.kernels.certify(self.step.at, self.step.grid, False, self.step.memory.stream)
         self.full, self.rows = tokens // B, query_heads // 8 * n
         self.of_head, self.splits = -(-self.rows // ROWS), -(-self.full // per)
         self.tiles = 8 * self.of_head

@@ -65,6 +65,6 @@ def test_what_another_step_has_read_is_forgotten(tokens: int) -> None:
     step = Step(layout, cache.memory, [Part(layout, cache.call(q, 0.1, Budget()), 0, 1)], split_blocks=4)  # type: ignore[arg-type]
     step.upload()
     Left(step).write(reads=np.full_like(step.arranged.parts[0].reads, 0xFFFFFFFF))
-    step.kernels.certify(step.at, step.grid, step.program, step.memory.stream)
+    step.kernels.certify(step.at, step.grid, False, step.memory.stream)
     words, _ = told(step)
     assert len(words) == -(-4 * tokens // 16 // 32) and not words.any()

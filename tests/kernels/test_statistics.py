@@ -143,7 +143,7 @@ def test_a_blocks_scores_err_by_its_own_codes_and_limbs(layout: Layout) -> None:
     cache, record = store(layout, k, v), Record(layout)
     step = Step(layout, cache.memory, [Part(layout, cache.call(q, 1e-6, Budget()), 0, 1)], 2048 // B)  # type: ignore[arg-type]
     step.upload()
-    step.kernels.certify(step.at, step.grid, step.program, step.memory.stream)
+    step.kernels.certify(step.at, step.grid, False, step.memory.stream)
     step.memory.stream.synchronize()
     found = Left(step).statistics[:, 0].reshape(heads, full, -1, 4)[:, :, 8]  # [Hkv, full, 4]
     hot = np.asarray(fetched(cache.memory.hot)).view(np.uint8)

@@ -69,11 +69,11 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
 #pragma unroll 1
   for (int begin = 0; begin < count; begin += CHUNK) {
     copies_wait();
-    const u32 head_r = stages.heads + r * HEAD_BYTES, notes = head_r + NOTES_AT;
-    const BlockFacts fact = block_facts(head_r, head_r + SCALE_BYTES, notes, operands, c, lane, {size, q_norm});
+    const u32 head_r = stages.heads + r * HEAD_BYTES;
+    const BlockFacts fact = block_facts(head_r, operands, c, lane, {size, q_norm});
     offset_dots[warp][r][c] = fact.offset_dot;
     float note = 0.f;  // of sV, amp and the largest norm, in units, and C1 the lane's
-    if (!NAIVE) note = __uint_as_float(shared32(notes + 4 * (c == 0 ? SV : c == 1 ? AMP : c == 2 ? VALUE_NORM_MAX : C1))) * (c == 3 ? 1.f : unit);
+    if (!NAIVE) note = __uint_as_float(shared32(head_r + NOTES_AT + 4 * (c == 0 ? SV : c == 1 ? AMP : c == 2 ? VALUE_NORM_MAX : C1))) * (c == 3 ? 1.f : unit);
     __syncwarp();
     if (begin == 0)
       for (int i = 0; i < VALUES_AHEAD; i++) stages.issue_values(i);
@@ -139,9 +139,9 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
       }
 #pragma unroll
       for (int bit = 4; bit < 32; bit <<= 1) mass += __shfl_xor_sync(~0u, mass, bit);
-      const float mine = NAIVE || r == SUM ? mass : sums[0];
-      if (NAIVE) running = fmaf(running, keep, mine * take);
-      if (!NAIVE) {
+      if (NAIVE) running = fmaf(running, keep, mass * take);
+      else {
+        const float mine = r == SUM ? mass : sums[0];
         if (r == i - begin) own_step = step;
         const float upper = r == SUM_SQUARES ? sums[3] : r == SUM_ERROR ? sums[2] : r == TOP ? largest : mine;
         const float lower = r == SUM_SQUARES ? sums[1] : sums[0];

@@ -60,7 +60,7 @@ __device__ __forceinline__ void write_values(float *sums, const unsigned char *s
   }
 }
 
-// The trailing block's, from originals and the weights of the score pass, which are relative to the split's largest score already.
+// The trailing block's, from originals and the weights that `score_tail` has left, which are relative to the split's largest score already.
 __device__ __forceinline__ void value_tail(const Call &call, int heads, int h, int base) {
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, full = call.full, count = call.tokens - full * BLOCK;
   const i64 split = (i64)base * (call.splits + 1) + call.splits;

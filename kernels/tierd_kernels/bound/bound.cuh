@@ -87,7 +87,8 @@ __device__ __forceinline__ Terms block_terms(const Stats &x, float here, bool ex
   return t;
 }
 
-// Statistics of a split's blocks, `most` at most, on their way to shared memory; other thread blocks may have written some. For all threads.
+// Statistics of neighbouring blocks, `most` at most, on their way to shared memory; other thread blocks may have written some. For all threads of a
+// thread block, or of a warp where THREADS is LANES.
 template <int most, int THREADS = WARPS * LANES>
 struct StatisticsHeld {
   static constexpr int WORDS = STATISTIC_WORDS / 4, EACH = (most * WORDS + THREADS - 1) / THREADS;  // four words at a time

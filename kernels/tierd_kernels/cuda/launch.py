@@ -163,7 +163,7 @@ class Kernels:
         if grid.canaries:
             self._over("canary", (grid.canaries, self.layout.num_kv_heads, grid.calls), WARPS * LANES, calls, grid, stream, first=True)
         if program.certifies:
-            self.certify(calls, grid, program, stream)
+            self.certify(calls, grid, program.ranks, stream)
             parts = min(PICK_PARTS, grid.splits + 1, max(1, PICK_BLOCKS // (grid.tiles * grid.calls)))
             self._over("pick", (grid.tiles, parts, grid.calls), PICK_THREADS, calls, grid, stream, parts)
             if program.covers:
@@ -181,10 +181,10 @@ class Kernels:
         shape = (2 * self.layout.num_kv_heads, CANDIDATE_PARTS, grid.calls)
         self._over("candidates", shape, CANDIDATE_THREADS, calls, grid, stream, first=True)
 
-    def certify(self, calls: int, grid: Grid, program: Program, stream: Any) -> None:
+    def certify(self, calls: int, grid: Grid, ranks: bool, stream: Any) -> None:
         """Rung 0 alone: scores and values, bound."""
         self._splits("attend", calls, grid, stream, first=True)
-        if program.ranks:
+        if ranks:
             self._rows("rank", RANK_THREADS, calls, grid, stream, 0)
         self._finish(calls, grid, stream)
 

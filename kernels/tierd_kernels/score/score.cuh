@@ -50,7 +50,7 @@ __device__ __forceinline__ RowFacts scale_query(const Query &query, float softma
 }
 
 // Of a block and row, ready for the scores: q . offset, and Delta, D and eps but for the limbs' part of eps.
-struct __align__(16) BlockFacts { float offset_dot, delta, d_norm, eps; };
+struct BlockFacts { float offset_dot, delta, d_norm, eps; };
 struct RowSize { float size, q_norm; };  // |softmax scale| as `scale_query` has it, in natural units; ||q||
 
 __device__ __forceinline__ u32 halves(float x, float y) { return as_bits(__floats2half2_rn(x, y)); }
@@ -101,12 +101,12 @@ __device__ __forceinline__ void prepare_operands(Operands &operands, const float
   }
 }
 
-// Facts of block r of a chunk, for row c of the tile: rows of A are blocks, the upper eight none.
-__device__ __forceinline__ BlockFacts block_facts(u32 scales, u32 offsets, u32 notes, const Operands &operands, int c, int lane, const RowSize &row) {
+// Facts of block r of a chunk, whose record's head lies there in shared memory, for row c of the tile: rows of A are blocks, the upper eight none.
+__device__ __forceinline__ BlockFacts block_facts(u32 head, const Operands &operands, int c, int lane, const RowSize &row) {
   float dot[4] = {0.f, 0.f, 0.f, 0.f}, l1[4] = {0.f, 0.f, 0.f, 0.f}, l2[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int j = 0; j < KEY_STEPS; j++) {
-    const uint4 s = shared128(scales + 2 * (32 * j + 8 * c)), z = shared128(offsets + 2 * (32 * j + 8 * c));
+    const uint4 s = shared128(head + 2 * (32 * j + 8 * c)), z = shared128(head + SCALE_BYTES + 2 * (32 * j + 8 * c));
 #pragma unroll
     for (int k = 0; k < 2; k++) {
       const u32 a0 = k ? s.z : s.x, a2 = k ? s.w : s.y;
@@ -121,7 +121,7 @@ __device__ __forceinline__ BlockFacts block_facts(u32 scales, u32 offsets, u32 n
   }
   BlockFacts facts = {dot[0] + dot[1], 0.f, 0.f, 0.f};
   if (NAIVE) return facts;
-  auto note = [&](int i) { return __uint_as_float(shared32(notes + 4 * i)); };
+  auto note = [&](int i) { return __uint_as_float(shared32(head + NOTES_AT + 4 * i)); };
   const float norm1 = l1[0] * NORM_ROOM;  // no norm is above it, where a square was infinite
   const float norm2 = fminf(sqrt_approx(l2[0]) * (NORM_ROOM / 64.f), norm1);
   facts.delta = row.size * fminf(note(H) * norm1, note(RK) * norm2);
