@@ -234,6 +234,7 @@ inline int __ffs(u32 x) { return __builtin_ffs((int)x); }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x ? __builtin_clz((u32)x) : 32; }
 inline float __fdividef(float a, float b) { return a / b; }
+inline float __fmul_rn(float a, float b) { return a * b; }  // contraction is off
 inline u32 __byte_perm(u32 x, u32 y, u32 selector) {
   const u64 both = (u64)y << 32 | x;
   u32 out = 0;

@@ -122,27 +122,22 @@ class Left:
         self.statistics = self._statistics(self._read("statistics", (heads, tiles, self.full + 1, 8, 4), np.uint32)[:, :, : self.full])
         self.marks = self._read("marks", (heads, tiles, self.full), np.uint32)
         self.facts = self._read("facts", (heads, self.rows, 7), np.float32).astype(np.float64)
-        self._tiles = heads, tiles
-
-    def weights(self, block_size: int) -> NDArray[np.float64]:
-        """Of tokens in full blocks, relative to the block's largest, [Hkv, full, 4, B] for the first tile of rows."""
-        shape = (*self._tiles, self.full + 1, block_size // 16, 64)
-        words = self._read("weights", shape, np.float32)[:, 0, : self.full, :, :64].astype(np.float64)
-        # Rows, then tokens t and t + 8 side by side.
-        return words.reshape(*words.shape[:3], 4, 8, 2).transpose(0, 1, 3, 2, 5, 4).reshape(*words.shape[:2], 4, block_size)
 
     def _read(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
         size, at = int(np.prod(shape)) * np.dtype(dtype).itemsize, self.call[name] - int(self.memory.workspace.data.ptr)
         return np.asarray(self.memory.workspace[at : at + size].get()).view(dtype).reshape(shape)
 
     def write(self, **left: NDArray[Any]) -> None:
-        """What a step is to have left instead."""
+        """What a step is to have left instead: there when this returns, for streams that do not wait for copies on others."""
+        import cupy
+
         memory = self.memory
         for name, x in left.items():
             at = int(self.call[name])
             for start, held in ((memory.workspace_at, memory.workspace), (memory.outputs.at, memory.outputs.device)):
                 if start <= at < start + held.nbytes:
                     held[at - start : at - start + x.nbytes].set(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+        cupy.cuda.Device().synchronize()
 
     def _statistics(self, words: NDArray[np.uint32]) -> NDArray[np.float64]:
         """[..., full, 44], four rows a statistic, then the block's notes, of what lies as cuda/common.cuh, `statistic`, says."""

@@ -9,6 +9,7 @@ from typing import Any
 import device
 import numpy as np
 import pytest
+from coded_weights import coded_weights
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from tierd_kernels.quantise.reference import dequantise_values, quantise_block
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("cuda")]
 OPEN, CERTIFIED = 0, 1  # of `state` in cuda/common.cuh
 ERROR, SPLIT_TOP, STATISTIC_WORDS, PARTIALS, FACTS, LIMIT = 15, 12, 32, 17, 7, 6
-BLOCK_TOP = 7  # which word of a block's statistics
+DELTA_WORD, BLOCK_TOP = 3, 7  # which words of a block's statistics
 LARGEST, TOP, MASS, UNIT_NORM = [12, 13, 14, 16], 0, 1, 2  # of partials those that are maxima; of facts
 PER, B, D, ROWS = 16, 16, 128, 4  # blocks of a split; rows of a tile
 LOG2E = np.log2(np.e)
@@ -53,11 +54,10 @@ class Promotion:
             "partials": ((self.tiles, self.splits + 1, PARTIALS, ROWS), np.float32),
             "statistics": ((self.tiles, self.full + 1, STATISTIC_WORDS), np.uint32),
             "dots": ((8, self.rows, self.splits + 1), np.float32), "output": ((query_heads, n, D), np.float16),
-            "weights": ((self.tiles, self.full + 1, 64), np.float32),
             "dense": ((self.tiles * (self.splits + 1) * ROWS * (6 + D) * 2,), np.float32),
             "tickets": ((2 * (8 + self.tiles) + (self.tiles * self.splits if self.tiles <= 32 else 0),), np.int32),
         }  # fmt: skip
-        self.first = self.read()
+        self.first, self.weights = self.read(), coded_weights(self.step).astype(np.float64)
         for name in ("marks", "counts"):
             self.first[name] = np.zeros_like(self.first[name])
 
@@ -92,6 +92,13 @@ class Promotion:
         self.step.kernels._splits("promote", self.step.at, self.step.grid, self.step.memory.stream)
         return self.read()
 
+    def rounding_of_scores(self, tile: int, b: int, row: int) -> float:
+        """What sums over channels may be off by, of a block's original keys and a row."""
+        h, index = tile // self.of_head, tile % self.of_head * ROWS + row
+        q = exact_numbers(self.q).reshape(8, self.rows, D)[h, index]
+        k = exact_numbers(self.k)[h, b * B : (b + 1) * B]
+        return float(np.linalg.norm(q) * np.linalg.norm(k, axis=1).max() * D**-0.5 * (D / 16 + 8) * 2.0**-24)
+
     def changes(self, marks: NDArray[np.uint32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """By how much the marked blocks' originals change the splits' sums, relative to the splits' largest scores of before, and the
         absolute sum of what is put in and taken back: [tiles, splits, 4, d], float64."""
@@ -102,15 +109,13 @@ class Promotion:
             h, here = tile // self.of_head, slice(b * B, (b + 1) * B)
             codes = dequantise_values(quantise_block(self.k[h, here], self.v[h, here], self.cache.layout), self.cache.layout)
             stored = codes.astype(np.float16).astype(np.float64)
-            left = self.first["weights"][tile, b].astype(np.float64)
             for row in range(ROWS):
                 index, mark = tile % self.of_head * ROWS + row, int(marks[tile, b]) >> row
                 if not mark & 17:
                     continue
                 top = float(self.first["partials"][tile, b // PER, SPLIT_TOP, row])
-                weights = left[row * B : (row + 1) * B].reshape(8, 2).T.reshape(-1)  # tokens t and t + 8 lie side by side
                 largest = self.first["statistics"][tile, b].view(np.float32)[(BLOCK_TOP ^ (b & 7)) * ROWS + row]
-                was = np.exp2(largest - top) * weights
+                was = np.exp2(largest - top) * self.weights[tile, b, row]
                 scores = keys[h, here] @ q[h, index] * D**-0.5 * LOG2E
                 now = np.exp2(scores - top) if mark & 1 else was
                 used = values[h, here] if mark & 16 else stored
@@ -196,6 +201,9 @@ def check(of: Promotion, open_tiles: frozenset[int], most: int, seed: int) -> Ar
     left = ~np.isnan(found["dense"][: of.splits * of.tiles * (D + 1) * 4].reshape(of.splits, of.tiles, -1))
     taking_part = shared(of, promoting, marks)
     assert np.array_equal(left.all(axis=2), taking_part) and np.array_equal(left.any(axis=2), taking_part)
+    for tile, b, row in np.argwhere(marks[..., None] >> np.arange(ROWS, dtype=np.uint32) & 1):
+        delta = found["statistics"].view(np.float32)[tile, b, (DELTA_WORD ^ (b & 7)) * ROWS + row]
+        assert of.rounding_of_scores(tile, b, row) <= delta < 1e-3, "promoted keys' scores err by their rounding"
     unmarked = np.append(marks == 0, np.ones((of.tiles, 1), np.bool_), axis=1)
     assert np.array_equal(found["statistics"][unmarked], of.first["statistics"][unmarked])
     return found

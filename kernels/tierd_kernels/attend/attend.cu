@@ -2,7 +2,8 @@
 // weights times values. One thread block a tile of rows and split, or trailing block.
 //
 // One warp takes a block after the other: scores, weights, statistics, products. What the products so far are relative to, the row's largest score in the
-// warp, grows with them, so weights need not be read back, and nobody waits for another warp before the end. Weights are written for promotion alone.
+// warp, grows with them, so nobody waits for another warp before the end. Weights are not written: what promotion needs of them it works out
+// again, and of 131,072 tokens an H200 took 4 us for writing them.
 //
 // An H200 takes 14.6, 29.2, 47.6 and 85.3 us for rung 0 of 8,192, 32,768, 65,536 and 131,072 tokens. At 131,072 tokens instructions count for as much as
 // bytes: reading always the same records takes 71 us, and 60 without the certificate, too near what memory takes for either to hide the other. A warp
@@ -30,9 +31,10 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
 
   float q[KEY_STEPS * 4];
   const RowFacts mine = scale_query(query, softmax_scale, c, limb, q);
-  __shared__ Operands operands;
+  __shared__ Parts parts;
+  __shared__ Sizes sizes;
   __shared__ float4 queries[KEY_STEPS][LANES];
-  prepare_operands(operands, q, warp, lane, limb);
+  prepare_operands(parts, NAIVE ? nullptr : &sizes, q, warp, lane, limb);
   if (warp == 0)
 #pragma unroll
     for (int j = 0; j < KEY_STEPS; j++) queries[j][lane] = {q[4 * j], q[4 * j + 1], q[4 * j + 2], q[4 * j + 3]};
@@ -44,9 +46,8 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
   const u64 kept = keep_policy();
   const float size = fabsf(scale) * 0.69314724f;  // |softmax scale| in natural units, rounded up
   const i64 place = (i64)base * (full + 1) + first;
-  // Where a lane writes of a block: weights of row c, tokens r and r + 8; word r of row c's statistics, of which those that tell of scores are
-  // written once more behind the chunk.
-  float *weights = call.weights + place * TILES * WEIGHT_FLOATS + weight_at(c, r), *statistics = call.statistics + place * STATISTIC_WORDS + c;
+  // Where a lane writes of a block: word r of row c's statistics, of which those that tell of scores are written once more behind the chunk.
+  float *statistics = call.statistics + place * STATISTIC_WORDS + c;
   // Sums over a block's tokens, but for that of weights, are an MMA's. Columns of B are weights and their squares, 2 * row and 2 * row + 1; row r of
   // A holds a norm of each token, of values or of their errors, or its square, row r + 8 ones, or the norm itself. So lane (r, c) comes by the one
   // or two sums that word r of row c has, where sums by lanes and a fold of them took 25 instructions more.
@@ -63,14 +64,14 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
   const bool some_unseen = __ballot_sync(~0u, seen < (first + count) * BLOCK) != 0;
   const u32 queries_at = in_register(shared_at(&queries[0][lane]));
   Limbs limbs;  // of the next block
-  auto prepare_limbs = [&](int block) { limbs.prepare(stages.head(block) + 16 * c + 8 * limb, queries_at, limb); };
+  auto prepare_limbs = [&](int block) { limbs.prepare<LANES * 16>(stages.head(block) + 16 * c + 8 * limb, queries_at, limb); };
   Products acc;
   float highest = LOWEST, running = 0.f;  // largest score of row c, what `acc` is relative to; without a certificate the mass
 #pragma unroll 1
   for (int begin = 0; begin < count; begin += CHUNK) {
     copies_wait();
     const u32 head_r = stages.heads + r * HEAD_BYTES;
-    const BlockFacts fact = block_facts(head_r, operands, c, lane, {size, q_norm});
+    const BlockFacts fact = block_facts(head_r, parts, sizes, c, lane, {size, q_norm});
     offset_dots[warp][r][c] = fact.offset_dot;
     float note = 0.f;  // of sV, amp and the largest norm, in units, and C1 the lane's
     if (!NAIVE) note = __uint_as_float(shared32(head_r + NOTES_AT + 4 * (c == 0 ? SV : c == 1 ? AMP : c == 2 ? VALUE_NORM_MAX : C1))) * (c == 3 ? 1.f : unit);
@@ -92,11 +93,7 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
       for (int t = 0; t < TILES; t++) {
         const int item = i * TILES + t;
         const u32 codes = stages.keys_here(item);
-        int d[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // two chains: half the latency
-#pragma unroll
-        for (int j = 0; j < KEY_STEPS; j++) {
-          mma_s8(d[j & 1], shared128(codes + j * LANES * 16 + lane * 16), limbs.b[2 * j], limbs.b[2 * j + 1]);
-        }
+        const CodeProducts products(codes, limbs, lane);
         if (!NAIVE)
 #pragma unroll
           for (int half = 0; half < 2; half++) norms[t][half] = shared64(codes + TILE_CODES + half * 32 + c * 8);  // of tokens 2c and 2c + 1
@@ -104,8 +101,8 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
         stages.issue_keys(item + KEY_STAGES);
         if (VALUES_AHEAD < VALUE_STAGES) stages.issue_values(item + VALUES_AHEAD);
         if (t == TILES - 1 && i + CHUNK < count) stages.fetch_head(i + CHUNK);
-        s[2 * t] = fmaf((float)((d[0][0] + d[1][0]) * 256 + d[0][1] + d[1][1]), step, offset_dot) * scale;
-        s[2 * t + 1] = fmaf((float)((d[0][2] + d[1][2]) * 256 + d[0][3] + d[1][3]), step, offset_dot) * scale;
+#pragma unroll
+        for (int half = 0; half < 2; half++) s[2 * t + half] = products.score(half, step, offset_dot, scale);
         if (some_unseen) {
           const int left = seen - (first + i) * BLOCK - t * TILE - r;  // of the row's tokens, from this one on
           if (left <= 0) s[2 * t] = -INFINITY;
@@ -135,7 +132,6 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
           used[half] = bf16_products(norm, (norm & square) | (ONES & ~square)), plain[half] = (norm & error) | (ONES & ~error);
         }
         if (!NAIVE) mma_bf16(sums, used[0], plain[0], used[1], plain[1], of_weights[0], of_weights[1]);
-        store_kept(weights + t * WEIGHT_FLOATS, s[2 * t], s[2 * t + 1], kept);
       }
 #pragma unroll
       for (int bit = 4; bit < 32; bit <<= 1) mass += __shfl_xor_sync(~0u, mass, bit);
@@ -147,7 +143,7 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
         const float lower = r == SUM_SQUARES ? sums[1] : sums[0];
         store_kept(statistics + word_at(first + i, r), word_of(upper * of_upper, lower * of_lower, halves), kept);
       }
-      statistics += STATISTIC_WORDS, weights += TILES * WEIGHT_FLOATS;
+      statistics += STATISTIC_WORDS;
       __syncwarp();
 #pragma unroll
       for (int t = 0; t < TILES; t++) {
@@ -215,9 +211,11 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES, D <= 128 ? 4 : 2) att
   const int h = quotient(blockIdx.x, tiles), tile = blockIdx.x - h * tiles, base = h * tiles + tile;
   if (split == call.splits) {
     if (call.tokens <= call.full * BLOCK) return;
-    score_tail(calls + blockIdx.z, heads, group, h, tile, tiles, (float *)shared);
+    static_assert(4 * BLOCK * (D + 1 + ROW_TILE) <= WARPS * STAGED_BYTES, "a trailing block has room where others are staged");
+    float *originals = (float *)shared, *weights = originals + BLOCK * (D + 1);
+    score_tail(calls + blockIdx.z, heads, group, h, tile, tiles, originals, weights);
     __syncthreads();
-    return value_tail(call, heads, h, base);
+    return value_tail(call, heads, h, base, weights);
   }
   attend_split(call, heads, group, h, tile, base, split, shared);
 }

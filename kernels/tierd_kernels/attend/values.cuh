@@ -60,16 +60,15 @@ __device__ __forceinline__ void write_values(float *sums, const unsigned char *s
   }
 }
 
-// The trailing block's, from originals and the weights that `score_tail` has left, which are relative to the split's largest score already.
-__device__ __forceinline__ void value_tail(const Call &call, int heads, int h, int base) {
+// The trailing block's, from originals and the `weights` that `score_tail` has left, which are relative to the split's largest score already.
+__device__ __forceinline__ void value_tail(const Call &call, int heads, int h, int base, const float *weights) {
   const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, full = call.full, count = call.tokens - full * BLOCK;
   const i64 split = (i64)base * (call.splits + 1) + call.splits;
   const unsigned char *values = call.originals + call.original[full] + (i64)(heads + h) * ORIGINAL_BYTES;
-  const float *w = call.weights + ((i64)base * (full + 1) + full) * TILES * WEIGHT_FLOATS;
   float *sums = call.sums + split * ROW_TILE * D;
   for (int i = lane; i < D; i += LANES) {
     float sum = 0.f;
-    for (int t = 0; t < count; t++) sum = fmaf(w[t / TILE * WEIGHT_FLOATS + weight_at(warp, t % TILE)], as_float(values, t * D + i), sum);
+    for (int t = 0; t < count; t++) sum = fmaf(weights[warp * BLOCK + t], as_float(values, t * D + i), sum);
     sums[warp * D + i] = sum;
   }
 }

@@ -22,10 +22,6 @@ constexpr bool LINED = RECORD_BYTES % LINE == 0;  // else lines begin elsewhere 
 constexpr int ITEM = DTYPE == 2 ? 4 : 2, ORIGINAL_BYTES = BLOCK * D * ITEM;
 enum { H, RK, SK, SV, AMP, C1, VALUE_NORM_MAX, KEY_NORM_MAX, OFFSET_NORM, KEYS_RAW, VALUES_RAW };  // the last two: 1 or 0, as integers
 
-// What rung 0 leaves of a tile of rows and a tile of tokens: weights [ROW_TILE][TILE], tokens t and t + 8 side by side, as one lane
-// has them, relative to the row's largest score of the whole block.
-constexpr int WEIGHT_FLOATS = ROW_TILE * TILE;
-__device__ __forceinline__ int weight_at(int row, int token) { return row * TILE + token % 8 * 2 + token / 8; }
 // Statistics of a row and a block, see bound/statistics.py; SUM_SQUARE_VALUE is sum w nu^2, TOP the largest score in log2 units. Behind them the
 // block's sV, amp and largest norm.
 enum { SUM, SUM_SQUARES, SUM_NORM, SUM_SQUARES_NORM, SUM_ERROR, SUM_SQUARE_VALUE, SUM_SQUARE_ERROR, TOP, DELTA, D_NORM, STATISTICS };
@@ -81,7 +77,7 @@ struct Call {
   const void *q;  // raw [Hq][n][D]
   const i64 *hot;
   const unsigned char *pool;
-  float *weights, *statistics, *partials;          // by tile of rows: [full + 1 blocks] (weights: of TILES each), [splits + 1]
+  float *statistics, *partials;                    // by tile of rows: [full + 1 blocks], [splits + 1]
   u32 *marks;                                      // [tiles][full]: promoted keys, a bit a row, and values, the next four bits
   const unsigned char *scratch, *originals;
   void *output;   // raw [Hq][n][D]
@@ -107,7 +103,7 @@ struct Call {
   int *cold;                                       // [Hkv * rows]: of the records that the row has read, those without a copy
   double rtol, atol;
   double tau_cov, key_bound_max, v_tol;            // of the coverage policy
-  double unused[2];                                // the next call begins with a line too
+  double unused[3];                                // the next call begins with a line too
 };
 static_assert(sizeof(Call) == 384, "as in launch.py");
 

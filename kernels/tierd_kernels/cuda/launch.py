@@ -52,16 +52,16 @@ NUMBERS = (
     "coverage", "k_min", "k_max", "preference", "candidates_max",
 )  # fmt: skip
 POINTERS = (
-    "q", "hot", "pool", "weights", "statistics", "partials", "marks", "scratch", "originals", "output", "original", "copied", "copies",
+    "q", "hot", "pool", "statistics", "partials", "marks", "scratch", "originals", "output", "original", "copied", "copies",
     "group_values", "group_errors", "sums", "fields", "facts", "dots", "state", "counts", "picks", "dense", "canaries", "failures",
     "shares", "tickets", "candidate_blocks", "candidate_scores", "row_weights", "reads", "cold",
 )  # fmt: skip
 REALS = ("rtol", "atol", "tau_cov", "key_bound_max", "v_tol")
 CALL = np.dtype([
     *((name, np.int32) for name in NUMBERS), ("scale", np.float64), *((name, np.uint64) for name in POINTERS),
-    *((name, np.float64) for name in REALS), ("unused", np.uint8, 16),
+    *((name, np.float64) for name in REALS), ("unused", np.uint8, 24),
 ])  # fmt: skip
-PACKED = Struct(f"={len(NUMBERS)}id{len(POINTERS)}Q{len(REALS)}d16x")  # the same: a record of numpy takes five times as long to fill
+PACKED = Struct(f"={len(NUMBERS)}id{len(POINTERS)}Q{len(REALS)}d24x")  # the same: a record of numpy takes five times as long to fill
 assert CALL.itemsize == PACKED.size == 384
 
 

@@ -17,6 +17,7 @@ from tierd_kernels.cuda.sources import (
     ROW_FACTS,
     ROW_TILE,
     STATISTIC_WORDS,
+    WARPS,
 )
 from tierd_kernels.cuda.staging import ALIGNMENT, aligned
 from tierd_kernels.in_scratch import RECORDS
@@ -74,16 +75,16 @@ def plan_of(layout: Layout, shape: Shape, processors: int, split_blocks: int | N
 
 @lru_cache(PLANS_MAX)
 def plan(layout: Layout, shape: Shape, per: int) -> Plan:
-    """Of a part of that shape, or of less, whose splits are of `per` blocks, or more."""
+    """Of a part of that shape, or of less, whose splits are of `per` blocks, or more: a multiple of the warps that share them."""
+    assert per % WARPS == 0, per
     heads, d, full = layout.num_kv_heads, layout.head_dim, shape.full
     rows, tiles, splits = heads * shape.group * shape.n, shape.tiles(heads), -(-full // per)
     tickets = 2 * (heads + tiles) + (tiles * splits if tiles <= LANES else 0)
-    weights = layout.block_size * ROW_TILE
     outputs, of_candidates = rows * d * layout.itemsize, 4 * 2 * heads * shape.candidates
     in_scratch = {"copied": 8 * (2 * full * heads // RECORDS + 1), "copies": 4 * shape.copies} if shape.copies else {}
     wanted: dict[int, dict[str, int]] = {
         WORKSPACE: {
-            "weights": 4 * tiles * (full + 1) * weights, "statistics": 4 * tiles * (full + 1) * STATISTIC_WORDS,
+            "statistics": 4 * tiles * (full + 1) * STATISTIC_WORDS,
             "partials": 4 * tiles * (splits + 1) * PARTIALS * ROW_TILE, "sums": 4 * tiles * (splits + 1) * ROW_TILE * d,
             "dense": 8 * tiles * (splits + 1) * ROW_TILE * (DENSE_FACTS + d),
             "facts": 4 * rows * ROW_FACTS, "dots": 4 * rows * (splits + 1), "counts": 8 * rows, "marks": 4 * tiles * full,

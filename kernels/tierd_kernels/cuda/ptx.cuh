@@ -25,7 +25,7 @@ __device__ __forceinline__ void bulk_copy(void *to, const void *from, u32 bytes,
                "l"(from), "r"(bytes), "r"(shared_at(bar))
                : "memory");
 }
-// Records are read once a step: they leave the L2 first, so that weights and statistics stay in it.
+// Records are read once a step: they leave the L2 first, so that statistics stay in it.
 __device__ __forceinline__ u64 stream_policy() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -39,9 +39,6 @@ __device__ __forceinline__ u64 keep_policy() {
 }
 __device__ __forceinline__ void store_kept(float *at, float x, u64 policy) {
   asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(at), "f"(x), "l"(policy) : "memory");
-}
-__device__ __forceinline__ void store_kept(float *at, float x, float y, u64 policy) {  // at a multiple of eight bytes
-  asm volatile("st.global.L2::cache_hint.v2.f32 [%0], {%1,%2}, %3;" ::"l"(at), "f"(x), "f"(y), "l"(policy) : "memory");
 }
 __device__ __forceinline__ void bulk_stream(u32 to, const void *from, u32 bytes, u32 bar, u64 policy) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to), "l"(from),

@@ -16,7 +16,7 @@ PARTS = {
     "rank": ("bound/rank.cu",),
     "pick": ("bound/bound.cuh", "select/threshold.cuh", "select/pick.cu"),
     "cover": ("bound/bound.cuh", "select/cover.cu"),
-    "promote": ("score/exact.cuh", "bound/bound.cuh", "select/originals.cuh", "select/sharing.cuh", "select/promote.cu"),
+    "promote": ("score/exact.cuh", "bound/bound.cuh", "score/score.cuh", "select/originals.cuh", "select/sharing.cuh", "select/promote.cu"),
     "candidates": ("bound/bound.cuh", "select/threshold.cuh", "select/candidates.cu"),
     "dense": ("score/exact.cuh", "dense/finish.cuh", "dense/dense.cu"),
     "canary": ("score/exact.cuh", "score/canary.cu"),
@@ -42,7 +42,7 @@ PICK_BLOCKS, READERS = 256, 8
 # Rows from which on fewer threads put one together, two of them on a multiprocessor: rung 0 of eight sessions of 4,096 tokens takes an H200
 # 30.5 us for 33.8, of 32 sessions 100 for 115; but of one with 131,072 88.6 for 87.3.
 MANY_ROWS, FINISHES = 129, ("finish", "finish_many")
-PROMOTE_STAGED_SMALL = 11 * 1024  # bytes of a block, at most, of which four are staged
+PROMOTE_STAGED_SMALL = 13 * 1024  # bytes of a block, at most, of which three are staged
 
 
 def source(layout: Layout, kernel: str, naive: bool = False) -> tuple[str, tuple[str, ...]]:
@@ -68,19 +68,18 @@ def _lines(nbytes: int) -> int:
 def shared_bytes(layout: Layout, kernel: str) -> int:
     """Dynamic shared memory of a kernel's thread block, at most."""
     record, rows = Record(layout), layout.block_size * (layout.head_dim + 1)
-    if kernel == "attend":  # what warps stage; then sums of values and statistics of the split; the trailing block's keys or values in FP32
+    if kernel == "attend":  # what warps stage, of which a trailing block needs less; then sums of values and statistics of the split
         lines = _lines if record.nbytes % LINE == 0 else int
         heads, keys = CHUNK * record.key_codes_at, KEY_STAGES * lines(TILE * record.key_dim + 4 * TILE)
         staged = keys + heads + VALUE_STAGES * lines(record.value_bytes) + lines(record.score_bytes % LINE)
         statistics = STATISTIC_WORDS * SPLIT_TOKENS_MAX // layout.block_size
         sums = WARPS * ROW_TILE * layout.head_dim + statistics + WARPS * PARTIALS * ROW_TILE
-        return max(WARPS * staged, 4 * sums, 4 * rows)
+        return max(WARPS * staged, 4 * sums)
     if kernel in FINISHES:  # the row's partials
         return 4 * SPLITS_MAX * PARTIALS
-    if kernel == "promote":  # of a block original keys and values, coded values, weights, norms, notes, statistics; then those of the split
-        staged = 2 * layout.original_record_bytes + layout.block_size // TILE * (record.value_bytes + 4 * ROW_TILE * TILE)
-        staged = _lines(staged + 4 * layout.block_size + 64 + 4 * STATISTIC_WORDS)
-        blocks = 4 if staged <= PROMOTE_STAGED_SMALL else 1
+    if kernel == "promote":  # of a block original keys and values, its record and statistics; then those of the split
+        staged = _lines(2 * layout.original_record_bytes + record.nbytes + 4 * STATISTIC_WORDS)
+        blocks = 3 if staged <= PROMOTE_STAGED_SMALL else 1
         return max(blocks * staged, 4 * STATISTIC_WORDS * SPLIT_TOKENS_MAX // layout.block_size)
     if kernel == "canary":  # a record of keys in FP32
         return 4 * rows

@@ -62,11 +62,12 @@ __device__ __forceinline__ u32 scale_squares(u32 s) {
   return as_bits(__hmul2(x, x));
 }
 
-// The B operands of one step of `block_facts`: columns are rows of the tile, of `parts` q in a high and a low FP16 part, of `sizes` |q| and q^2 from
-// above, twice: nobody asks for their second columns. All warps of a thread block use the same: each prepares some of the steps.
-struct Operands { uint2 parts[KEY_STEPS][2][LANES], sizes[KEY_STEPS][2][2][LANES / 2]; };
-__device__ __forceinline__ int size_of(int lane) { return lane / 8 * 4 + lane % 4; }  // of both lanes of a row, which of `sizes`
-__device__ __forceinline__ void prepare_operands(Operands &operands, const float (&q)[KEY_STEPS * 4], int warp, int lane, int limb) {
+// The B operands of what MMAs make of scales and offsets: columns are rows of the tile, of parts q in a high and a low FP16 part, of sizes |q| and
+// q^2 from above, twice: nobody asks for their second columns. All warps of a thread block use the same: each prepares some of the steps, of sizes
+// where they are asked for.
+typedef uint2 Parts[KEY_STEPS][2][LANES], Sizes[KEY_STEPS][2][2][LANES / 2];
+__device__ __forceinline__ int size_of(int lane) { return lane / 8 * 4 + lane % 4; }  // of both lanes of a row, which of `Sizes`
+__device__ __forceinline__ void prepare_operands(Parts &parts, Sizes *sizes, const float (&q)[KEY_STEPS * 4], int warp, int lane, int limb) {
 #pragma unroll
   for (int first = 0; first < KEY_STEPS; first += WARPS) {
     const int j = first + warp;
@@ -93,27 +94,35 @@ __device__ __forceinline__ void prepare_operands(Operands &operands, const float
         float2 back = __half22float2(as_half2(high));
         b[i] = limb ? halves(u - back.x, v - back.y) : high;
       }
-      operands.parts[j][k][lane] = make_uint2(b[0], b[1]);
-      if (limb) continue;
-      operands.sizes[j][k][0][size_of(lane)] = make_uint2(up[0], up[1]);
-      operands.sizes[j][k][1][size_of(lane)] = make_uint2(squares[0], squares[1]);
+      parts[j][k][lane] = make_uint2(b[0], b[1]);
+      if (limb || !sizes) continue;
+      (*sizes)[j][k][0][size_of(lane)] = make_uint2(up[0], up[1]);
+      (*sizes)[j][k][1][size_of(lane)] = make_uint2(squares[0], squares[1]);
     }
   }
 }
 
-// Facts of block r of a chunk, whose record's head lies there in shared memory, for row c of the tile: rows of A are blocks, the upper eight none.
-__device__ __forceinline__ BlockFacts block_facts(u32 head, const Operands &operands, int c, int lane, const RowSize &row) {
-  float dot[4] = {0.f, 0.f, 0.f, 0.f}, l1[4] = {0.f, 0.f, 0.f, 0.f}, l2[4] = {0.f, 0.f, 0.f, 0.f};
+// Offsets of the block whose record's head lies there in shared memory, of this lane's eight channels of step j.
+__device__ __forceinline__ uint4 offsets_of(u32 head, int j, int c) { return shared128(head + SCALE_BYTES + 2 * (32 * j + 8 * c)); }
+// Adds q . offset of blocks r and row c over half k of a step, its parts apart: rows of A are blocks, the upper eight none. An accumulator of its own:
+// one MMA's rounding, not that of a chain.
+__device__ __forceinline__ void add_offsets(float (&dot)[2], const uint4 &z, int k, uint2 parts) {
+  float part[4] = {0.f, 0.f, 0.f, 0.f};
+  mma_f16(part, k ? z.z : z.x, 0, k ? z.w : z.y, 0, parts.x, parts.y);
+  dot[0] += part[0], dot[1] += part[1];
+}
+
+// Facts of block r of a chunk, whose head lies there, for row c of the tile.
+__device__ __forceinline__ BlockFacts block_facts(u32 head, const Parts &parts, const Sizes &sizes, int c, int lane, const RowSize &row) {
+  float dot[2] = {0.f, 0.f}, l1[4] = {0.f, 0.f, 0.f, 0.f}, l2[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
   for (int j = 0; j < KEY_STEPS; j++) {
-    const uint4 s = shared128(head + 2 * (32 * j + 8 * c)), z = shared128(head + SCALE_BYTES + 2 * (32 * j + 8 * c));
+    const uint4 s = shared128(head + 2 * (32 * j + 8 * c)), z = offsets_of(head, j, c);
 #pragma unroll
     for (int k = 0; k < 2; k++) {
       const u32 a0 = k ? s.z : s.x, a2 = k ? s.w : s.y;
-      float part[4] = {0.f, 0.f, 0.f, 0.f};  // an accumulator of its own: one MMA's rounding, not that of a chain
-      const uint2 b = operands.parts[j][k][lane], up = operands.sizes[j][k][0][size_of(lane)], squares = operands.sizes[j][k][1][size_of(lane)];
-      mma_f16(part, k ? z.z : z.x, 0, k ? z.w : z.y, 0, b.x, b.y);
-      dot[0] += part[0], dot[1] += part[1];
+      const uint2 up = sizes[j][k][0][size_of(lane)], squares = sizes[j][k][1][size_of(lane)];
+      add_offsets(dot, z, k, parts[j][k][lane]);
       if (NAIVE) continue;
       mma_f16(l1, a0, 0, a2, 0, up.x, up.y);
       mma_f16(l2, scale_squares(a0), 0, scale_squares(a2), 0, squares.x, squares.y);
@@ -135,7 +144,9 @@ __device__ __forceinline__ BlockFacts block_facts(u32 head, const Operands &oper
 struct Limbs {
   u32 b[KEY_STEPS * 2];
   float top;  // of this lane's row, the largest |q * scale|
-  // From where the block's scales lie in shared memory, from this lane's channels on, and the lane's part of its row's query; for limb `limb`.
+  // From where the block's scales lie in shared memory, from this lane's channels on, and the same channels of its row's query, `apart` bytes from
+  // step to step; for limb `limb`.
+  template <int apart>
   __device__ __forceinline__ void prepare(u32 scales_at, u32 query_at, int limb) {
     const u32 keep_bytes = limb ? 0x5410 : 0x7632, give_bytes = limb ? 0x7632 : 0x5410;
     const u32 flip = limb ? 0x80808080u : 0u;  // a low limb is stored + 128
@@ -143,7 +154,7 @@ struct Limbs {
 #pragma unroll
     for (int j = 0; j < KEY_STEPS; j++) {
       const uint2 s = shared64(scales_at + 64 * j);
-      const uint4 query = shared128(query_at + j * LANES * 16);
+      const uint4 query = shared128(query_at + j * apart);
       const float own[4] = {__uint_as_float(query.x), __uint_as_float(query.y), __uint_as_float(query.z), __uint_as_float(query.w)};
       const float2 x = __half22float2(as_half2(s.x)), y = __half22float2(as_half2(s.y));
       const float scales[4] = {x.x, x.y, y.x, y.y};
@@ -172,8 +183,23 @@ struct Limbs {
   __device__ __forceinline__ float step(int c) const { return __shfl_sync(~0u, top, 8 * c) * (1.f / LIMB_MAX); }
 };
 
-// The trailing block, from its originals: a split of its own, one warp a row. Scores in double.
-__device__ __noinline__ void score_tail(const Call *at_call, int heads, int group, int h, int tile, int tiles, float *x) {
+// Codes times limbs, of a tile of sixteen tokens whose codes lie in shared memory.
+struct CodeProducts {
+  int d[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // two chains: half the latency
+  __device__ __forceinline__ CodeProducts(u32 codes, const Limbs &limbs, int lane) {
+#pragma unroll
+    for (int j = 0; j < KEY_STEPS; j++) mma_s8(d[j & 1], shared128(codes + j * LANES * 16 + lane * 16), limbs.b[2 * j], limbs.b[2 * j + 1]);
+  }
+  // Of row c the score of token r, or with `half` of token r + 8, in binary units. What promotion takes back must be what rung 0 has summed, to the
+  // bit: nothing here is left to a compiler's contraction.
+  __device__ __forceinline__ float score(int half, float step, float offset_dot, float scale) const {
+    const int high = d[0][2 * half] + d[1][2 * half], low = d[0][2 * half + 1] + d[1][2 * half + 1];
+    return __fmul_rn(fmaf((float)(high * 256 + low), step, offset_dot), scale);
+  }
+};
+
+// The trailing block, from its originals: a split of its own, one warp a row. Scores in double; leaves `weights` [ROW_TILE][BLOCK].
+__device__ __noinline__ void score_tail(const Call *at_call, int heads, int group, int h, int tile, int tiles, float *x, float *weights) {
   const Call &call = *at_call;
   const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES, count = call.tokens - call.full * BLOCK, unit = call.unit;
   const unsigned char *keys = call.originals + call.original[call.full] + (i64)h * ORIGINAL_BYTES, *values = keys + (i64)heads * ORIGINAL_BYTES;
@@ -204,14 +230,14 @@ __device__ __noinline__ void score_tail(const Call *at_call, int heads, int grou
   magnitude = warp_max(magnitude);
   for (int bit = 1; bit < 32; bit <<= 1) size = fmax(size, __shfl_xor_sync(~0u, size, bit));
   const i64 block = (i64)(h * tiles + tile) * (call.full + 1) + call.full;
-  float *weights = call.weights + block * TILES * WEIGHT_FLOATS, *statistics = call.statistics + block * STATISTIC_WORDS + row;
+  float *statistics = call.statistics + block * STATISTIC_WORDS + row;
   auto word = [&](int k) -> float & { return statistics[word_at(call.full, k)]; };
   RowSums sum;
   float norm_top = 0.f;
   for (int k = 0; k < (BLOCK + 31) / 32; k++) {
     float y = s[k] - largest, w = y >= LOG2_MIN ? exp2_approx(y) : 0.f;
     const int token = k * 32 + lane;
-    if (token < BLOCK) weights[token / TILE * WEIGHT_FLOATS + weight_at(row, token % TILE)] = w;
+    if (token < BLOCK) weights[row * BLOCK + token] = w;
     if (k * 32 + lane < seen) norm_top = fmaxf(norm_top, norms[k]);
     sum.add(w, norms[k], 0.f);
   }

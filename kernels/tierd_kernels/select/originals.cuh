@@ -1,24 +1,22 @@
-// What promotion works on: queries as they are multiplied with original keys, and a block as it is staged in shared memory, scored.
+// What promotion works on: queries, and a block as it is staged in shared memory, scored by its codes and by its originals.
 constexpr int THREADS = WARPS * LANES;
 constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM;
-// What is staged of a block: original keys and values, coded values, weights and statistics as they were, norms and notes. Where it is small four
-// are staged at a time; four thread blocks still fit on a multiprocessor.
-constexpr int VALUES_STAGED_AT = ORIGINAL_BYTES, NORMS_STAGED_AT = VALUES_STAGED_AT + ORIGINAL_BYTES, CODES_STAGED_AT = NORMS_STAGED_AT + 4 * BLOCK;
-constexpr int WEIGHTS_STAGED_AT = CODES_STAGED_AT + TILES * VALUE_BYTES, NOTES_STAGED_AT = WEIGHTS_STAGED_AT + 4 * TILES * WEIGHT_FLOATS;
-constexpr int STATISTICS_STAGED_AT = NOTES_STAGED_AT + 64, STAGED_BYTES = (STATISTICS_STAGED_AT + 4 * STATISTIC_WORDS + LINE - 1) / LINE * LINE;
-static_assert(NORMS_AT + 4 * BLOCK == SCORE_BYTES, "norms and coded values are one copy");
-constexpr int STAGES = STAGED_BYTES <= 11 * 1024 ? 4 : 1;
+// What is staged of a block: original keys and values, its record, statistics as they were. Where it is small three are staged at a time; four
+// thread blocks still fit on a multiprocessor.
+constexpr int VALUES_STAGED_AT = ORIGINAL_BYTES, RECORD_STAGED_AT = 2 * ORIGINAL_BYTES, STATISTICS_STAGED_AT = RECORD_STAGED_AT + RECORD_BYTES;
+constexpr int STAGED_BYTES = (STATISTICS_STAGED_AT + 4 * STATISTIC_WORDS + LINE - 1) / LINE * LINE, STAGES = STAGED_BYTES <= 13 * 1024 ? 3 : 1;
 // Eight sums of HALF / 8 fused products each, and what joins them; q is scaled, its norm is at least 1/2.
 constexpr float KEY_ROUNDINGS = (HALF / 8 + 8) * U32F * (1.f + 1e-4f);
 constexpr float KEY_FLOOR = 0x1p-90f;  // products and keys that FP32 flushes
 
-// A promoted block: where its records lie and its weights, in which rows what of it is promoted, as `marks` has it, and its number in the split.
-struct Place { const unsigned char *record, *keys, *values; const float *weights; u32 mark; int block; };
+// A promoted block: where its records lie, in which rows what of it is promoted, as `marks` has it, and its number in the split.
+struct Place { const unsigned char *record, *keys, *values; u32 mark; int block; };
 // Of a staged block's tokens, [row][token]: by how much the weight of the coded value changes; that of the original.
 struct __align__(16) Changes { float coded[ROW_TILE][BLOCK], original[ROW_TILE][BLOCK]; };
 
 struct __align__(16) Scratch {
-  float q[ROW_TILE][D], scale[ROW_TILE], size[ROW_TILE], q_norm[ROW_TILE];
+  float q[ROW_TILE][KEY_DIM], scale[ROW_TILE], size[ROW_TILE], q_norm[ROW_TILE];
+  Parts parts;
   int seen[ROW_TILE];  // tokens
   float top[ROW_TILE];  // of the split, before promotion
   float back[WARPS][ROW_TILE];  // what each warp took back: mass times norms
@@ -29,50 +27,54 @@ struct __align__(16) Scratch {
   Place places[SPLIT_BLOCKS];  // of those that this thread block promotes
 };
 
-constexpr int PER_LANE = (D + LANES - 1) / LANES;
-// A row's query: a warp's, a lane has every 32nd channel. Returns how many tokens it sees.
-__device__ __forceinline__ int read_query(const Call &call, int h, int group, int index, float (&q)[PER_LANE]) {
-  const Row query = query_row(call, h, group, index);
+// The tile's query, of which every warp has read all rows, scaled as scores of codes have it; and the scales that undo it, in binary units and, as
+// sizes, natural ones.
+__device__ __forceinline__ void leave_query(const Call &call, const Query &query, Scratch &to) {
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, r = lane / 4, c = lane % 4, limb = r & 1, row = r >> 1;
+  float q[KEY_STEPS * 4];
+  const RowFacts facts = scale_query(query, (float)(call.scale * 1.4426950408889634), c, limb, q);
+  prepare_operands(to.parts, nullptr, q, warp, lane, limb);
+  if (warp) return;
 #pragma unroll
-  for (int i = 0; i < PER_LANE; i++) {
-    const int channel = i * LANES + threadIdx.x % LANES;
-    q[i] = query.real && channel < D ? as_float(call.q, query.at + channel) : 0.f;
-  }
-  return query.seen;
-}
-// The same, which sees so many tokens, scaled by a power of two into [-1, 1], and the scales that undo it, in binary units and, as sizes,
-// natural ones. A warp a row.
-__device__ __forceinline__ void scaled_query(const Call &call, const float (&q)[PER_LANE], int seen, Scratch &to) {
-  const int lane = threadIdx.x % LANES, row = threadIdx.x / LANES;
-  float top = 0.f, norm = 0.f;
-#pragma unroll
-  for (int i = 0; i < PER_LANE; i++) top = fmaxf(top, fabsf(q[i]));
-  top = warp_max(top);
-  const int e = exponent_above(top);
-#pragma unroll
-  for (int i = 0; i < PER_LANE; i++) {
-    const float x = downscale(q[i], e);
-    if (i * LANES + lane < D) to.q[row][i * LANES + lane] = x;
-    norm = fmaf(x, x, norm);
-  }
-  norm = warp_sum(norm);
-  if (lane) return;
-  to.seen[row] = seen, to.q_norm[row] = sqrtf(norm) * STORE, to.scale[row] = downscale((float)(call.scale * 1.4426950408889634), -e);
-  to.size[row] = fabsf(to.scale[row]) * 0.69314724f;
+  for (int j = 0; j < KEY_STEPS; j++) *(float4 *)(to.q[row] + 32 * j + 8 * c + 4 * limb) = {q[4 * j], q[4 * j + 1], q[4 * j + 2], q[4 * j + 3]};
+  if (c || limb) return;
+  to.seen[row] = query.seen, to.q_norm[row] = facts.q_norm, to.scale[row] = facts.scale, to.size[row] = fabsf(facts.scale) * 0.69314724f;
 }
 
 // Copies of a block what its rows need, with the split's `statistics`: original keys or values only where one does. A thread's: copies of sixteen
 // bytes by all threads were 400 instructions a block.
 __device__ __forceinline__ void stage_block(unsigned char *stage, const Place &of, const float *statistics, u64 *bar) {
-  constexpr int CODES_BYTES = 4 * BLOCK + TILES * VALUE_BYTES, WEIGHTS_BYTES = 4 * TILES * WEIGHT_FLOATS, STATISTIC_BYTES = 4 * STATISTIC_WORDS;
+  constexpr int STATISTIC_BYTES = 4 * STATISTIC_WORDS;
   const int keys = of.mark & 15 ? ORIGINAL_BYTES : 0, values = of.mark & 240 ? ORIGINAL_BYTES : 0;
-  barrier_expect(bar, keys + values + CODES_BYTES + WEIGHTS_BYTES + 64 + STATISTIC_BYTES);
+  barrier_expect(bar, keys + values + RECORD_BYTES + STATISTIC_BYTES);
   if (keys) bulk_copy(stage, of.keys, ORIGINAL_BYTES, bar);
   if (values) bulk_copy(stage + VALUES_STAGED_AT, of.values, ORIGINAL_BYTES, bar);
-  bulk_copy(stage + NORMS_STAGED_AT, of.record + NORMS_AT, CODES_BYTES, bar);
-  bulk_copy(stage + WEIGHTS_STAGED_AT, of.weights, WEIGHTS_BYTES, bar);
-  bulk_copy(stage + NOTES_STAGED_AT, of.record + NOTES_AT, 64, bar);
+  bulk_copy(stage + RECORD_STAGED_AT, of.record, RECORD_BYTES, bar);
   bulk_copy(stage + STATISTICS_STAGED_AT, statistics + of.block * STATISTIC_WORDS, STATISTIC_BYTES, bar);
+}
+
+// What rung 0 weighed a row's tokens of a block by, whose record lies in shared memory and whose largest score was `top`: of each tile the weight of
+// token lane % TILE. Made by the same instructions, so the same bits. A warp's.
+__device__ __forceinline__ void weights_of_codes(const unsigned char *record, int block, int row, float top, const Scratch &with, float (&w)[TILES]) {
+  const int lane = threadIdx.x % LANES, r = lane / 4, c = lane % 4, limb = r & 1;
+  const u32 at = shared_at(record);
+  Limbs limbs;
+  limbs.prepare<4 * 32>(at + 16 * c + 8 * limb, shared_at(with.q[r >> 1] + 8 * c + 4 * limb), limb);
+  const float step = limbs.step(c), scale = with.scale[c];
+  float dot[2] = {0.f, 0.f};
+#pragma unroll
+  for (int i = 0; i < 2 * KEY_STEPS; i++) add_offsets(dot, offsets_of(at, i / 2, c), i % 2, with.parts[i / 2][i % 2][lane]);
+  const float offset_dot = dot[0] + dot[1];
+#pragma unroll
+  for (int t = 0; t < TILES; t++) {
+    const CodeProducts products(at + KEY_CODES_AT + t * TILE * KEY_DIM, limbs, lane);
+    const int left = with.seen[c] - block * BLOCK - t * TILE - r;  // of row c's tokens, from r on
+    const float early = left <= 0 ? -INFINITY : products.score(0, step, offset_dot, scale);
+    const float late = left <= 8 ? -INFINITY : products.score(1, step, offset_dot, scale);
+    const int from = lane % 8 * 4 + row;
+    const float x = __shfl_sync(~0u, early, from), y = __shfl_sync(~0u, late, from);
+    w[t] = exp2_approx((lane & 8 ? y : x) - top);
+  }
 }
 
 // Scores, in binary units, of a staged tile of sixteen original keys for one row: a lane has token lane % 16. Lanes begin with different

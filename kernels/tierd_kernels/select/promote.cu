@@ -52,11 +52,13 @@ __device__ __forceinline__ void weigh(const Call &call, int block, u32 mark, int
                                       float *statistics) {
   const int lane = threadIdx.x % LANES, token = lane % TILE;
   const bool key = mark >> row & 1, value = mark >> row & 16;
-  const float *notes = (const float *)(stage + NOTES_STAGED_AT);
+  const unsigned char *record = stage + RECORD_STAGED_AT;
+  const float *notes = (const float *)(record + NOTES_AT);
   const bool raw = __float_as_uint(notes[VALUES_RAW]);
-  const float *weights = (const float *)(stage + WEIGHTS_STAGED_AT), unit = unit_factor(call.unit);
+  const float unit = unit_factor(call.unit);
   const float before = statistic((const float *)(stage + STATISTICS_STAGED_AT), block, row, TOP);
-  float s[TILES], top = before, size = 0.f;
+  float coded[TILES], s[TILES], top = before, size = 0.f;
+  weights_of_codes(record, block, row, before, room, coded);
   bool wrong = false;
   if (key) {
     top = -INFINITY;
@@ -78,9 +80,9 @@ __device__ __forceinline__ void weigh(const Call &call, int block, u32 mark, int
 #pragma unroll
   for (int t = 0; t < TILES; t++) {
     if (lane / TILE != t % 2) continue;  // the halves of a warp take tiles in turn
-    const u32 both = ((const u32 *)(stage + NORMS_STAGED_AT))[t * TILE + token];
+    const u32 both = ((const u32 *)(record + NORMS_AT))[t * TILE + token];
     const float nu = fmaxf(__uint_as_float(both << 16) * unit, NORM_FLOOR), stored = fmaxf(__uint_as_float(both & 0xffff0000u) * unit, NORM_FLOOR);
-    const float was = weights[t * WEIGHT_FLOATS + weight_at(row, token)];
+    const float was = coded[t];
     const float is = !key ? was : s[t] - top >= LOG2_MIN ? exp2_approx(s[t] - top) : 0.f;
     // Raw values have no codes that could err; promoted ones are used as they are.
     const float eta = value && raw ? 0.f : stored;
@@ -123,7 +125,7 @@ __device__ __forceinline__ void add_changes(const unsigned char *stage, u32 mark
 #pragma unroll 1
     for (int t = 0; t < TILES; t++) {
       float x[TILE];
-      const unsigned char *part = stage + CODES_STAGED_AT + t * VALUE_BYTES;
+      const unsigned char *part = stage + RECORD_STAGED_AT + SCORE_BYTES + t * VALUE_BYTES;
       const uint4 words = *(const uint4 *)(part + (channel / 16 * LANES + channel % 8 * 4) * 4);
 #pragma unroll
       for (int c = 0; c < 4; c++) {
@@ -180,8 +182,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
     const float4 x = of_block[i];
     weights[2 * i] = {x.x, x.y}, weights[2 * i + 1] = {x.z, x.w};
   }
-  float q[PER_LANE];
-  const int seen = read_query(call, h, group, tile * ROW_TILE + warp, q);
+  const Query query = read_query(call, h, group, tile * ROW_TILE + (lane >> 3), lane % 4, lane >> 2 & 1);
   u32 copies[2];  // places of copies: on their way while it is decided which blocks are promoted
   bool copied[2];
 #pragma unroll
@@ -199,8 +200,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   const int turn = quotient(promoted.before, parts);  // which of its part's blocks this thread's is
   if (promoted.mark && promoted.before == turn * parts + share.part) {
     auto lies = [&](int kind) { return copied[kind] ? copy_at(call, copies[kind]) : original_of(call, original, kind, heads, h); };
-    room.places[turn] = {call.pool + hot + (i64)h * RECORD_BYTES, lies(0), lies(1), call.weights + (before + threadIdx.x) * TILES * WEIGHT_FLOATS,
-                         promoted.mark, (int)threadIdx.x};
+    room.places[turn] = {call.pool + hot + (i64)h * RECORD_BYTES, lies(0), lies(1), promoted.mark, (int)threadIdx.x};
     if (turn < STAGES) stage_block(stage_of(turn), room.places[turn], statistics, &room.bars[turn]);
   }
   float *partials = call.partials + ((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE;
@@ -216,7 +216,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
       were[step][row] = channel < D ? sums[row * D + channel] : 0.f;
     }
   if (share.part == 0 && !sharing.coverage) count_promoted(promoted.mark, call.counts + 2 * (h * rows + tile * ROW_TILE));
-  scaled_query(call, q, seen, room);
+  leave_query(call, query, room);
   __syncthreads();
   // All that are staged, where no more follow; else half of them, while the others are on their way. (One block after the other, a warp a row, took
   // 0.5 us a block more: most often one row needs it, and three warps had nothing to do.)
