@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from oracle import exact_numbers
+from oracle import attention, exact_numbers
 from test_cuda import LAYOUTS, draw, raw, store
+from tierd_kernels.cuda.sources import WARPS
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Budget
 
@@ -65,15 +66,15 @@ def test_values_that_are_all_alike_come_back(layout: Layout) -> None:
     assert np.abs(result.output - 1.5).max() < 1e-5
 
 
-@pytest.mark.parametrize("tokens", [40, 2600])  # one split and the trailing block; more than are summed at once
+@pytest.mark.parametrize("splits", [1, 41])  # besides the trailing block; more than are summed at once
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_rows_of_many_are_put_together_as_those_of_few(layout: Layout, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_many_are_put_together_as_those_of_few(layout: Layout, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from tierd_kernels.cuda import dependent, launch
     from tierd_kernels.cuda.packing import Part
     from tierd_kernels.cuda.step import Step
 
-    n, names = 2, list[str]()
-    k, v, q = draw(layout, tokens, 2 * layout.num_kv_heads, n, "sharp", tokens)
+    n, names, tokens = 2, list[str](), splits * WARPS * layout.block_size - 24
+    k, v, q = draw(layout, tokens, 2 * layout.num_kv_heads, n, "sharp", splits)
     cache = store(layout, k, v)
     rows = 2 * layout.num_kv_heads * n
     real = dependent.launch
@@ -81,12 +82,14 @@ def test_rows_of_many_are_put_together_as_those_of_few(layout: Layout, tokens: i
     answers = []
     for many in (rows + 1, rows):
         monkeypatch.setattr(launch, "MANY_ROWS", many)
-        step = Step(layout, cache.memory, [Part(layout, cache.call(q, 0.02, Budget()), 0, n)], 64 // layout.block_size)  # type: ignore[arg-type]
+        step = Step(layout, cache.memory, [Part(layout, cache.call(q, 0.02, Budget()), 0, n)], WARPS)  # type: ignore[arg-type]
         step.upload()
         step.enqueue(step.memory.stream)
         answers.append(step.answers()[0])
     assert [name for name in names if name.startswith("finish")] == [*["finish"] * 2, *["finish_many"] * 2]
     few, of_many = answers
+    difference = exact_numbers(few.output) - attention(k, v, q, layout.head_dim**-0.5).output
+    assert (np.sqrt((difference**2).sum(axis=2)).reshape(few.states.shape) <= few.fields["bound"].reshape(few.states.shape)).all()
     assert np.array_equal(few.states, of_many.states)
     assert np.allclose(exact_numbers(few.output), exact_numbers(of_many.output), rtol=1e-2, atol=1e-5)  # rounded to the originals' type
     for name, x in few.fields.items():
