@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 CAPABILITY = (9, 0)  # bulk copies to shared memory
 DRIVER_MIN = 12030  # captures kernels that begin before the one ahead has ended
 LIMIT_PERSISTING_L2 = 6  # of cudaLimit
-# Of the L2, for what the score pass leaves for the value pass (`keep_policy` of ptx.cuh): all that it leaves of 131,072 tokens, 8 KV heads,
-# blocks of 16. On an H100, of 50 MiB, rung 0 takes 118.8 us there; 124.9 with the 9.4 MiB that a context has by itself, 126.2 with none,
-# 120.3 and 127.4 with 28 and 31 MiB, which leave too little for what passes through. Where more is left, it costs a little: four sessions
-# of 131,072 tokens take 495 us for 486. Tried there: to keep a part of it, 522; none, 558.
+# Of the L2, for what rung 0 leaves for later kernels (`keep_policy` of ptx.cuh): half of an H100's, and three times what it leaves of
+# 131,072 tokens, 8 KV heads, blocks of 16. Rung 0 of those and of eight sessions of 32,768 takes an H200 78.4 and 151.7 us with 17 MiB,
+# 78.3 and 149.5 with 21, 78.9 and 149.1 with 25; another 81.7 and 160.1 with none, 80.9 and 159.2 with 12, 82.2 and 154.6 with 24, 83.9
+# and 158.3 with 30.
 L2_KEPT_BYTES = 25 << 20
 FAULTS = (cp.cuda.runtime.CUDARuntimeError, cp.cuda.driver.CUDADriverError)
 # How CUDA says that the driver and what runs over it are not of one age; the first also where there is no driver at all.
@@ -70,7 +70,7 @@ def set_l2_aside() -> None:
     try:
         cp.cuda.runtime.deviceSetLimit(LIMIT_PERSISTING_L2, L2_KEPT_BYTES)
     except FAULTS as error:
-        log.info("the device sets no %d bytes of its L2 aside, and long contexts take some 5 %% longer: %s", L2_KEPT_BYTES, one_line(error))
+        log.info("the device sets no %d bytes of its L2 aside, and large calls take up to 4 %% longer: %s", L2_KEPT_BYTES, one_line(error))
 
 
 def empty_pools() -> None:
