@@ -16,7 +16,7 @@ from tierd_kernels.layout import BLOCK_SIZES, HEAD_DIMS, VALUE_GROUPS, Layout
 from tierd_kernels.quantise.reference import quantise_block
 
 NVCC = shutil.which("nvcc")
-MMA = {"attend": ("mma.sync.aligned.m16n8k32.row.col.s32.s8", "mma.sync.aligned.m16n8k16.row.col.f32.f16")}
+MMA = dict.fromkeys(("attend", "promote"), ("mma.sync.aligned.m16n8k32.row.col.s32.s8", "mma.sync.aligned.m16n8k16.row.col.f32.f16"))
 REGISTERS_MAX, SPILL_BYTES_MAX = 255, 16  # a pair of registers, outside of the loops
 LAYOUTS = [Layout(2, 128, 16, 16, "float16"), Layout(1, 256, 64, 32, "float32"), Layout(3, 80, 32, 16, "bfloat16")]
 
@@ -80,11 +80,11 @@ def test_a_source_compiles_for_hopper_within_its_registers(kernel: str, layout: 
 
 
 @pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
-@pytest.mark.parametrize("block_size", [16, 64])
-def test_four_thread_blocks_of_rung_0_share_a_multiprocessor(block_size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kernel", "block_size"), [("attend", 16), ("attend", 64), ("promote", 16)])
+def test_four_thread_blocks_share_a_multiprocessor(kernel: str, block_size: int, tmp_path: Path) -> None:
     """As many as splits are cut for; a fifth would take turns with them on some multiprocessors and not on others."""
     reserved, layout = 1024, replace(LAYOUTS[0], block_size=block_size)
-    said = built("attend", layout, tmp_path)
-    own = shared("attend", layout, said) + reserved
+    said = built(kernel, layout, tmp_path)
+    own = shared(kernel, layout, said) + reserved
     assert max(map(int, re.findall(r"(\d+) bytes spill", said))) == 0  # of 128 registers
     assert RESIDENT * own <= SHARED_TOTAL < (RESIDENT + 1) * own
