@@ -43,7 +43,7 @@ __device__ __forceinline__ void attend_split(const Call &call, int heads, int gr
   const int seen = __shfl_sync(~0u, query.seen, 8 * c);
   const float unit = unit_factor(call.unit);
   const u64 kept = keep_policy();
-  const float size = fabsf(scale) * 0.69314724f;  // |softmax scale| in natural units, rounded up
+  const float size = natural_size(scale);
   const i64 place = (i64)base * (full + 1) + first;
   // Where a lane writes of a block: word r of row c's statistics, of which those that tell of scores are written once more behind the chunk.
   float *statistics = call.statistics + place * STATISTIC_WORDS + c;

@@ -48,10 +48,12 @@ __device__ __forceinline__ RowFacts scale_query(const Query &query, float softma
   for (int bit = 1; bit < 8; bit <<= 1) norm += __shfl_xor_sync(~0u, norm, bit);
   return {downscale(softmax_scale, -e), sqrt_approx(norm) * NORM_ROOM};
 }
+// Of such a scale the size in natural units, rounded up.
+__device__ __forceinline__ float natural_size(float scale) { return fabsf(scale) * 0.69314724f; }
 
 // Of a block and row, ready for the scores: q . offset, and Delta, D and eps but for the limbs' part of eps.
 struct BlockFacts { float offset_dot, delta, d_norm, eps; };
-struct RowSize { float size, q_norm; };  // |softmax scale| as `scale_query` has it, in natural units; ||q||
+struct RowSize { float size, q_norm; };  // `natural_size` of the row's scale; ||q||
 
 __device__ __forceinline__ u32 halves(float x, float y) { return as_bits(__floats2half2_rn(x, y)); }
 // x, y >= 0 in FP16, not below: the factor is worth more than rounding, the sum more than a subnormal's.

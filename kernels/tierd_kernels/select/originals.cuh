@@ -38,7 +38,7 @@ __device__ __forceinline__ void leave_query(const Call &call, const Query &query
 #pragma unroll
   for (int j = 0; j < KEY_STEPS; j++) *(float4 *)(to.q[row] + 32 * j + 8 * c + 4 * limb) = {q[4 * j], q[4 * j + 1], q[4 * j + 2], q[4 * j + 3]};
   if (c || limb) return;
-  to.seen[row] = query.seen, to.q_norm[row] = facts.q_norm, to.scale[row] = facts.scale, to.size[row] = fabsf(facts.scale) * 0.69314724f;
+  to.seen[row] = query.seen, to.q_norm[row] = facts.q_norm, to.scale[row] = facts.scale, to.size[row] = natural_size(facts.scale);
 }
 
 // Copies of a block what its rows need, with the split's `statistics`: original keys or values only where one does. A thread's: copies of sixteen
