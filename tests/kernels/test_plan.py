@@ -124,3 +124,13 @@ def test_what_fp32_cannot_score_is_exact_from_the_start(dtype: str, seed: int, s
     beyond = abs(scale) * 2.0 ** np.frexp(size.max())[1] > SCALE_MAX
     call = Call(raw, 1, scale, none, none, None, norms, norms, 0.1, 0.0)
     assert needs_exact(call) == (flushed or beyond)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("per", [1, 2, 6])
+def test_a_split_of_which_some_warp_has_no_part_is_refused(per: int) -> None:
+    """Its blocks would be in no sum."""
+    from tierd_kernels.cuda.plan import Shape, plan
+
+    with pytest.raises(AssertionError, match=f"splits of {per} blocks.* a multiple of {WARPS} "):
+        plan(LAYOUTS[0], Shape(4, 1, 100, 0, 16, 0), per)

@@ -8,7 +8,7 @@ constexpr int KEY_STAGES = 2, VALUE_STAGES = 2;
 // of 131,072 tokens rung 0 takes an H200 87.6 us for 88.2. Keys and values by one copy: 88.1 for 86.8, of 8,192 tokens 15.5 for 14.6.
 constexpr int VALUES_AHEAD = TILES == 1 ? 1 : VALUE_STAGES;
 constexpr int HEAD_BYTES = KEY_CODES_AT;
-constexpr int TILE_CODES = TILE * KEY_DIM, TILE_NORMS = 4 * TILE, KEY_BYTES = TILE_CODES + TILE_NORMS;
+constexpr int TILE_NORMS = 4 * TILE, KEY_BYTES = TILE_CODES + TILE_NORMS;
 // Where lines can be kept, what begins in the middle of one does so in shared memory too.
 constexpr int lines(int bytes) { return LINED ? (bytes + LINE - 1) / LINE * LINE : bytes; }
 constexpr int KEYS_EACH = lines(KEY_BYTES), KEYS_SHIFT = LINED ? KEY_CODES_AT % LINE : 0;

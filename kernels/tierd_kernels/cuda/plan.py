@@ -76,7 +76,7 @@ def plan_of(layout: Layout, shape: Shape, processors: int, split_blocks: int | N
 @lru_cache(PLANS_MAX)
 def plan(layout: Layout, shape: Shape, per: int) -> Plan:
     """Of a part of that shape, or of less, whose splits are of `per` blocks, or more: a multiple of the warps that share them."""
-    assert per % WARPS == 0, per
+    assert per % WARPS == 0, f"splits of {per} blocks, of which {WARPS} warps would not have as many each: a multiple of {WARPS} is wanted"
     heads, d, full = layout.num_kv_heads, layout.head_dim, shape.full
     rows, tiles, splits = heads * shape.group * shape.n, shape.tiles(heads), -(-full // per)
     tickets = 2 * (heads + tiles) + (tiles * splits if tiles <= LANES else 0)

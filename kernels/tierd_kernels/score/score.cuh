@@ -185,7 +185,8 @@ struct Limbs {
   __device__ __forceinline__ float step(int c) const { return __shfl_sync(~0u, top, 8 * c) * (1.f / LIMB_MAX); }
 };
 
-// Codes times limbs, of a tile of sixteen tokens whose codes lie in shared memory.
+// Codes times limbs, of a tile of sixteen tokens whose codes, so many bytes, lie in shared memory.
+constexpr int TILE_CODES = TILE * KEY_DIM;
 struct CodeProducts {
   int d[2][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}};  // two chains: half the latency
   __device__ __forceinline__ CodeProducts(u32 codes, const Limbs &limbs, int lane) {

@@ -67,7 +67,7 @@ __device__ __forceinline__ void weights_of_codes(const unsigned char *record, in
   const float offset_dot = dot[0] + dot[1];
 #pragma unroll
   for (int t = 0; t < TILES; t++) {
-    const CodeProducts products(at + KEY_CODES_AT + t * TILE * KEY_DIM, limbs, lane);
+    const CodeProducts products(at + KEY_CODES_AT + t * TILE_CODES, limbs, lane);
     const int left = with.seen[c] - block * BLOCK - t * TILE - r;  // of row c's tokens, from r on
     const float early = left <= 0 ? -INFINITY : products.score(0, step, offset_dot, scale);
     const float late = left <= 8 ? -INFINITY : products.score(1, step, offset_dot, scale);

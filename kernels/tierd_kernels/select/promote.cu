@@ -1,6 +1,6 @@
 // Promotion: what rung 0 made of the blocks that a row needs original is taken back, and what their originals give is put in its
 // place: scores and statistics, the splits' sums of the bound, and the sums of weights times values. One thread block a tile of rows and a
-// split, which may have a part of another tile's blocks (select/sharing.cuh): a warp weighs the tokens of a block for a row, of up to four blocks
+// split, which may have a part of another tile's blocks (select/sharing.cuh): a warp weighs the tokens of a block for a row, of up to three blocks
 // at once, then a thread has a channel of the values.
 //
 // Weights stay relative to the split's largest score of before, until the sums are written. Scores of originals are sums in FP32 of
