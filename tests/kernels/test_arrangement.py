@@ -44,6 +44,7 @@ def test_views_are_where_kernels_are_sent_and_apart(memory: Any, layout: Any, dr
     found = Arrangement(layout, memory, shapes, None)
     inputs, outputs = memory.inputs, memory.outputs
     into, back = [(0, len(shapes) * CALL.itemsize), byte_range(found.unused, inputs.host_at)], list[tuple[int, int]]()
+    groups = list[int]()
     assert found.at == inputs.at
     for shape, x in zip(shapes, found.parts, strict=True):
         address = dict(zip(POINTERS, x.addresses, strict=True))
@@ -60,9 +61,11 @@ def test_views_are_where_kernels_are_sent_and_apart(memory: Any, layout: Any, dr
             assert address[name] == view.ctypes.data >= outputs.host_at + found.answers_end  # written over the link
             back.append(byte_range(view, outputs.host_at))
         assert x.per * x.splits >= shape.full > x.per * (x.splits - 1) or not shape.full
+        groups.append(-(-shape.full // max(x.per, 1024 // layout.block_size)) + 1)  # the last the trailing block
         if not shape.copies:
             assert address["copied"] == address["copies"] == 0
     assert max(end for _, end in into) <= found.inputs_end
+    assert max(groups) <= found.grid.groups <= 1.125 * max(groups)
     for ranges, most in ((into, len(inputs.host)), (back, len(outputs.host))):
         taken = sorted(x for x in ranges if x[0] < x[1])
         assert taken[0][0] >= 0 and taken[-1][1] <= most and all(end <= start for (_, end), (start, _) in pairwise(taken))

@@ -17,7 +17,8 @@ extern "C" __global__ void find(const Call *calls, int heads, i64 *out) {  // [f
   for (int i = 0; i < (int)blockIdx.x; i++) out += 2 * calls[i].full * heads;
   const Call &call = calls[blockIdx.x];
   for (int i = threadIdx.x; i < 2 * call.full * heads; i += LANES) {
-    const unsigned char *at = located(call, i / heads % 2, heads, i % heads, i / heads / 2);
+    const Place place = place_of(call, heads, i % heads, i / heads / 2);
+    const unsigned char *at = i / heads % 2 ? place.values : place.keys;
     out[i] = at >= call.originals ? ~(at - call.originals) : at - call.scratch;
   }
 }
@@ -113,7 +114,8 @@ def test_kernels_find_each_record_where_the_dict_says(drawn: tuple[int, list[tup
         originals = np.arange(blocks)[::-1] * layout.original_block_bytes
         expected.append(written_out(model, blocks, heads, originals, layout.original_record_bytes).transpose(1, 0, 2).ravel())
         said = InScratch.of(expected[-1].reshape(blocks, 2, heads).transpose(1, 0, 2))
-        arrays = {"original": originals} | ({} if said is None else {"copied": said.words, "copies": said.places})
+        arrays = {"original": originals, "hot": np.zeros(blocks, np.int64)}
+        arrays |= {} if said is None else {"copied": said.words, "copies": said.places}
         call["full"], call["scratch"], call["originals"] = blocks, 1 << 20, 1 << 60
         for name, array in arrays.items():
             kept.append(cp.asarray(np.ascontiguousarray(array)))

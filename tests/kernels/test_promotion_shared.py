@@ -25,7 +25,8 @@ OPEN, CERTIFIED = 0, 1  # of `state` in cuda/common.cuh
 ERROR, SPLIT_TOP, STATISTIC_WORDS, PARTIALS, FACTS, LIMIT = 15, 12, 32, 17, 7, 6
 DELTA_WORD, BLOCK_TOP = 3, 7  # which words of a block's statistics
 LARGEST, TOP, MASS, UNIT_NORM = [12, 13, 14, 16], 0, 1, 2  # of partials those that are maxima; of facts
-PER, B, D, ROWS = 16, 16, 128, 4  # blocks of a split; rows of a tile
+PER, B, D, ROWS, SIZE_STEP = 32, 16, 128, 4, 4  # blocks of a split, mostly; rows of a tile; see select/sharing.cuh
+SHORT = 256  # tokens of a split, of which no thread block helps another
 LOG2E = np.log2(np.e)
 Arrays = dict[str, NDArray[Any]]
 REPEATS = 20 if device.real() else 2  # a race shows at times
@@ -44,7 +45,7 @@ class Promotion:
         self.step = Step(layout, self.cache.memory, [Part(layout, self.cache.call(self.q, 1e-3, Budget(skip_share=0.0)), 0, n)], per)  # type: ignore[arg-type]
         self.step.upload()
         self.step.kernels.certify(self.step.at, self.step.grid, False, self.step.memory.stream)
-        self.full, self.rows = tokens // B, query_heads // 8 * n
+        self.per, self.full, self.rows = per, tokens // B, query_heads // 8 * n
         self.of_head, self.splits = -(-self.rows // ROWS), -(-self.full // per)
         self.tiles = 8 * self.of_head
         self.shapes: dict[str, tuple[tuple[int, ...], type]] = {
@@ -113,14 +114,14 @@ class Promotion:
                 index, mark = tile % self.of_head * ROWS + row, int(marks[tile, b]) >> row
                 if not mark & 17:
                     continue
-                top = float(self.first["partials"][tile, b // PER, SPLIT_TOP, row])
+                top = float(self.first["partials"][tile, b // self.per, SPLIT_TOP, row])
                 largest = self.first["statistics"][tile, b].view(np.float32)[(BLOCK_TOP ^ (b & 7)) * ROWS + row]
                 was = np.exp2(largest - top) * self.weights[tile, b, row]
                 scores = keys[h, here] @ q[h, index] * D**-0.5 * LOG2E
                 now = np.exp2(scores - top) if mark & 1 else was
                 used = values[h, here] if mark & 16 else stored
-                change[tile, b // PER, row] += now @ used - was @ stored
-                size[tile, b // PER, row] += now @ np.abs(used) + was @ np.abs(stored)
+                change[tile, b // self.per, row] += now @ used - was @ stored
+                size[tile, b // self.per, row] += now @ np.abs(used) + was @ np.abs(stored)
         return change, size
 
 
@@ -131,9 +132,14 @@ def decoding(cuda: None) -> Promotion:
 
 
 @pytest.fixture(scope="module")
+def short(cuda: None) -> Promotion:
+    return Promotion(32, 1, 40 * B, SHORT // B)
+
+
+@pytest.fixture(scope="module")
 def wide(cuda: None) -> Promotion:
-    """16 tiles, of which every second has two rows."""
-    return Promotion(48, 1, 40 * B)
+    """16 tiles, of which every second has two rows; splits of which two warps have blocks."""
+    return Promotion(48, 1, 100 * B, 64)
 
 
 @pytest.fixture(scope="module")
@@ -155,22 +161,22 @@ def drawn(of: Promotion, open_tiles: frozenset[int], most: int, seed: int) -> tu
         limit[h, rows] = np.where(random.random(count) < 0.7, random.uniform(0.5, 1, count), np.inf)
         if most and np.isinf(limit[h, rows]).all():
             limit[h, rows.start] = 0.9
-        share = np.repeat(random.integers(0, most + 1, of.splits) / 16, PER)[: of.full, None, None]
+        share = np.repeat(random.integers(0, most + 1, of.splits) / 16, of.per)[: of.full, None, None]
         some = random.random((of.full, 1, 1)) < share  # rows of a tile need the same blocks, most of them
         weights[tile] = np.where(some & (random.random((of.full, ROWS, 2)) < 0.8), random.uniform(1, 9, (of.full, ROWS, 2)), 1e-3)
     return state, limit, weights
 
 
-def shared(of: Promotion, promoting: NDArray[np.bool_], marks: NDArray[np.uint32]) -> NDArray[np.bool_]:
-    """Which thread blocks [splits, tiles] leave a part: as many as there are to each open tile, of two promoted blocks or more; one alone
-    leaves none."""
-    padded = np.pad(promoting, ((0, 0), (0, of.of_head * ROWS - of.rows))).reshape(of.tiles, ROWS)
-    waiting, found = np.flatnonzero(padded.any(axis=1)), np.zeros((of.splits, of.tiles), np.bool_)
-    most = of.tiles // max(1, len(waiting)) if of.tiles <= 32 else 1
-    for i, tile in enumerate(waiting):
-        for split in range(of.splits):
-            parts = min(most, int((marks[tile, split * PER : (split + 1) * PER] > 0).sum()) // 2)
-            found[split, i : parts * len(waiting) : len(waiting)] = parts > 1
+def shared(of: Promotion, marks: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """Which thread blocks [splits, tiles] leave a part: one behind the other, as many of a tile as have SIZE_STEP promoted blocks each
+    at most, or the least multiple of it with which there are enough thread blocks; one alone leaves none."""
+    found = np.zeros((of.splits, of.tiles), np.bool_)
+    if of.tiles > 32 or of.per * B <= SHORT:
+        return found
+    for split in range(of.splits):
+        numbers = (marks[:, split * of.per : (split + 1) * of.per] > 0).sum(axis=1)
+        parts = next(x for x in (-(-numbers // size) for size in range(SIZE_STEP, 129, SIZE_STEP)) if x.sum() <= of.tiles)
+        found[split, : parts.sum()] = np.repeat(parts > 1, parts)
     return found
 
 
@@ -195,11 +201,11 @@ def check(of: Promotion, open_tiles: frozenset[int], most: int, seed: int) -> Ar
     assert (off <= 1e-5 * size[where] + 2.0**-23 * np.abs(before[where])).all(), f"off by {off.max()}"
     assert not found["tickets"].any()
     idle = np.ones((of.tiles, of.splits + 1), np.bool_)
-    idle[np.nonzero(marks)[0], np.nonzero(marks)[1] // PER] = False
+    idle[np.nonzero(marks)[0], np.nonzero(marks)[1] // of.per] = False
     for name in ("sums", "partials"):
         assert np.array_equal(found[name][idle].view(np.uint32), of.first[name][idle].view(np.uint32)), name
     left = ~np.isnan(found["dense"][: of.splits * of.tiles * (D + 1) * 4].reshape(of.splits, of.tiles, -1))
-    taking_part = shared(of, promoting, marks)
+    taking_part = shared(of, marks)
     assert np.array_equal(left.all(axis=2), taking_part) and np.array_equal(left.any(axis=2), taking_part)
     for tile, b, row in np.argwhere(marks[..., None] >> np.arange(ROWS, dtype=np.uint32) & 1):
         delta = found["statistics"].view(np.float32)[tile, b, (DELTA_WORD ^ (b & 7)) * ROWS + row]
@@ -215,10 +221,10 @@ NONE, ALL = frozenset[int](), frozenset(range(8))
 
 @given(TILES, st.integers(0, 16), st.integers(0, 2**31))
 @example(NONE, 3, 0)
-@example(frozenset({3}), 1, 1)  # a KV head has all, a part is a block or none
-@example(frozenset({7}), 16, 2)  # all blocks, eight parts
-@example(frozenset({0, 2, 5}), 8, 3)  # two parts, and two thread blocks that have none
-@example(frozenset({0, 1, 3, 4, 6, 7}), 8, 4)  # more are open than closed
+@example(frozenset({3}), 1, 1)  # a KV head has all, a block or none
+@example(frozenset({7}), 16, 2)  # all blocks, four parts
+@example(frozenset({0, 2, 5}), 16, 3)  # two parts or three, and thread blocks that have none
+@example(frozenset({0, 1, 3, 4, 6, 7}), 16, 4)  # more are open than closed
 @example(ALL, 8, 5)
 @settings(max_examples=12)
 def test_each_tile_gets_what_its_own_originals_make_of_it(decoding: Promotion, open_tiles: frozenset[int], most: int, seed: int) -> None:
@@ -234,6 +240,12 @@ def test_each_tile_gets_what_its_own_originals_make_of_it(decoding: Promotion, o
 @settings(max_examples=6)
 def test_tiles_of_fewer_rows_share_too(wide: Promotion, open_tiles: frozenset[int], most: int, seed: int) -> None:
     check(wide, open_tiles, most, seed)
+
+
+@given(TILES, st.integers(0, 2**31))
+@settings(max_examples=3)
+def test_short_splits_have_a_thread_block_each(short: Promotion, open_tiles: frozenset[int], seed: int) -> None:
+    check(short, open_tiles, 16, seed)
 
 
 @given(st.frozensets(st.integers(0, 39)), st.integers(0, 2**31))

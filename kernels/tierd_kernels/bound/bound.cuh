@@ -125,7 +125,7 @@ struct SplitSums {
   float p0[8] = {0.f}, p1[8] = {0.f}, delta_max = 0.f, norm_top = 0.f, amplitude_top = 0.f;
 
   // Of a split's `count` blocks, whose words lie in shared memory; `first`: the number of the first one.
-  __device__ __forceinline__ void add(const float *of_split, int first, int count, float reference, const u32 *marks = nullptr) {
+  __device__ __forceinline__ void add(const float *of_split, int first, int count, float reference, const unsigned char *marks = nullptr) {
     static_assert(THREADS_A_ROW % 8 == 0, "words of a thread's blocks lie alike");
     const int row = turn.row, own = turn.first;
     u32 at[8];  // of the words of one block: worked out for every block, where they lie was a quarter of all instructions

@@ -10,7 +10,7 @@ from tierd_kernels.cuda.late import Place
 from tierd_kernels.cuda.launch import CALL, FIELDS, Grid, above, kernels
 from tierd_kernels.cuda.memory import DeviceMemory
 from tierd_kernels.cuda.plan import ANSWERS, INPUTS, LATE, SIZED, WORKSPACE, Plan, Shape, plan_of
-from tierd_kernels.cuda.sources import SPLITS_MAX
+from tierd_kernels.cuda.sources import GROUP_TOKENS, SPLITS_MAX
 from tierd_kernels.cuda.staging import Region, Staging
 from tierd_kernels.in_scratch import RECORDS
 from tierd_kernels.layout import NUMPY_DTYPE, Layout
@@ -67,8 +67,9 @@ class Arrangement:
         ]
         self.late, self.candidates = [x.late for x in self.parts], any(shape.candidates for shape in shapes)
         group, splits = shapes[0].group, max(x.splits for x in self.parts)
+        groups = 1 + max(-(-x.splits // max(1, GROUP_TOKENS // (x.per * layout.block_size))) for x in self.parts)
         self.grid = Grid(
-            number, splits, max(tiles), group * max(shape.n for shape in shapes), group, max(shape.canaries for shape in shapes)
+            number, splits, groups, max(tiles), group * max(shape.n for shape in shapes), group, max(shape.canaries for shape in shapes)
         ).rounded()  # fmt: skip
 
 

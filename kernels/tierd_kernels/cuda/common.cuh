@@ -127,16 +127,21 @@ __device__ __forceinline__ i64 copy_of(u64 word, u32 record) {
   const u32 bit = 1u << record % 32;
   return (u32)word & bit ? (i64)(word >> 32) + __popc((u32)word & (bit - 1)) : -1;
 }
-__device__ __forceinline__ const unsigned char *copy_at(const Call &call, u32 place) { return call.scratch + (i64)place * PLACE_BYTES; }
-__device__ __forceinline__ const unsigned char *original_of(const Call &call, i64 block_at, int kind, int heads, int h) {
-  return call.originals + block_at + (i64)(kind * heads + h) * ORIGINAL_BYTES;
-}
 
-// Where one lies: a copy, or the original itself.
-__device__ __forceinline__ const unsigned char *located(const Call &call, int kind, int heads, int h, int block) {
-  const u32 record = record_of(kind, heads, h, block);
-  const i64 copy = call.copied ? copy_of(call.copied[record / 32], record) : -1;
-  return copy < 0 ? original_of(call, call.original[block], kind, heads, h) : copy_at(call, call.copies[copy]);
+// Where records of a full block lie: as they were quantised, and the original keys and values or their copies.
+struct Place { const unsigned char *record, *keys, *values; };
+__device__ __forceinline__ Place place_of(const Call &call, int heads, int h, int block) {
+  const i64 hot = call.hot[block], original = call.original[block];
+  u64 words[2];  // loads side by side: of keys and of values what tells of the copy, then where that is
+  const unsigned char *lies[2];
+#pragma unroll
+  for (int kind = 0; kind < 2; kind++) words[kind] = call.copied ? call.copied[record_of(kind, heads, h, block) / 32] : 0;
+#pragma unroll
+  for (int kind = 0; kind < 2; kind++) {
+    const i64 copy = copy_of(words[kind], record_of(kind, heads, h, block));
+    lies[kind] = copy < 0 ? call.originals + original + (i64)(kind * heads + h) * ORIGINAL_BYTES : call.scratch + (i64)call.copies[copy] * PLACE_BYTES;
+  }
+  return {call.pool + hot + (i64)h * RECORD_BYTES, lies[0], lies[1]};
 }
 
 __device__ __forceinline__ float as_float(const void *p, i64 i) {

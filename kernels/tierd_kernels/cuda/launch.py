@@ -22,6 +22,7 @@ from tierd_kernels.cuda.sources import (
     PARTIALS,
     PARTS,
     PICK_BLOCKS,
+    PICK_GROUPS,
     PICK_PARTS,
     PICK_THREADS,
     QUANTISE_THREADS,
@@ -93,12 +94,13 @@ def prepare(layout: Layout) -> None:
 
 
 class Grid(NamedTuple):
-    """Of a launch, the largest of any call: calls, splits without the trailing block, tiles of rows of all KV heads, rows of a KV head,
-    query heads of a KV head, canaries. What lies beyond a call's own returns at once, but not before it has had a place on a
-    multiprocessor."""
+    """Of a launch, the largest of any call: calls, splits without the trailing block, groups of tokens with it, tiles of rows of all KV
+    heads, rows of a KV head, query heads of a KV head, canaries. What lies beyond a call's own returns at once, but not before it has had a
+    place on a multiprocessor."""
 
     calls: int
     splits: int
+    groups: int
     tiles: int
     rows: int
     group: int
@@ -107,8 +109,9 @@ class Grid(NamedTuple):
     def rounded(self) -> "Grid":
         """Up to a size that many launches share, so that a context that grows is not captured anew at each step."""
         return Grid(
-            above(self.calls, 1), above(self.splits, 4), above(self.tiles, 2), above(self.rows, 2), self.group, above(self.canaries, 1)
-        )
+            above(self.calls, 1), above(self.splits, 4), above(self.groups, 4), above(self.tiles, 2), above(self.rows, 2), self.group,
+            above(self.canaries, 1),
+        )  # fmt: skip
 
 
 def above(x: int, bits: int) -> int:
@@ -164,7 +167,7 @@ class Kernels:
             self._over("canary", (grid.canaries, self.layout.num_kv_heads, grid.calls), WARPS * LANES, calls, grid, stream, first=True)
         if program.certifies:
             self.certify(calls, grid, program.ranks, stream)
-            parts = min(PICK_PARTS, grid.splits + 1, max(1, PICK_BLOCKS // (grid.tiles * grid.calls)))
+            parts = min(PICK_PARTS, -(-grid.groups // PICK_GROUPS), max(1, PICK_BLOCKS // (grid.tiles * grid.calls)))
             self._over("pick", (grid.tiles, parts, grid.calls), PICK_THREADS, calls, grid, stream, parts)
             if program.covers:
                 self._rows("cover", COVER_THREADS, calls, grid, stream)

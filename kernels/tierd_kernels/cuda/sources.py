@@ -33,16 +33,17 @@ KEY_STAGES, VALUE_STAGES, CHUNK = 2, 2, 8
 RESIDENT = 4  # thread blocks of attend on one multiprocessor, of a head dimension up to 128
 STATISTIC_WORDS, PARTIALS, SPLITS_MAX, SPLIT_TOKENS_MAX = 32, 17, 2048, 2048
 SPLIT_TOKENS_SHORT = 512  # a split of fewer tokens is short
-ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_THREADS, PICK_BINS = 7, 6, 32, 256, 64
+ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_GROUPS, PICK_THREADS, PICK_BINS, GROUP_TOKENS = 7, 6, 32, 2, 256, 64, 1024
 CANDIDATE_PARTS, CANDIDATE_THREADS = 16, 512
 # Thread blocks of selection, and of a KV head those that tell what was read, all calls together: where nothing is promoted each has to come
 # and go, one or two at a time on a multiprocessor. Eight sessions of 32,768 tokens spent 16 us of 202 on that, on an H200; of 4,096 tokens
-# 11 of 45.
+# 11 of 45. One of selection has PICK_GROUPS groups side by side: 24 that had none made a
+# step of 8,192 tokens 19.1 us, not 18.7.
 PICK_BLOCKS, READERS = 256, 8
 # Rows from which on fewer threads put one together, two of them on a multiprocessor: rung 0 of eight sessions of 4,096 tokens takes an H200
 # 30.5 us for 33.8, of 32 sessions 100 for 115; but of one with 131,072 88.6 for 87.3.
 MANY_ROWS, FINISHES = 129, ("finish", "finish_many")
-PROMOTE_STAGED_SMALL = 13 * 1024  # bytes of a block, at most, of which three are staged
+PROMOTE_STAGED_SMALL = 13 * 1024  # bytes of a block, at most, of which as many are staged as there are warps
 
 
 def source(layout: Layout, kernel: str, naive: bool = False) -> tuple[str, tuple[str, ...]]:
@@ -77,10 +78,10 @@ def shared_bytes(layout: Layout, kernel: str) -> int:
         return max(WARPS * staged, 4 * sums)
     if kernel in FINISHES:  # the row's partials
         return 4 * SPLITS_MAX * PARTIALS
-    if kernel == "promote":  # of a block original keys and values, its record and statistics; then those of the split
+    if kernel == "promote":  # of a block original keys and values, its record and statistics; then those of the split, and their sums
         staged = _lines(2 * layout.original_record_bytes + record.nbytes + 4 * STATISTIC_WORDS)
-        blocks = 3 if staged <= PROMOTE_STAGED_SMALL else 1
-        return max(blocks * staged, 4 * STATISTIC_WORDS * SPLIT_TOKENS_MAX // layout.block_size)
+        blocks = WARPS if staged <= PROMOTE_STAGED_SMALL else 1
+        return max(blocks * staged, 4 * STATISTIC_WORDS * SPLIT_TOKENS_MAX // layout.block_size + 4 * WARPS * PARTIALS * ROW_TILE)
     if kernel == "canary":  # a record of keys in FP32
         return 4 * rows
     if kernel == "dense":  # the scores of a split; a record in FP32

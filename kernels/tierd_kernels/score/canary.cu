@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) canary(const Call *ca
     if (threadIdx.x == 0) *failure = 0;
     return;
   }
-  load_record(x, located(call, 0, heads, h, b), BLOCK, WARPS * LANES);
+  load_record(x, place_of(call, heads, h, b).keys, BLOCK, WARPS * LANES);
   __syncthreads();
   const __half *scales = (const __half *)(record + KEY_SCALE_AT), *offsets = (const __half *)(record + KEY_OFFSET_AT);
   bool good = true;

@@ -1,16 +1,14 @@
 // What promotion works on: queries, and a block as it is staged in shared memory, scored by its codes and by its originals.
 constexpr int THREADS = WARPS * LANES;
 constexpr int HALF = D / 2, PER_LOAD = 16 / ITEM, ROW_BYTES = D * ITEM;
-// What is staged of a block: original keys and values, its record, statistics as they were. Where it is small three are staged at a time; four
-// thread blocks still fit on a multiprocessor.
+// What is staged of a block: original keys and values, its record, statistics as they were. Where it is small a warp each are staged at a time;
+// four thread blocks still fit on a multiprocessor.
 constexpr int VALUES_STAGED_AT = ORIGINAL_BYTES, RECORD_STAGED_AT = 2 * ORIGINAL_BYTES, STATISTICS_STAGED_AT = RECORD_STAGED_AT + RECORD_BYTES;
-constexpr int STAGED_BYTES = (STATISTICS_STAGED_AT + 4 * STATISTIC_WORDS + LINE - 1) / LINE * LINE, STAGES = STAGED_BYTES <= 13 * 1024 ? 3 : 1;
+constexpr int STAGED_BYTES = (STATISTICS_STAGED_AT + 4 * STATISTIC_WORDS + LINE - 1) / LINE * LINE, STAGES = STAGED_BYTES <= 13 * 1024 ? WARPS : 1;
 // Eight sums of HALF / 8 fused products each, and what joins them; q is scaled, its norm is at least 1/2.
 constexpr float KEY_ROUNDINGS = (HALF / 8 + 8) * U32F * (1.f + 1e-4f);
 constexpr float KEY_FLOOR = 0x1p-90f;  // products and keys that FP32 flushes
 
-// A promoted block: where its records lie, in which rows what of it is promoted, as `marks` has it, and its number in the split.
-struct Place { const unsigned char *record, *keys, *values; u32 mark; int block; };
 // Of a staged block's tokens, [row][token]: by how much the weight of the coded value changes; that of the original.
 struct __align__(16) Changes { float coded[ROW_TILE][BLOCK], original[ROW_TILE][BLOCK]; };
 
@@ -22,9 +20,8 @@ struct __align__(16) Scratch {
   float back[WARPS][ROW_TILE];  // what each warp took back: mass times norms
   Changes changes[STAGES];
   u64 bars[STAGES];
-  u32 marks[SPLIT_BLOCKS];
-  int promoted[WARPS];  // blocks of each warp's
-  Place places[SPLIT_BLOCKS];  // of those that this thread block promotes
+  unsigned char marks[SPLIT_BLOCKS];
+  unsigned char order[SPLIT_BLOCKS];  // of the split's blocks, those that this thread block promotes
 };
 
 // The tile's query, of which every warp has read all rows, scaled as scores of codes have it; and the scales that undo it, in binary units and, as
@@ -41,16 +38,16 @@ __device__ __forceinline__ void leave_query(const Call &call, const Query &query
   to.seen[row] = query.seen, to.q_norm[row] = facts.q_norm, to.scale[row] = facts.scale, to.size[row] = natural_size(facts.scale);
 }
 
-// Copies of a block what its rows need, with the split's `statistics`: original keys or values only where one does. A thread's: copies of sixteen
-// bytes by all threads were 400 instructions a block.
-__device__ __forceinline__ void stage_block(unsigned char *stage, const Place &of, const float *statistics, u64 *bar) {
+// Copies of a block what its rows need, as `mark` says, with its `statistics`: original keys or values only where one does. A thread's: copies of
+// sixteen bytes by all threads were 400 instructions a block.
+__device__ __forceinline__ void stage_block(unsigned char *stage, const Place &of, u32 mark, const float *statistics, u64 *bar) {
   constexpr int STATISTIC_BYTES = 4 * STATISTIC_WORDS;
-  const int keys = of.mark & 15 ? ORIGINAL_BYTES : 0, values = of.mark & 240 ? ORIGINAL_BYTES : 0;
+  const int keys = mark & 15 ? ORIGINAL_BYTES : 0, values = mark & 240 ? ORIGINAL_BYTES : 0;
   barrier_expect(bar, keys + values + RECORD_BYTES + STATISTIC_BYTES);
   if (keys) bulk_copy(stage, of.keys, ORIGINAL_BYTES, bar);
   if (values) bulk_copy(stage + VALUES_STAGED_AT, of.values, ORIGINAL_BYTES, bar);
   bulk_copy(stage + RECORD_STAGED_AT, of.record, RECORD_BYTES, bar);
-  bulk_copy(stage + STATISTICS_STAGED_AT, statistics + of.block * STATISTIC_WORDS, STATISTIC_BYTES, bar);
+  bulk_copy(stage + STATISTICS_STAGED_AT, statistics, STATISTIC_BYTES, bar);
 }
 
 // What rung 0 weighed a row's tokens of a block by, whose record lies in shared memory and whose largest score was `top`: of each tile the weight of

@@ -173,7 +173,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) pick(const Call *calls,
   if (blockIdx.x >= heads * tiles) return;
   const int h = quotient(blockIdx.x, tiles), tile = blockIdx.x - h * tiles, base = blockIdx.x;
   const Groups groups(call);
-  const int parts = min(groups.count, parts_max), per_group = groups.together * call.per;
+  const int parts = min((groups.count + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE, parts_max), per_group = groups.together * call.per;
   if (call.exact_only || blockIdx.y >= parts) return;
   if (call.coverage) return wait_for_previous();  // a kernel waits for the one ahead of it alone, not for what that has not waited for
   const int side = warp / ROW_TILE, row = warp % ROW_TILE, index = tile * ROW_TILE + row;

@@ -1,7 +1,7 @@
 // Promotion: what rung 0 made of the blocks that a row needs original is taken back, and what their originals give is put in its
 // place: scores and statistics, the splits' sums of the bound, and the sums of weights times values. One thread block a tile of rows and a
-// split, which may have a part of another tile's blocks (select/sharing.cuh): a warp weighs the tokens of a block for a row, of up to three blocks
-// at once, then a thread has a channel of the values.
+// split, which may have a part of another tile's blocks (select/sharing.cuh): a warp weighs the tokens of a block for a row, of as many blocks
+// at once as are staged, then a thread has a channel of the values.
 //
 // Weights stay relative to the split's largest score of before, until the sums are written. Scores of originals are sums in FP32 of
 // exact or once rounded products; what was taken back has been rounded once already, which the split's ERROR remembers (CERTIFICATE.md,
@@ -9,31 +9,6 @@
 
 static_assert(WARPS == ROW_TILE && SPLIT_BLOCKS <= THREADS, "a warp a row, a thread a block");
 
-// Of the split's blocks: how many are promoted in any row. Of the one of this thread's number: in which rows it is, a bit each for keys and above
-// them for values, and how many of the promoted ones come before it.
-struct Promoted { int number, before; u32 mark; };
-// Decides it, and tells `marks`; what the coverage policy promotes stands there. `weights`: what selection wrote for the thread's block. For all
-// threads.
-__device__ __forceinline__ Promoted decide(u32 *marks, int count, const float (&limits)[ROW_TILE], bool coverage, const float2 (&weights)[ROW_TILE],
-                                           Scratch &to) {
-  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
-  Promoted found = {0, 0, 0};
-#pragma unroll
-  for (int row = 0; row < ROW_TILE; row++)
-    found.mark |= (weights[row].x >= limits[row] ? 1u : 0u) << row | (weights[row].y >= limits[row] ? 16u : 0u) << row;
-  if (threadIdx.x < count) {
-    if (coverage) found.mark = marks[threadIdx.x] & 255u;
-    else if (found.mark) marks[threadIdx.x] = found.mark;
-    to.marks[threadIdx.x] = found.mark;
-  } else found.mark = 0;
-  const u32 some = __ballot_sync(~0u, found.mark != 0);
-  if (lane == 0) to.promoted[warp] = __popc(some);
-  found.before = __popc(some & ((1u << lane) - 1));
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < WARPS; w++) found.before += w < warp ? to.promoted[w] : 0, found.number += to.promoted[w];
-  return found;
-}
 // Adds what a warp's blocks have promoted to the `counts` of the tile's rows.
 __device__ __forceinline__ void count_promoted(u32 mark, int *counts) {
   const int lane = threadIdx.x % LANES;
@@ -154,7 +129,7 @@ __device__ __forceinline__ void add_changes(const unsigned char *stage, u32 mark
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promote(const Call *calls, int heads, int group) {
-  extern __shared__ __align__(128) unsigned char shared[];  // staged blocks; then the split's statistics
+  extern __shared__ __align__(128) unsigned char shared[];  // staged blocks; then the split's statistics, and their sums
   __shared__ Scratch room;
   __shared__ float after[ROW_TILE], factors[ROW_TILE], errors[ROW_TILE];
   let_next_begin();
@@ -162,51 +137,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
   if (blockIdx.x >= heads * tiles || split >= call.splits || call.exact_only) return;
   const int first = split * call.per, count = min(call.per, call.full - first), block = first + min((int)threadIdx.x, count - 1);
-  const i64 hot = call.hot[block], original = call.original[block];
   if (threadIdx.x < STAGES) barrier_init(&room.bars[threadIdx.x]);
   if (threadIdx.x < WARPS * ROW_TILE) room.back[threadIdx.x / ROW_TILE][threadIdx.x % ROW_TILE] = 0.f;
   barriers_ready();
   const Sharing sharing(call, heads, rows, tiles);
   wait_for_previous();
-  const Share share = sharing.own();
+  const Share share = share_out(call, sharing, block, (int)threadIdx.x < count, (int (*)[LANES])room.changes);
   if (share.tile < 0) return;
   const int base = share.tile, h = share.head, tile = base - h * tiles;
-  // All on their way at once. Of the thread's block and each kind, the word that tells of its copy:
-  u64 words[2];
-#pragma unroll
-  for (int kind = 0; kind < 2; kind++) words[kind] = call.copied ? call.copied[record_of(kind, heads, h, block) / 32] : 0;
-  float2 weights[ROW_TILE];  // the block's; of a row that nothing has chosen for, whatever lies there
-  const float4 *of_block = (const float4 *)(call.row_weights + ((i64)base * call.full + block) * ROW_TILE);
-#pragma unroll
-  for (int i = 0; i < ROW_TILE / 2; i++) {
-    const float4 x = of_block[i];
-    weights[2 * i] = {x.x, x.y}, weights[2 * i + 1] = {x.z, x.w};
-  }
+  const Place own = place_of(call, heads, h, block);  // on its way while it is decided which blocks are promoted
+  Chosen chosen;
+  chosen.read(call, base, block, sharing.coverage);
   const Query query = read_query(call, h, group, tile * ROW_TILE + (lane >> 3), lane % 4, lane >> 2 & 1);
-  u32 copies[2];  // places of copies: on their way while it is decided which blocks are promoted
-  bool copied[2];
-#pragma unroll
-  for (int kind = 0; kind < 2; kind++) {
-    const i64 at = copy_of(words[kind], record_of(kind, heads, h, block));
-    copied[kind] = at >= 0, copies[kind] = copied[kind] ? call.copies[at] : 0;
-  }
-  const Promoted promoted = decide(call.marks + (i64)base * call.full + first, count, share.limits, sharing.coverage, weights, room);
-  const int parts = max(1, min(share.parts, promoted.number / PART_LEAST));
-  const int number = share.part < parts ? quotient(promoted.number - share.part + parts - 1, parts) : 0;
-  if (!number) return;
+  // In which rows the thread's block is promoted.
+  const u32 mark = (int)threadIdx.x < count ? chosen.mark(share.limits, sharing.coverage) : 0;
+  const bool tells = share.part == 0 && !sharing.coverage;
+  if (threadIdx.x < SPLIT_BLOCKS) room.marks[threadIdx.x] = mark;
+  if (tells && mark) call.marks[(i64)base * call.full + block] = mark;
+  const int rank = share.before + __popc(__ballot_sync(~0u, mark) & (1u << lane) - 1);  // of the promoted ones
+  const int parts = share.parts, number = quotient(share.number - share.part + parts - 1, parts);
   auto stage_of = [&](int i) { return shared + i % STAGES * STAGED_BYTES; };
   const i64 before = (i64)base * (call.full + 1) + first;
   float *statistics = call.statistics + before * STATISTIC_WORDS;
-  const int turn = quotient(promoted.before, parts);  // which of its part's blocks this thread's is
-  if (promoted.mark && promoted.before == turn * parts + share.part) {
-    auto lies = [&](int kind) { return copied[kind] ? copy_at(call, copies[kind]) : original_of(call, original, kind, heads, h); };
-    room.places[turn] = {call.pool + hot + (i64)h * RECORD_BYTES, lies(0), lies(1), promoted.mark, (int)threadIdx.x};
-    if (turn < STAGES) stage_block(stage_of(turn), room.places[turn], statistics, &room.bars[turn]);
+  const int turn = quotient(rank, parts);  // which of its part's blocks this thread's is
+  if (mark && rank == turn * parts + share.part) {
+    room.order[turn] = threadIdx.x;
+    if (turn < STAGES) stage_block(stage_of(turn), own, mark, statistics + threadIdx.x * STATISTIC_WORDS, &room.bars[turn]);
   }
-  float *partials = call.partials + ((i64)base * (call.splits + 1) + split) * PARTIALS * ROW_TILE;
-  const float top = partials[SPLIT_TOP * ROW_TILE + lane % ROW_TILE];
+  const i64 at_split = (i64)base * (call.splits + 1) + split;
+  const float top = call.partials[(at_split * PARTIALS + SPLIT_TOP) * ROW_TILE + lane % ROW_TILE];
   if (threadIdx.x < ROW_TILE) room.top[threadIdx.x] = top;
-  float *sums = call.sums + ((i64)base * (call.splits + 1) + split) * ROW_TILE * D;
+  float *sums = call.sums + at_split * ROW_TILE * D;
   Channels change = {}, were;
 #pragma unroll
   for (int step = 0; step < STEPS; step++)
@@ -215,36 +176,38 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
       const int channel = step * THREADS + threadIdx.x;
       were[step][row] = channel < D ? sums[row * D + channel] : 0.f;
     }
-  if (share.part == 0 && !sharing.coverage) count_promoted(promoted.mark, call.counts + 2 * (h * rows + tile * ROW_TILE));
+  if (tells) count_promoted(mark, call.counts + 2 * (h * rows + tile * ROW_TILE));
   leave_query(call, query, room);
   __syncthreads();
-  // All that are staged, where no more follow; else half of them, while the others are on their way. (One block after the other, a warp a row, took
-  // 0.5 us a block more: most often one row needs it, and three warps had nothing to do.)
-  for (int from = 0; from < number;) {
-    const int until = number - from <= STAGES ? number : from + (STAGES + 1) / 2;
+  // (One block after the other, a warp a row, took 0.5 us a block more: most often one row needs it, and three warps had nothing to do.)
+  for (int from = 0; from < number; from += STAGES) {
+    const int until = min(from + STAGES, number);
     int pair = 0;  // of a block and a row that needs it, which most often is one: a warp each
 #pragma unroll 1
     for (int i = from; i < until; i++) {
-      const Place &of = room.places[i];
-      float *own = statistics + of.block * STATISTIC_WORDS;
+      const int of = room.order[i];
+      const u32 its_mark = room.marks[of];
       barrier_wait(&room.bars[i % STAGES], i / STAGES & 1);
 #pragma unroll 1
-      for (u32 left = (of.mark | of.mark >> ROW_TILE) & 15u; left; left &= left - 1, pair++)
-        if (pair % WARPS == warp) weigh(call, first + of.block, of.mark, __ffs(left) - 1, stage_of(i), room, room.changes[i % STAGES], own);
+      for (u32 left = (its_mark | its_mark >> ROW_TILE) & 15u; left; left &= left - 1, pair++)
+        if (pair % WARPS == warp)
+          weigh(call, first + of, its_mark, __ffs(left) - 1, stage_of(i), room, room.changes[i % STAGES], statistics + of * STATISTIC_WORDS);
     }
     __syncthreads();
 #pragma unroll 1
-    for (int i = from; i < until; i++) add_changes(stage_of(i), room.places[i].mark, room.changes[i % STAGES], change);
+    for (int i = from; i < until; i++) add_changes(stage_of(i), room.marks[room.order[i]], room.changes[i % STAGES], change);
     __syncthreads();
     const int next = from + STAGES + threadIdx.x;
-    if (next < min(until + STAGES, number)) stage_block(stage_of(next), room.places[next], statistics, &room.bars[next % STAGES]);
-    from = until;
+    if (threadIdx.x < STAGES && next < number) {
+      const int of = room.order[next];
+      stage_block(stage_of(next), place_of(call, heads, h, first + of), room.marks[of], statistics + of * STATISTIC_WORDS, &room.bars[next % STAGES]);
+    }
   }
   float back = 0.f;  // of the warp's row, in lane TOP
   if (lane == TOP)
 #pragma unroll
     for (int w = 0; w < WARPS; w++) back += room.back[w][warp];
-  if (parts > 1 && !join_parts(call, heads, heads * tiles, split, share, parts, change, back)) return;
+  if (parts > 1 && !join_parts(call, heads, heads * tiles, split, share, change, back)) return;
   StatisticsHeld<SPLIT_BLOCKS> held;
   held.read(statistics, count);
   float *of_split = (float *)shared;
@@ -270,12 +233,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
       const int channel = step * THREADS + threadIdx.x;
       if (channel < D) sums[row * D + channel] = (were[step][row] + change[step][row]) * factors[row];
     }
-  __shared__ OfWarps of_warps;
+  OfWarps &of_warps = *(OfWarps *)(of_split + SPLIT_BLOCKS * STATISTIC_WORDS);
   SplitSums<true> split_sums = {changed & changed - 1 ? Turn() : alone(__ffs(changed) - 1)};
   const float reference = after[split_sums.turn.row];
   if (split_sums.turn.first == 0) split_sums.p1[ERROR - 8] = errors[split_sums.turn.row];
   split_sums.add(of_split, first, count, reference, room.marks);
   split_sums.leave(of_warps, reference);
   __syncthreads();
-  write_sums(partials, of_warps, changed);
+  write_sums(call.partials + at_split * PARTIALS * ROW_TILE, of_warps, changed);
 }
