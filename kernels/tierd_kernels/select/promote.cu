@@ -128,10 +128,50 @@ __device__ __forceinline__ void add_changes(const unsigned char *stage, u32 mark
   }
 }
 
+// Puts a split together again: its sums of weights times values, `were` and by what they `change`, relative to its largest score of now, and its sums
+// of the bound over the blocks' `statistics`. `back`: as join_parts has it. For all threads.
+__device__ __forceinline__ void sum_anew(float *sums, float *partials, int first, int count, const float *statistics, const Channels &were,
+                                         const Channels &change, float back, unsigned char *shared, const Scratch &room) {
+  __shared__ float after[ROW_TILE], factors[ROW_TILE], errors[ROW_TILE];
+  const int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
+  StatisticsHeld<SPLIT_BLOCKS> held;
+  held.read(statistics, count);
+  float *of_split = (float *)shared;
+  held.leave(of_split, count);
+  __syncthreads();
+  float largest = LOWEST;
+  u32 marks = 0, changed = 0;  // the latter: rows
+  for (int b = lane; b < count; b += LANES) {
+    largest = fmaxf(largest, statistic(of_split + b * STATISTIC_WORDS, first + b, warp, TOP));
+    marks |= room.marks[b];
+  }
+  largest = warp_max(largest);
+#pragma unroll
+  for (int row = 0; row < ROW_TILE; row++) changed |= (__ballot_sync(~0u, marks >> row & 0x11) ? 1u : 0u) << row;
+  const float to_largest = changed >> warp & 1 ? exp2_approx(room.top[warp] - largest) : 1.f;
+  // A quarter more: the change itself was rounded too.
+  if (lane == TOP) after[warp] = largest, factors[warp] = to_largest, errors[warp] = back > 0.f ? 1.25f * back * to_largest : 0.f;
+  __syncthreads();
+#pragma unroll
+  for (int step = 0; step < STEPS; step++)
+#pragma unroll
+    for (int row = 0; row < ROW_TILE; row++) {
+      const int channel = step * THREADS + threadIdx.x;
+      if (channel < D) sums[row * D + channel] = (were[step][row] + change[step][row]) * factors[row];
+    }
+  OfWarps &of_warps = *(OfWarps *)(of_split + SPLIT_BLOCKS * STATISTIC_WORDS);
+  SplitSums<true> split_sums = {changed & changed - 1 ? Turn() : alone(__ffs(changed) - 1)};
+  const float reference = after[split_sums.turn.row];
+  if (split_sums.turn.first == 0) split_sums.p1[ERROR - 8] = errors[split_sums.turn.row];
+  split_sums.add(of_split, first, count, reference, room.marks);
+  split_sums.leave(of_warps, reference);
+  __syncthreads();
+  write_sums(partials, of_warps, changed);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promote(const Call *calls, int heads, int group) {
   extern __shared__ __align__(128) unsigned char shared[];  // staged blocks; then the split's statistics, and their sums
   __shared__ Scratch room;
-  __shared__ float after[ROW_TILE], factors[ROW_TILE], errors[ROW_TILE];
   let_next_begin();
   const Call &call = own_call<THREADS>(calls);
   const int rows = group * call.n, tiles = (rows + ROW_TILE - 1) / ROW_TILE, split = blockIdx.y, lane = threadIdx.x % LANES, warp = threadIdx.x / LANES;
@@ -208,37 +248,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
 #pragma unroll
     for (int w = 0; w < WARPS; w++) back += room.back[w][warp];
   if (parts > 1 && !join_parts(call, heads, heads * tiles, split, share, change, back)) return;
-  StatisticsHeld<SPLIT_BLOCKS> held;
-  held.read(statistics, count);
-  float *of_split = (float *)shared;
-  held.leave(of_split, count);
-  __syncthreads();
-  float largest = LOWEST;
-  u32 marks = 0, changed = 0;  // the latter: rows
-  for (int b = lane; b < count; b += LANES) {
-    largest = fmaxf(largest, statistic(of_split + b * STATISTIC_WORDS, first + b, warp, TOP));
-    marks |= room.marks[b];
-  }
-  largest = warp_max(largest);
-#pragma unroll
-  for (int row = 0; row < ROW_TILE; row++) changed |= (__ballot_sync(~0u, marks >> row & 0x11) ? 1u : 0u) << row;
-  const float to_largest = changed >> warp & 1 ? exp2_approx(room.top[warp] - largest) : 1.f;
-  // A quarter more: the change itself was rounded too.
-  if (lane == TOP) after[warp] = largest, factors[warp] = to_largest, errors[warp] = back > 0.f ? 1.25f * back * to_largest : 0.f;
-  __syncthreads();
-#pragma unroll
-  for (int step = 0; step < STEPS; step++)
-#pragma unroll
-    for (int row = 0; row < ROW_TILE; row++) {
-      const int channel = step * THREADS + threadIdx.x;
-      if (channel < D) sums[row * D + channel] = (were[step][row] + change[step][row]) * factors[row];
-    }
-  OfWarps &of_warps = *(OfWarps *)(of_split + SPLIT_BLOCKS * STATISTIC_WORDS);
-  SplitSums<true> split_sums = {changed & changed - 1 ? Turn() : alone(__ffs(changed) - 1)};
-  const float reference = after[split_sums.turn.row];
-  if (split_sums.turn.first == 0) split_sums.p1[ERROR - 8] = errors[split_sums.turn.row];
-  split_sums.add(of_split, first, count, reference, room.marks);
-  split_sums.leave(of_warps, reference);
-  __syncthreads();
-  write_sums(call.partials + at_split * PARTIALS * ROW_TILE, of_warps, changed);
+  sum_anew(sums, call.partials + at_split * PARTIALS * ROW_TILE, first, count, statistics, were, change, back, shared, room);
 }
