@@ -65,7 +65,8 @@ def test_views_are_where_kernels_are_sent_and_apart(memory: Any, layout: Any, dr
         if not shape.copies:
             assert address["copied"] == address["copies"] == 0
     assert max(end for _, end in into) <= found.inputs_end
-    assert max(groups) <= found.grid.groups <= 1.125 * max(groups)
+    assert max(groups) <= found.grid.groups
+    assert found.grid.groups <= 1.125 * max(groups) + 1 or len({x.per for x in found.parts}) > 1
     for ranges, most in ((into, len(inputs.host)), (back, len(outputs.host))):
         taken = sorted(x for x in ranges if x[0] < x[1])
         assert taken[0][0] >= 0 and taken[-1][1] <= most and all(end <= start for (_, end), (start, _) in pairwise(taken))

@@ -649,10 +649,10 @@ def test_a_kernel_that_may_begin_early_waits_for_the_one_ahead(monkeypatch: pyte
     Kernels(layout).step(0, Grid(1, 1, 1, 1, 1, 1, 1), Program(certifies=True, ranks=True, covers=True), None)
     assert early == ["", "", *["rank", "finish", "pick", "cover", "promote", "rank", "finish", "dense"]]
     early.clear()
-    Kernels(layout).step(0, Grid(1, 1, 1, 1, 1, 1, 0), Program(certifies=True, ranks=False, covers=False), None)
+    Kernels(layout).step(0, Grid(1, 1, 1, 1, 1, 0, 1), Program(certifies=True, ranks=False, covers=False), None)
     assert early == ["", *["finish", "pick", "promote", "finish", "dense"]]
     early.clear()
-    Kernels(layout).step(0, Grid(1, 1, 1, 1, 1, 1, 0), Program(certifies=False, ranks=False, covers=False), None)
+    Kernels(layout).step(0, Grid(1, 1, 1, 1, 1, 0, 1), Program(certifies=False, ranks=False, covers=False), None)
     assert early == ["", "dense"]
     for name in {"rank", "finish", "pick", "cover", "promote", "dense"}:
         body = source(layout, name)[0].split('extern "C"')[1]

@@ -67,9 +67,9 @@ class Arrangement:
         ]
         self.late, self.candidates = [x.late for x in self.parts], any(shape.candidates for shape in shapes)
         group, splits = shapes[0].group, max(x.splits for x in self.parts)
-        groups = 1 + max(-(-x.splits // max(1, GROUP_TOKENS // (x.per * layout.block_size))) for x in self.parts)
+        together = max(1, GROUP_TOKENS // (max(x.per for x in self.parts) * layout.block_size))
         self.grid = Grid(
-            number, splits, groups, max(tiles), group * max(shape.n for shape in shapes), group, max(shape.canaries for shape in shapes)
+            number, splits, max(tiles), group * max(shape.n for shape in shapes), group, max(shape.canaries for shape in shapes), together
         ).rounded()  # fmt: skip
 
 

@@ -94,23 +94,28 @@ def prepare(layout: Layout) -> None:
 
 
 class Grid(NamedTuple):
-    """Of a launch, the largest of any call: calls, splits without the trailing block, groups of tokens with it, tiles of rows of all KV
-    heads, rows of a KV head, query heads of a KV head, canaries. What lies beyond a call's own returns at once, but not before it has had a
-    place on a multiprocessor."""
+    """Of a launch, the largest of any call: calls, splits without the trailing block, tiles of rows of all KV heads, rows of a KV head,
+    query heads of a KV head, canaries; and the fewest splits of a group of tokens. What lies beyond a call's own returns at once, but not
+    before it has had a place on a multiprocessor."""
 
     calls: int
     splits: int
-    groups: int
     tiles: int
     rows: int
     group: int
     canaries: int
+    together: int
+
+    @property
+    def groups(self) -> int:
+        """Of tokens, the trailing block with them."""
+        return -(-self.splits // self.together) + 1
 
     def rounded(self) -> "Grid":
         """Up to a size that many launches share, so that a context that grows is not captured anew at each step."""
         return Grid(
-            above(self.calls, 1), above(self.splits, 4), above(self.groups, 4), above(self.tiles, 2), above(self.rows, 2), self.group,
-            above(self.canaries, 1),
+            above(self.calls, 1), above(self.splits, 4), above(self.tiles, 2), above(self.rows, 2), self.group, above(self.canaries, 1),
+            self.together,
         )  # fmt: skip
 
 
