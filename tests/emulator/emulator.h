@@ -139,7 +139,22 @@ static T shuffle(T x, int source) {
   return x;
 }
 
-static bool run_block(int threads) {
+// The least step from x on that leads to all of so many.
+static u32 step_of(u32 x, u32 number) {
+  u32 a = x, b = number;
+  while (b) { const u32 rest = a % b; a = b, b = rest; }
+  return a == 1 ? x : step_of(x + 1, number);
+}
+// So many in an order of `seed`; as they are numbered with seed 0.
+struct Order {
+  u32 number, from, step;
+  Order(u32 number, u32 seed) : number(number), from(seed % number), step(seed ? step_of(from * 2654435761u % number, number) : 1) {}
+  u32 operator[](u32 k) const { return (from + (u64)k * step) % number; }
+};
+
+// Without a seed all threads go on side by side. With one each warp goes on as far as it can alone, and the next one then: what they
+// leave for each other without a barrier is there in some orders and not in others.
+static bool run_block(int threads, u32 seed) {
   memset(dynamic, 0xff, sizeof dynamic);
   copies.clear(), initialised.clear(), fault = nullptr;
   memset(&block, 0, sizeof block);
@@ -153,12 +168,22 @@ static bool run_block(int threads) {
     *top = (void *)run;
     fiber.at = top - 6, fiber.done = false, fiber.index = {(u32)t, 0, 0};
   }
+  const Order in_turn((threads + LANES - 1) / LANES, seed);
   for (int left = threads; left;) {
     const u64 before = progress;
     left = 0;
-    for (int t = 0; t < threads; t++) {
-      current = &fibers[t];
-      if (!current->done) emulator_switch(&scheduler, current->at), left += !current->done;
+    for (u32 k = 0; k < in_turn.number; k++) {
+      const int first = in_turn[k] * LANES, lanes = threads - first < LANES ? threads - first : LANES;
+      u64 by_itself;
+      int here;
+      do {
+        by_itself = progress, here = 0;
+        for (int i = 0; i < lanes; i++) {
+          current = &fibers[first + (seed & 1 ? lanes - 1 - i : i)];
+          if (!current->done) emulator_switch(&scheduler, current->at), here += !current->done;
+        }
+      } while (seed && !fault && here && progress != by_itself);
+      left += here;
     }
     if (!fault && left && progress == before) fault = "wait for others that never come";
     if (fault) return false;
@@ -172,14 +197,7 @@ static bool is_ready(u64 *bar) {
   return false;
 }
 
-// The least step from x on that leads to all of so many.
-static u32 step_of(u32 x, u32 number) {
-  u32 a = x, b = number;
-  while (b) { const u32 rest = a % b; a = b, b = rest; }
-  return a == 1 ? x : step_of(x + 1, number);
-}
-
-// Runs a grid, in another order of thread blocks for each number that TIERD_EMULATOR_ORDER may be; returns a text that says what went wrong, or null. Arguments are integers and addresses: six at most.
+// Runs a grid, in another order of thread blocks and of their warps for each number that TIERD_EMULATOR_ORDER may be; returns a text that says what went wrong, or null. Arguments are integers and addresses: six at most.
 extern "C" __global__ const char *emulator_launch(void *kernel, u32 gx, u32 gy, u32 gz, u32 threads, u32 shared, const u64 *values) {
   static char text[160];
   if (threads > THREADS_MAX || shared > SHARED_BYTES) return "more threads or shared memory than a device has";
@@ -188,11 +206,12 @@ extern "C" __global__ const char *emulator_launch(void *kernel, u32 gx, u32 gy, 
   const u32 mode = _mm_getcsr();
   _mm_setcsr(mode | 0x8040);  // FP32 subnormals count as zero, as in what CuPy builds
   bool good = true;
-  const char *seed = getenv("TIERD_EMULATOR_ORDER");
-  const u32 number = gx * gy * gz, from = seed ? atoi(seed) % number : 0, step = seed ? step_of(from * 2654435761u % number, number) : 1;
-  for (u32 k = 0; k < number && good; k++) {
-    const u32 at = (from + (u64)k * step) % number;
-    block_index = {at % gx, at / gx % gy, at / gx / gy}, good = run_block(threads);
+  const char *order = getenv("TIERD_EMULATOR_ORDER");
+  const u32 seed = order ? atoi(order) : 0;
+  const Order in_turn(gx * gy * gz, seed);
+  for (u32 k = 0; k < in_turn.number && good; k++) {
+    const u32 at = in_turn[k];
+    block_index = {at % gx, at / gx % gy, at / gx / gy}, good = run_block(threads, seed);
   }
   _mm_setcsr(mode);
   if (good) return nullptr;
