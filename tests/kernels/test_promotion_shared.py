@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from oracle import exact_numbers
 from stored import Cache
 from test_cuda import draw, store
+from tierd_kernels.cuda.sources import SPLIT_TOKENS_SHORT
 from tierd_kernels.layout import Layout
 from tierd_kernels.policy import Budget
 from tierd_kernels.quantise.reference import dequantise_values, quantise_block
@@ -26,7 +27,6 @@ ERROR, SPLIT_TOP, STATISTIC_WORDS, PARTIALS, FACTS, LIMIT = 15, 12, 32, 17, 7, 6
 DELTA_WORD, BLOCK_TOP = 3, 7  # which words of a block's statistics
 LARGEST, TOP, MASS, UNIT_NORM = [12, 13, 14, 16], 0, 1, 2  # of partials those that are maxima; of facts
 PER, B, D, ROWS, SIZE_STEP = 32, 16, 128, 4, 4  # blocks of a split, mostly; rows of a tile; see select/sharing.cuh
-SHORT = 256  # tokens of a split, of which no thread block helps another
 LOG2E = np.log2(np.e)
 Arrays = dict[str, NDArray[Any]]
 REPEATS = 20 if device.real() else 2  # a race shows at times
@@ -133,7 +133,8 @@ def decoding(cuda: None) -> Promotion:
 
 @pytest.fixture(scope="module")
 def short(cuda: None) -> Promotion:
-    return Promotion(32, 1, 40 * B, SHORT // B)
+    """Splits in which no thread block helps another."""
+    return Promotion(32, 1, 40 * B, SPLIT_TOKENS_SHORT // 2 // B)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def shared(of: Promotion, marks: NDArray[np.uint32]) -> NDArray[np.bool_]:
     """Which thread blocks [splits, tiles] leave a part: one behind the other, as many of a tile as have SIZE_STEP promoted blocks each
     at most, or the least multiple of it with which there are enough thread blocks; one alone leaves none."""
     found = np.zeros((of.splits, of.tiles), np.bool_)
-    if of.tiles > 32 or of.per * B <= SHORT:
+    if of.tiles > 32 or of.per * B < SPLIT_TOKENS_SHORT:
         return found
     for split in range(of.splits):
         numbers = (marks[:, split * of.per : (split + 1) * of.per] > 0).sum(axis=1)

@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tierd_kernels.bound.reference import GROUP_TOKENS
 from tierd_kernels.cuda.late import Place
 from tierd_kernels.cuda.launch import CALL, FIELDS, Grid, above, kernels
 from tierd_kernels.cuda.memory import DeviceMemory
 from tierd_kernels.cuda.plan import ANSWERS, INPUTS, LATE, SIZED, WORKSPACE, Plan, Shape, plan_of
-from tierd_kernels.cuda.sources import GROUP_TOKENS, SPLITS_MAX
+from tierd_kernels.cuda.sources import SPLITS_MAX
 from tierd_kernels.cuda.staging import Region, Staging
 from tierd_kernels.in_scratch import RECORDS
 from tierd_kernels.layout import NUMPY_DTYPE, Layout

@@ -12,6 +12,7 @@ constexpr int LINE = 128;
 constexpr int SPLITS_MAX = 2048, ROW_TILE = 4, WARPS = 4, LANES = 32, TILE = 16;
 constexpr int KEY_STEPS = (D + 31) / 32, KEY_DIM = 32 * KEY_STEPS;  // channels of the score MMA, padded with zeros
 constexpr int SPLIT_TOKENS = 2048, SPLIT_BLOCKS = SPLIT_TOKENS / BLOCK;  // at most
+constexpr int SPLIT_TOKENS_SHORT = 512;                                  // a split of fewer tokens is short
 constexpr int TILES = BLOCK / TILE, VALUE_TILES = D / 16, VALUE_GROUPS = (D + GROUP - 1) / GROUP;
 
 constexpr int KEY_SCALE_AT = 0, KEY_OFFSET_AT = 2 * KEY_DIM, NOTES_AT = 4 * KEY_DIM, KEY_CODES_AT = NOTES_AT + 64;

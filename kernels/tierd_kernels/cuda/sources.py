@@ -33,12 +33,11 @@ KEY_STAGES, VALUE_STAGES, CHUNK = 2, 2, 8
 RESIDENT = 4  # thread blocks of attend on one multiprocessor, of a head dimension up to 128
 STATISTIC_WORDS, PARTIALS, SPLITS_MAX, SPLIT_TOKENS_MAX = 32, 17, 2048, 2048
 SPLIT_TOKENS_SHORT = 512  # a split of fewer tokens is short
-ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_GROUPS, PICK_THREADS, PICK_BINS, GROUP_TOKENS = 7, 6, 32, 2, 256, 64, 1024
+ROW_FACTS, DENSE_FACTS, PICK_PARTS, PICK_GROUPS, PICK_THREADS, PICK_BINS = 7, 6, 32, 2, 256, 64
 CANDIDATE_PARTS, CANDIDATE_THREADS = 16, 512
 # Thread blocks of selection, and of a KV head those that tell what was read, all calls together: where nothing is promoted each has to come
 # and go, one or two at a time on a multiprocessor. Eight sessions of 32,768 tokens spent 16 us of 202 on that, on an H200; of 4,096 tokens
-# 11 of 45. One of selection has PICK_GROUPS groups side by side: 24 that had none made a
-# step of 8,192 tokens 19.1 us, not 18.7.
+# 11 of 45. One of selection has PICK_GROUPS groups side by side: 24 that had none made a step of 8,192 tokens 19.1 us, not 18.7.
 PICK_BLOCKS, READERS = 256, 8
 # Rows from which on fewer threads put one together, two of them on a multiprocessor: rung 0 of eight sessions of 4,096 tokens takes an H200
 # 30.5 us for 33.8, of 32 sessions 100 for 115; but of one with 131,072 88.6 for 87.3.

@@ -9,14 +9,15 @@ extern "C" __global__ void __launch_bounds__(WARPS *LANES) canary(const Call *ca
   const int h = blockIdx.y;
   if ((int)blockIdx.x >= call.num_canaries) return;
   const int b = call.canaries[blockIdx.x];
-  const unsigned char *record = call.pool + call.hot[b] + (i64)h * RECORD_BYTES;
+  const Place place = place_of(call, heads, h, b);
+  const unsigned char *record = place.record;
   const float *notes = (const float *)(record + NOTES_AT);
   unsigned char *failure = call.failures + blockIdx.x * heads + h;
   if (__float_as_uint(notes[KEYS_RAW])) {
     if (threadIdx.x == 0) *failure = 0;
     return;
   }
-  load_record(x, place_of(call, heads, h, b).keys, BLOCK, WARPS * LANES);
+  load_record(x, place.keys, BLOCK, WARPS * LANES);
   __syncthreads();
   const __half *scales = (const __half *)(record + KEY_SCALE_AT), *offsets = (const __half *)(record + KEY_OFFSET_AT);
   bool good = true;

@@ -197,8 +197,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, STAGES > 1 ? 4 : 1) promot
   const int rank = share.before + __popc(__ballot_sync(~0u, mark) & (1u << lane) - 1);  // of the promoted ones
   const int parts = share.parts, number = quotient(share.number - share.part + parts - 1, parts);
   auto stage_of = [&](int i) { return shared + i % STAGES * STAGED_BYTES; };
-  const i64 before = (i64)base * (call.full + 1) + first;
-  float *statistics = call.statistics + before * STATISTIC_WORDS;
+  float *statistics = call.statistics + ((i64)base * (call.full + 1) + first) * STATISTIC_WORDS;
   const int turn = quotient(rank, parts);  // which of its part's blocks this thread's is
   if (mark && rank == turn * parts + share.part) {
     room.order[turn] = threadIdx.x;

@@ -10,8 +10,7 @@ typedef float Channels[STEPS][ROW_TILE];
 static_assert(ROW_TILE == 4, "a channel of all rows is one load");
 
 // The tiles that share, as the lanes of whole warps see them, a tile each. Made before what is waited for, asked after it. Where there are more tiles than
-// lanes, or splits are so short that they promote few blocks, each thread block has its own, and looks at no other.
-constexpr int SHORT_SPLIT = 256;  // tokens
+// lanes, or splits are short and promote few blocks, each thread block has its own, and looks at no other.
 struct Sharing {
   int from, number;  // of the tiles that are looked at, of all KV heads; of so many thread blocks, too
   int head, rows_here;  // of the lane's
@@ -20,7 +19,7 @@ struct Sharing {
   const float *limits;
   __device__ __forceinline__ Sharing(const Call &call, int heads, int rows, int tiles) {
     const int all = heads * tiles;
-    const bool own = all > LANES || call.per * BLOCK <= SHORT_SPLIT;
+    const bool own = all > LANES || call.per * BLOCK < SPLIT_TOKENS_SHORT;
     from = own ? blockIdx.x : 0, number = own ? 1 : all;
     const int tile = from + min((int)threadIdx.x % LANES, number - 1);
     head = quotient(tile, tiles);
@@ -62,10 +61,10 @@ struct Chosen {
     if (coverage) return left & 255u;
     u32 mark = 0;
 #pragma unroll
-    for (int i = 0; i < ROW_TILE / 2; i++) {
-      const float4 &w = weights[i];
-      mark |= (w.x >= limits[2 * i] ? 1u : 0u) << 2 * i | (w.y >= limits[2 * i] ? 16u : 0u) << 2 * i;
-      mark |= (w.z >= limits[2 * i + 1] ? 2u : 0u) << 2 * i | (w.w >= limits[2 * i + 1] ? 32u : 0u) << 2 * i;
+    for (int row = 0; row < ROW_TILE; row++) {
+      const float4 &two = weights[row / 2];
+      const float key = row % 2 ? two.z : two.x, value = row % 2 ? two.w : two.y;
+      mark |= (key >= limits[row] ? 1u : 0u) << row | (value >= limits[row] ? 16u : 0u) << row;
     }
     return mark;
   }
